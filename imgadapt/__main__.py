@@ -1,0 +1,5 @@
+"""`python -m imgadapt PROGRAM ...`."""
+
+from imgadapt.cli import main
+
+main()

@@ -1,0 +1,75 @@
+"""`imgadapt PROGRAM ...`: runs a program of converters/ or train_scripts/ by its path, from a wheel or a checkout."""
+
+import os
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+PROGRAMS = {
+    "demo": ("train_scripts/demo.py", "train a style on the embedded base, prove it, and write a report"),
+    "train": ("train_scripts/style.py", "train a LoRA on a folder of pictures"),
+    "generate": ("train_scripts/generate.py", "draw prompts with a base and adapters"),
+    "show": ("converters/show.py", "what is in an adapter file"),
+    "convert": ("converters/convert.py", "write an adapter in another tool's format"),
+}
+
+
+def main() -> None:
+    """Entry point of the command `imgadapt`."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return
+    if arguments[0] in ("-V", "--version"):
+        from imgadapt import __version__
+
+        print(f"imgadapt {__version__}")
+        return
+    name = arguments[0]
+    if name not in PROGRAMS:
+        near = get_close_matches(name, PROGRAMS, n=1)
+        print(f"imgadapt: no program '{name}'" + (f", did you mean '{near[0]}'?" if near else ""), file=sys.stderr)
+        print(_usage(), file=sys.stderr)
+        raise SystemExit(2)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # advice on torchvision, which nothing here needs
+    path = _folder() / PROGRAMS[name][0]
+    sys.argv = [f"imgadapt {name}", *arguments[1:]]
+    try:
+        runpy.run_path(os.fspath(path), run_name="__main__")
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if missing.partition(".")[0] == "imgadapt":
+            raise
+        print(f"imgadapt: {missing} is not installed: pip install 'imgadapt[train]'", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+def program(run: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> None:
+    """Run a program's main: an error of imgadapt is one line on stderr and exit status 1, Ctrl-C is 130."""
+    from imgadapt.errors import ImgadaptError, Interrupted
+
+    try:
+        run(arguments)
+    except Interrupted as error:
+        print(f"imgadapt: {error}", file=sys.stderr)
+        raise SystemExit(130) from None
+    except ImgadaptError as error:
+        print(f"imgadapt: error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("imgadapt: stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _folder() -> Path:
+    """Where the programs lie: in the wheel, or beside the package in a checkout."""
+    package = Path(__file__).parent
+    inside = package / "_programs"
+    return inside if inside.is_dir() else package.parent
+
+
+def _usage() -> str:
+    rows = "\n".join(f"  {name:<10}{text}" for name, (_, text) in PROGRAMS.items())
+    return f"usage: imgadapt PROGRAM ...\n\n{rows}\n\n`imgadapt PROGRAM --help` says more."

@@ -1,0 +1,69 @@
+"""Every error that imgadapt raises on purpose.
+
+ImgadaptError
+├── TargetError      no layer matches, or a method cannot act on one that does
+├── StateError       the model is not in the state that the call needs (name taken, NaN in a merge, ...)
+├── FormatError      a file is not an adapter, or not one that this table reads
+│   └── ShapeError   a tensor does not fit the layer it is for
+├── ConfigError      a setting is unknown, of the wrong type or out of range
+├── DataError        a picture, caption or folder cannot be used
+├── TrainingError    a training cannot go on: NaN, nothing learnt, a run with other settings
+│   └── Interrupted  it was told to stop (Ctrl-C, SIGTERM); its state is saved
+├── OutputError      a file cannot be written; the old one is untouched
+└── MissingExtra     an optional dependency is not installed
+"""
+
+from collections.abc import Sequence
+
+
+class ImgadaptError(Exception):
+    """Base of all errors of imgadapt."""
+
+
+class TargetError(ImgadaptError):
+    """No layer matches, or a method cannot act on one that does."""
+
+
+class StateError(ImgadaptError):
+    """The model is not in the state that the call needs."""
+
+
+class FormatError(ImgadaptError):
+    """A file is not an adapter, or holds keys that no table knows."""
+
+
+class ShapeError(FormatError):
+    """A tensor does not fit the layer it is for."""
+
+
+class ConfigError(ImgadaptError):
+    """A setting is unknown, of the wrong type or out of range."""
+
+
+class DataError(ImgadaptError):
+    """A picture, a caption or a folder cannot be used."""
+
+
+class TrainingError(ImgadaptError):
+    """A training cannot go on: NaN, nothing learnt, a run with other settings in the way."""
+
+
+class Interrupted(TrainingError):
+    """The run was told to stop (Ctrl-C, SIGTERM); its state is saved and the same command goes on from it."""
+
+
+class OutputError(ImgadaptError):
+    """A file cannot be written; what was there before is untouched."""
+
+
+class MissingExtra(ImgadaptError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"this needs {package}: pip install 'imgadapt[{extra}]'")
+
+
+def first_few(names: Sequence[str], count: int = 3) -> str:
+    """`a, b, c and 7 more`: how errors list many names."""
+    shown = ", ".join(names[:count])
+    return shown if len(names) <= count else f"{shown} and {len(names) - count} more"

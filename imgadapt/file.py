@@ -1,0 +1,119 @@
+"""AdapterFile, and reading and writing it as safetensors."""
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from imgadapt.arch import architectures
+from imgadapt.atomic import atomically
+from imgadapt.errors import ConfigError, FormatError
+from imgadapt.formats import FORMATS, Parts, read, write
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter: its layers under canonical names, and its metadata.
+
+    format, architecture: the tables that knew the file it came from; None for one that was never in a file, or whose
+        architecture has no table.
+    unknown: keys that no table knew and that a `load(..., strict=False)` left out.
+    """
+
+    parts: Parts
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
+    format: str | None = None
+    architecture: str | None = None
+    unknown: tuple[str, ...] = ()
+
+
+def load(path: str | PathLike[str], *, strict: bool = True) -> AdapterFile:
+    """Read an adapter that any known tool wrote.
+
+    strict: keys that no table knows are an error; else they are listed in `unknown`.
+
+    Raises:
+        FormatError: there is no such file, it is not safetensors, or it is not an adapter that imgadapt knows.
+    """
+    tensors, metadata = read_tensors(path)
+    try:
+        reading = read(tensors, metadata, FORMATS, architectures(), strict=strict)
+    except FormatError as error:
+        raise FormatError(f"{path}: {error}") from error
+    return AdapterFile(reading.parts, metadata, reading.format, reading.architecture, reading.unknown)
+
+
+def save(file: AdapterFile, path: str | PathLike[str], *, format: str = "diffusers", dtype: torch.dtype | None = None) -> Path:  # noqa: A002
+    """Write an adapter in a tool's format; the file is whole or, on any failure, as before. Returns its path.
+
+    format: a name of `imgadapt.formats.FORMATS`. dtype: cast the tensors (None: keep theirs).
+    The same adapter gives the same bytes.
+
+    Raises:
+        ConfigError: no such format.
+        FormatError: the format cannot say what the adapter holds.
+        OutputError: the file cannot be written.
+    """
+    form = next((f for f in FORMATS if f.name == format), None)
+    if form is None:
+        raise ConfigError(f"no format '{format}'; there are: {', '.join(f.name for f in FORMATS)}")
+    others = {key for f in FORMATS if f is not form for key in f.own_metadata}
+    tensors, metadata = write(form, file.parts, {k: v for k, v in file.metadata.items() if k not in others})
+    if dtype is not None:
+        tensors = {k: v if form.alpha and k.endswith(f".{form.alpha}") else v.to(dtype) for k, v in tensors.items()}
+    write_tensors(Path(path), tensors, metadata)
+    return Path(path)
+
+
+def read_tensors(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors (on the CPU) and the metadata of a safetensors file.
+
+    Raises:
+        FormatError: there is no such file, or it is not safetensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FormatError(f"{path}: no such file" + (", only a folder" if path.is_dir() else ""))
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{path}: not a whole safetensors file ({error})") from error
+
+
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, atomically, the same bytes for the same content.
+
+    The safetensors package writes metadata in an order that changes from run to run (0.8.0), so resumed and
+    uninterrupted trainings would differ. Layout: https://github.com/huggingface/safetensors#format.
+
+    Raises:
+        OutputError: it cannot be written; what was there is untouched.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # aligned, as safetensors does
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    end = 0
+    for name in order:
+        start, end = end, end + tensors[name].numel() * tensors[name].element_size()
+        dtype, shape = _DTYPES[tensors[name].dtype], list(tensors[name].shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with atomically(path) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+            file.write(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")

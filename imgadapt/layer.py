@@ -1,0 +1,172 @@
+"""AdapterLayer: the one wrapper. It owns names, strengths, scale, dtype and merging; methods own the maths."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imgadapt.errors import ShapeError, StateError
+from imgadapt.methods.base import Method
+from imgadapt.sites import Site
+
+
+class Slot(nn.Module):
+    """One adapter on one layer: method, tensors and strength. Its tensors stay out of the model's state dict."""
+
+    def __init__(self, name: str, method: Method, tensors: Mapping[str, Tensor], weight: float) -> None:
+        super().__init__()
+        self.name = name
+        self.method = method
+        self.weight = weight
+        for key in method.tensors:
+            self.register_parameter(key, nn.Parameter(tensors[key]))
+
+    @property
+    def gain(self) -> float:
+        """What the unscaled delta is multiplied by: strength times the method's scale."""
+        return self.weight * self.method.scale
+
+    def tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """The adapter's tensors, cast to `dtype` where one is given."""
+        return {key: getattr(self, key).to(dtype) for key in self.method.tensors}
+
+    def forward(self, *_: Any) -> Tensor:
+        raise StateError("a slot is not called; its AdapterLayer is")
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Nothing: `collect` reads adapters, so that the base can be saved and loaded as if it stood alone."""
+
+    def _load_from_state_dict(self, *_: Any) -> None:
+        """Nothing, for the same reason."""
+
+
+class AdapterLayer(nn.Module):
+    """A layer with adapters: base(x) + sum of weight * scale * op(x, delta).
+
+    It takes the base's place in the model and *shares its parameter and buffer dictionaries*, so names, state dict,
+    device moves and dtype casts are those of the base alone; the base itself, with its hooks, is what is called.
+    Every delta is taken against the pristine base weight, so the order of adapters does not matter.
+    """
+
+    def __init__(self, base: nn.Module, site: Site) -> None:
+        super().__init__()
+        self.__dict__["base"] = base  # not a child: its parameters are ours already
+        self.__dict__["_parameters"] = base._parameters
+        self.__dict__["_buffers"] = base._buffers
+        self.site = site
+        self.slots = nn.ModuleList()
+        self.enabled = True
+        self.__dict__["original"] = None  # the base's own weight while merged
+        self.training = base.training
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "base" not in self.__dict__:  # being copied or unpickled
+                raise
+            return getattr(self.__dict__["base"], name)
+
+    def __iter__(self) -> Iterator[Slot]:
+        for slot in self.slots:
+            assert isinstance(slot, Slot)
+            yield slot
+
+    @property
+    def merged(self) -> bool:
+        """Whether the base's weight holds the adapters now."""
+        return self.original is not None
+
+    def slot(self, name: str) -> Slot | None:
+        """The adapter `name` of this layer, if it has it."""
+        return next((slot for slot in self if slot.name == name), None)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out: Tensor = self.base(x, *args, **kwargs)
+        if self.merged or not self.enabled:
+            return out
+        for slot in self:
+            if slot.weight:
+                change = slot.method.act(slot.tensors(x.dtype), self.site, x)
+                out = torch.add(out, change, alpha=slot.gain)
+        return out
+
+    def add(self, slot: Slot) -> None:
+        """Put an adapter on this layer; a merged layer is merged anew.
+
+        Raises:
+            ShapeError: its tensors do not fit the layer.
+            StateError: the layer has an adapter of this name, or the merge is not finite.
+        """
+        if self.slot(slot.name) is not None:
+            raise StateError(f"the name '{slot.name}' is taken: detach it first, or choose another name=")
+        if wrong := slot.method.fits(slot.tensors(), self.site):
+            raise ShapeError(wrong)
+        weight = self._parameters["weight"]
+        if weight is not None:
+            slot.to(weight.device)
+        slot.train(self.training)
+        self.slots.append(slot)
+        self.refresh()
+
+    def remove(self, name: str) -> bool:
+        """Take an adapter off; True if it was here."""
+        kept = [slot for slot in self if slot.name != name]
+        found = len(kept) < len(self.slots)
+        self.slots = nn.ModuleList(kept)
+        self.refresh()
+        return found
+
+    def refresh(self) -> None:
+        """Merge anew, from the original weight, if this layer is merged and enabled."""
+        if self.merged:
+            self.unmerge()
+            self.merge()
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Put weight + deltas in the base's place, summed in fp32 and rounded once; the original is kept as it is.
+
+        Raises:
+            StateError: the sum is not finite; the base is untouched.
+        """
+        if self.merged:
+            return
+        weight = self._parameters["weight"]
+        assert weight is not None
+        total = weight.to(torch.float32, copy=True)
+        for slot in self:
+            if slot.weight:
+                total.add_(slot.method.delta(slot.tensors(torch.float32), self.site), alpha=slot.gain)
+        total = total.to(weight.dtype)
+        if not torch.isfinite(total).all():
+            names = ", ".join(slot.name for slot in self)
+            raise StateError(f"NaN or infinity in the weight merged with {names}; the base is left as it was")
+        self.__dict__["original"] = weight
+        self._parameters["weight"] = nn.Parameter(total, requires_grad=weight.requires_grad)
+
+    def unmerge(self) -> None:
+        """Put the original weight back, the very same tensor (moved, if the model was moved meanwhile)."""
+        if not self.merged:
+            return
+        current, original = self._parameters["weight"], self.original
+        assert current is not None
+        if original.device != current.device or original.dtype != current.dtype:
+            original.data = original.data.to(current.device, current.dtype)
+        self._parameters["weight"] = original
+        self.__dict__["original"] = None
+
+    def train(self, mode: bool = True) -> "AdapterLayer":
+        self.base.train(mode)
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        names = ", ".join(f"{slot.name}: {slot.method} at {slot.weight:g}" for slot in self)
+        return f"{self.base.__class__.__name__}{self.site.shape}, {names}{', merged' if self.merged else ''}"
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.base._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.base._load_from_state_dict(*args)
