@@ -1,6 +1,6 @@
 """Write an adapter in another tool's format.
 
-    imgadapt convert style.safetensors style.kohya.safetensors --to kohya
+imgadapt convert style.safetensors style.kohya.safetensors --to kohya
 """
 
 import argparse
@@ -23,7 +23,9 @@ def main(argv: Sequence[str]) -> None:
     file = load(args.input)
     save(file, args.output, format=args.to)
     written = load(args.output)
-    print(f"{args.input}: {file.format}, {file.architecture or 'no table of its architecture'}, {len(file.parts)} layers")
+    print(
+        f"{args.input}: {file.format}, {file.architecture or 'no table of its architecture'}, {len(file.parts)} layers"
+    )
     print(f"{args.output}: {written.format}, {len(written.parts)} layers, {args.output.stat().st_size / 1e6:.2f} MB")
 
 

@@ -2,8 +2,8 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,7 +11,7 @@ from imgadapt.errors import OutputError
 
 
 @contextmanager
-def atomically(path: Path) -> Iterator[BinaryIO]:
+def atomically(path: Path) -> Generator[BinaryIO]:
     """A binary file to write, which becomes `path` when the block ends well and vanishes when it does not.
 
     Raises:
@@ -28,16 +28,19 @@ def atomically(path: Path) -> Iterator[BinaryIO]:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
         temporary = None
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}; what was there is untouched") from error
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+    with suppress(
+        OSError
+    ):  # the file is there and whole; some file systems cannot sync a folder, Windows cannot open it
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def _umask() -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from imgadapt.arch import architectures
 from imgadapt.atomic import atomically
-from imgadapt.errors import ConfigError, FormatError
+from imgadapt.errors import ConfigError, FormatError, first_few
 from imgadapt.formats import FORMATS, Parts, read, write
 
 
@@ -49,20 +49,24 @@ def load(path: str | PathLike[str], *, strict: bool = True) -> AdapterFile:
     return AdapterFile(reading.parts, metadata, reading.format, reading.architecture, reading.unknown)
 
 
-def save(file: AdapterFile, path: str | PathLike[str], *, format: str = "diffusers", dtype: torch.dtype | None = None) -> Path:  # noqa: A002
+def save(
+    file: AdapterFile, path: str | PathLike[str], *, format: str = "diffusers", dtype: torch.dtype | None = None
+) -> Path:
     """Write an adapter in a tool's format; the file is whole or, on any failure, as before. Returns its path.
 
     format: a name of `imgadapt.formats.FORMATS`. dtype: cast the tensors (None: keep theirs).
     The same adapter gives the same bytes.
 
     Raises:
-        ConfigError: no such format.
+        ConfigError: no such format, or a dtype that files do not have.
         FormatError: the format cannot say what the adapter holds.
         OutputError: the file cannot be written.
     """
     form = next((f for f in FORMATS if f.name == format), None)
     if form is None:
         raise ConfigError(f"no format '{format}'; there are: {', '.join(f.name for f in FORMATS)}")
+    if dtype is not None and dtype not in _DTYPES:
+        raise ConfigError(f"no safetensors file has dtype {dtype}")
     others = {key for f in FORMATS if f is not form for key in f.own_metadata}
     tensors, metadata = write(form, file.parts, {k: v for k, v in file.metadata.items() if k not in others})
     if dtype is not None:
@@ -82,9 +86,13 @@ def read_tensors(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str
         raise FormatError(f"{path}: no such file" + (", only a folder" if path.is_dir() else ""))
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            metadata = dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{path}: not a whole safetensors file ({error})") from error
+    if strange := [key for key, tensor in tensors.items() if tensor.dtype not in _DTYPES]:
+        raise FormatError(f"{path}: {first_few(strange)} of type {tensors[strange[0]].dtype}, which no adapter has")
+    return tensors, metadata
 
 
 _DTYPES = {

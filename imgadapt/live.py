@@ -1,6 +1,6 @@
 """Adapters on a live model: attach, detach, set_weights, disabled, merge, unmerge, collect, parameters."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -141,7 +141,7 @@ def unmerge(model: Any) -> None:
 
 
 @contextmanager
-def disabled(model: Any) -> Iterator[None]:
+def disabled(model: Any) -> Generator[None]:
     """Within the block the model acts as the base, merged or not; afterwards as before."""
     states = [(layer, layer.merged, layer.enabled) for _, layer in _adapted(where.components(model))]
     for layer, _, _ in states:
@@ -233,7 +233,9 @@ def _from_file(parts: Mapping[str, nn.Module], file: AdapterFile, targets: Targe
     live = {canonical(name): (name, module, site) for name, module, site in where.layers(parts)}
     wanted = {k: part for k, part in file.parts.items() if targets is None or where.matches(k, targets)}
     if not wanted:
-        raise TargetError(f"the file has no layer that matches targets={targets!r}; it has {first_few(list(file.parts))}")
+        raise TargetError(
+            f"the file has no layer that matches targets={targets!r}; it has {first_few(list(file.parts))}"
+        )
     if unknown := [name for name in wanted if name not in live]:
         raise TargetError(
             f"{len(unknown)} of the file's {len(wanted)} layers are not in this model ({first_few(unknown)}); "
@@ -247,4 +249,3 @@ def _from_file(parts: Mapping[str, nn.Module], file: AdapterFile, targets: Targe
         tensors = {k: v.clone() for k, v in part.tensors.items()}
         rows.append((name, module, site, Part(part.method, tensors)))
     return rows
-

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
-from typing import Self, cast
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class Site:
             return cls(
                 tuple(module.weight.shape),
                 tuple(module.stride),
-                module.padding if isinstance(module.padding, str) else tuple(cast("tuple[int, ...]", module.padding)),
+                module.padding if isinstance(module.padding, str) else tuple(module.padding),
                 tuple(module.dilation),
                 module.groups,
                 module.padding_mode,
@@ -87,7 +87,9 @@ class Site:
     def _edges(self) -> list[int]:
         """Padding as F.pad wants it: both ends of the last dimension first (torch's rule for 'same')."""
         if isinstance(self.padding, str):
-            total = [d * (k - 1) if self.padding == "same" else 0 for d, k in zip(self.dilation, self.kernel, strict=True)]
+            total = [
+                d * (k - 1) if self.padding == "same" else 0 for d, k in zip(self.dilation, self.kernel, strict=True)
+            ]
             ends = [(n // 2, n - n // 2) for n in total]
         else:
             ends = [(n, n) for n in self.padding]

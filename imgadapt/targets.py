@@ -98,7 +98,9 @@ def find(parts: Mapping[str, nn.Module], targets: Targets) -> list[tuple[str, nn
     found = [row for row in every if matches(row[0], targets)]
     if not found:
         near = first_few([name for name, _, _ in every])
-        raise TargetError(f"no layer matches targets={targets!r}; there are {len(every)}: {near}. Presets: {', '.join(PRESETS)}")
+        raise TargetError(
+            f"no layer matches targets={targets!r}; there are {len(every)}: {near}. Presets: {', '.join(PRESETS)}"
+        )
     return found
 
 

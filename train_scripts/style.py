@@ -40,7 +40,9 @@ def main(argv: Sequence[str]) -> None:
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     family = families.load(config.base, device=accelerator.device, dtype=dtype)
     size = family.side(config.resolution)
-    print(f"{len(examples)} pictures at {size} x {size}, {config.steps} steps of {config.batch_size} on {family.device}")
+    print(
+        f"{len(examples)} pictures at {size} x {size}, {config.steps} steps of {config.batch_size} on {family.device}"
+    )
 
     # 3. Latents and text states: computed once, kept by content.
     encoder = Encoder(family, size, config.output / "cache")
@@ -85,7 +87,9 @@ def main(argv: Sequence[str]) -> None:
     detach(family.pipeline)
     attach(family.pipeline, load(path))
     if not (error := probe.error(family, live)) <= 1e-5:
-        raise TrainingError(f"{path}, read back, acts otherwise than what was trained: predictions differ by {error:.2e}")
+        raise TrainingError(
+            f"{path}, read back, acts otherwise than what was trained: predictions differ by {error:.2e}"
+        )
     print(f"{path}: {path.stat().st_size / 1e6:.2f} MB; read back, predictions differ by {error:.1e}")
 
     # 7. What it learnt.

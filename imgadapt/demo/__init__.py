@@ -1,6 +1,6 @@
 """The embedded base: a small, really trained text-to-image pipeline of emoji, and pictures to adapt it with."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -39,7 +39,7 @@ def pipeline() -> "StableDiffusionPipeline":
 
 
 @contextmanager
-def _quietly(logging: Any) -> Iterator[None]:
+def _quietly(logging: Any) -> Generator[None]:
     """No bars and no warnings (that the autoencoder is a tiny one; that torchvision is not there) while loading."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()

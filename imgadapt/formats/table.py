@@ -5,6 +5,7 @@ up in it. Which format and architecture a file has is 'the ones that know every 
 files in a dotted format are read for architectures that have none, too.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -29,18 +30,21 @@ class Format:
     prefixes: component -> what its keys begin with.
     separator: what stands for the dots of a layer's path.
     spelling: method name -> our tensor name -> the key's end.
+    also: other ends that are read, never written -> our tensor name.
     alpha: the key's end of the alpha tensor; None: alpha is in the metadata only.
     settings: (metadata, canonical layer name) -> what the metadata says of a layer's hyper-parameters.
-    metadata: what the tool writes there itself; own_metadata: the names of those entries.
+    metadata: (layers, metadata they came with) -> what the tool writes there itself, verbatim as it came where that is
+        still true; own_metadata: the names of those entries.
     """
 
     name: str
     prefixes: Mapping[str, str]
     separator: str
     spelling: Mapping[str, Mapping[str, str]]
+    also: Mapping[str, str]
     alpha: str | None
     settings: Callable[[Mapping[str, str], str], Settings]
-    metadata: Callable[[Parts], dict[str, str]]
+    metadata: Callable[[Parts, Mapping[str, str]], dict[str, str]]
     own_metadata: tuple[str, ...]
 
     def spell(self, name: str) -> str | None:
@@ -53,7 +57,7 @@ class Format:
     def ends(self) -> dict[str, str]:
         """Key end -> our tensor name, over all methods, and alpha."""
         ends = {end: tensor for names in self.spelling.values() for tensor, end in names.items()}
-        return ends if self.alpha is None else {**ends, self.alpha: "alpha"}
+        return {**ends, **self.also} if self.alpha is None else {**ends, **self.also, self.alpha: "alpha"}
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ def read(
             unknown: list[str] = []
             for key, (layer, tensor) in split.items():
                 name = index.get(layer) if architecture else _named(form, layer)
-                if name is None or not tensor:
+                if name is None or not tensor or tensor in layers.get(name, {}):  # the last: it says it twice
                     unknown.append(key)
                 else:
                     layers.setdefault(name, {})[tensor] = tensors[key]
@@ -114,7 +118,8 @@ def read(
                 best = form, architecture.name if architecture else None, layers, unknown
     if best is None or not best[2]:
         raise FormatError(
-            f"not an adapter that imgadapt reads: none of its {len(tensors)} keys is known ({first_few(list(tensors))}). "
+            f"not an adapter that imgadapt reads: none of its {len(tensors)} keys is known "
+            f"({first_few(list(tensors))}). "
             f"Formats: {', '.join(f.name for f in formats)}; methods: {', '.join(m.name for m in METHODS)}"
         )
     form, architecture_name, layers, unknown = best
@@ -142,19 +147,22 @@ def _part(form: Format, name: str, found: Mapping[str, Tensor], metadata: Mappin
     own = {key: tensor for key, tensor in found.items() if key != "alpha"}
     method = next((m for m in METHODS if set(m.tensors) == set(own)), None)
     if method is None:
-        raise FormatError(f"{name} has {', '.join(sorted(own)) or 'only alpha'}, which is no whole adapter: it lost a tensor")
+        raise FormatError(
+            f"{name} has {', '.join(sorted(own)) or 'only alpha'}, which is no whole adapter: it lost a tensor"
+        )
     alpha = _alpha(name, found["alpha"]) if "alpha" in found else None
-    inferred = method.infer(own, alpha)
     try:
-        return Part(replace(inferred, **form.settings(metadata, name)), own)
-    except (ConfigError, TypeError, ValueError) as error:
-        raise FormatError(f"{name}: {error}") from error
+        return Part(replace(method.infer(own, alpha), **form.settings(metadata, name)), own)
+    except (ConfigError, TypeError, ValueError, OverflowError, IndexError) as error:
+        shapes = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in own.items())
+        raise FormatError(f"{name} ({shapes}): {error}") from error
 
 
 def _alpha(name: str, tensor: Tensor) -> float | None:
-    if tensor.numel() != 1 or not torch.isfinite(tensor).all() or tensor.item() < 0:
-        raise FormatError(f"{name}: alpha is {tensor.tolist()}, wanted one finite number")
-    return float(tensor.item()) or None  # 0 means rank, as sd-scripts reads it
+    value = tensor.to(torch.float64).item() if tensor.numel() == 1 else math.nan
+    if not 0 <= value < math.inf:
+        raise FormatError(f"{name}: alpha is {tensor.tolist()}, wanted one finite number, 0 or more")
+    return value or None  # 0 means rank, as sd-scripts reads it
 
 
 def write(form: Format, parts: Parts, metadata: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -166,6 +174,7 @@ def write(form: Format, parts: Parts, metadata: Mapping[str, str]) -> tuple[dict
     if not parts:
         raise FormatError("the adapter has no layers; there is nothing to write")
     tensors: dict[str, Tensor] = {}
+    parts = dict(sorted(parts.items()))  # so that the same adapter gives the same metadata, too
     for name, part in parts.items():
         spelled, ends = form.spell(name), form.spelling.get(part.method.name)
         if spelled is None or ends is None:
@@ -175,7 +184,7 @@ def write(form: Format, parts: Parts, metadata: Mapping[str, str]) -> tuple[dict
             tensors[f"{spelled}.{end}"] = part.tensors[tensor]
         if form.alpha is not None:
             tensors[f"{spelled}.{form.alpha}"] = torch.tensor(_written_alpha(part.method, part))
-    return tensors, {**metadata, **form.metadata(parts)}
+    return tensors, {**metadata, **form.metadata(parts, metadata)}
 
 
 def _written_alpha(method: Method, part: Part) -> float:

@@ -61,7 +61,9 @@ def resume(
         if metadata.get("sha256") != _digest(tensors):
             continue
         differing = [
-            f"{key} was {metadata.get(key)}, is {value}" for key, value in identity.items() if metadata.get(key) != value
+            f"{key} was {metadata.get(key)}, is {value}"
+            for key, value in identity.items()
+            if metadata.get(key) != value
         ]
         if differing:
             raise TrainingError(

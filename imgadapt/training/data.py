@@ -57,7 +57,9 @@ def scan(folder: Path, caption: str | None = None) -> list[Example]:
             silent.append(path.name)
         examples.append(Example(path, caption or "" if text is None else text, hashlib.sha256(data).hexdigest()))
     if broken:
-        raise DataError(f"{folder}: {len(broken)} of {len(paths)} pictures cannot be read; mend or remove {first_few(broken)}")
+        raise DataError(
+            f"{folder}: {len(broken)} of {len(paths)} pictures cannot be read; mend or remove {first_few(broken)}"
+        )
     if silent:
         raise DataError(
             f"{folder}: {len(silent)} of {len(paths)} pictures have no caption ({first_few(silent)}); write "

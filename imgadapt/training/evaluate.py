@@ -23,7 +23,10 @@ def held_out_losses(
     for k in range(timesteps):
         t = torch.full((len(latents),), int((k + 0.5) / timesteps * family.timesteps))
         fixed = torch.stack(
-            [torch.randn(latents.shape[1:], generator=noise.generator(seed, k, i, "held out")) for i in range(len(latents))]
+            [
+                torch.randn(latents.shape[1:], generator=noise.generator(seed, k, i, "held out"))
+                for i in range(len(latents))
+            ]
         )
         pieces = [slice(i, i + batch) for i in range(0, len(latents), batch)]
         rows.append(torch.cat([family.losses(latents[s], states[s], fixed[s], t[s]).float().cpu() for s in pieces]))

@@ -1,5 +1,6 @@
-"""Run: what surrounds the steps of a training: resuming, checkpoints, the learning rate, the bar, the log, interrupts."""
+"""Run: what surrounds the steps of a training: resuming, checkpoints, learning rate, bar, log, interrupts."""
 
+import contextlib
 import json
 import math
 import signal
@@ -7,12 +8,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from imgadapt.atomic import write_bytes
 from imgadapt.errors import Interrupted, OutputError, TrainingError, first_few
 from imgadapt.training import checkpoint
 from imgadapt.training.config import TrainConfig
@@ -50,9 +52,13 @@ class Run:
     def __enter__(self) -> Self:
         for number in (signal.SIGINT, signal.SIGTERM):
             self._handlers[number] = signal.signal(number, self._on_signal)
+        self.log.open()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.log.close()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
@@ -90,7 +96,6 @@ class Run:
                     self._check_learning()
                 if done % self.config.checkpoint_every == 0 or done == self.config.steps or self._stop:
                     checkpoint.save(self.folder, done, self.parameters, self.optimizer, self.identity)
-                    self.log.flush()
                 if self._stop and done < self.config.steps:
                     raise Interrupted(f"stopped by {self._stop} after step {done}; run the same command to go on")
 
@@ -122,25 +127,38 @@ class Log:
     """`log.jsonl`: a line a step; a resumed run drops the lines past its checkpoint first."""
 
     def __init__(self, path: Path, first: int) -> None:
-        self.path = path
+        self.path, self.first = path, first
         self.last: float | None = None
         self._start = time.monotonic()
-        lines = path.read_text("utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if _step(line) is not None and (_step(line) or 0) < first]
-        try:
-            self._file = path.open("w", encoding="utf-8")
-            self._file.writelines(f"{line}\n" for line in kept)
-            self._file.flush()
-        except OSError as error:
-            raise OutputError(f"cannot write {path}: {error.strerror}") from error
+        self._file: TextIO | None = None
+
+    def open(self) -> None:
+        """Keep the lines of the steps before `first`, and go on after them.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        lines = self.path.read_text("utf-8").splitlines() if self.path.exists() else []
+        kept = [line for line in lines if (step := _step(line)) is not None and step < self.first]
+        write_bytes(self.path, "".join(f"{line}\n" for line in kept).encode())
+        self._file = self.path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, step: int, loss: float, rate: float) -> None:
+        """Add the line of a step."""
         self.last = loss
-        seconds = round(time.monotonic() - self._start, 2)
-        self._file.write(json.dumps({"step": step, "loss": loss, "lr": rate, "seconds": seconds}) + "\n")
+        if self._file is not None:
+            seconds = round(time.monotonic() - self._start, 2)
+            try:
+                self._file.write(json.dumps({"step": step, "loss": loss, "lr": rate, "seconds": seconds}) + "\n")
+            except OSError as error:
+                raise OutputError(f"cannot write {self.path}: {error.strerror}; the last checkpoint is kept") from error
 
-    def flush(self) -> None:
-        self._file.flush()
+    def close(self) -> None:
+        """Close the file; a full disk has been reported by `write`."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+            self._file = None
 
 
 def _step(line: str) -> int | None:

@@ -27,7 +27,7 @@ def uniform(seed: int, step: int, batch: int, purpose: str) -> Tensor:
 
 
 def timesteps(seed: int, step: int, batch: int, total: int) -> Tensor:
-    """(batch,) whole timesteps in [0, total), one in each of `batch` equal bins: less variance than independent ones."""
+    """(batch,) whole timesteps in [0, total), one in each of `batch` equal bins (less variance)."""
     jitter = uniform(seed, step, batch, "timestep")
     return ((torch.arange(batch) + jitter) / batch * total).long().clamp(0, total - 1)
 

@@ -13,6 +13,7 @@ import copy
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ PROMPTS = (
     "fox|a red apple|a rocket|a castle|an emoji of a panda|a bicycle|a pizza|a smiling face with sunglasses|"
     "a sunflower|a guitar|a snowman|a strawberry|a fox on a purple background|a rocket on a green background|"
     "a penguin on a red background|a hamburger on a blue background"
-).split("|")
+)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("data", type=Path)
@@ -43,20 +44,21 @@ args = parser.parse_args()
 args.work.mkdir(parents=True, exist_ok=True)
 torch.manual_seed(args.seed)
 
-vae = AutoencoderTiny.from_pretrained(args.pipeline / "vae").eval()
+vae: Any = AutoencoderTiny.from_pretrained(args.pipeline / "vae").eval()
 tokenizer = CLIPTokenizer.from_pretrained(args.pipeline / "tokenizer")
-text = CLIPTextModel(
+text: Any = CLIPTextModel(
     CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=tokenizer.model_max_length, hidden_act="quick_gelu", projection_dim=128,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )
 )  # fmt: skip
-unet = UNet2DConditionModel(  # SD1.5's blocks: three with cross-attention, one plain, two layers each
+unet: Any = UNet2DConditionModel(  # SD1.5's blocks: three with cross-attention, one plain, two layers each
     sample_size=8, in_channels=16, out_channels=16, block_out_channels=(64, 80, 88, 88), layers_per_block=2,
     cross_attention_dim=128, attention_head_dim=4, norm_num_groups=8,
-).to(memory_format=torch.channels_last)  # fmt: skip
-scheduler = DDIMScheduler(
+)  # fmt: skip
+unet.to(memory_format=torch.channels_last)
+scheduler: Any = DDIMScheduler(
     beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
     rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True,
 )  # fmt: skip
@@ -108,7 +110,7 @@ def noised(z: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
 
 # --- model, optimiser, averages
 live = torch.nn.ModuleDict({"unet": unet, "text": text})
-mean = copy.deepcopy(live).eval()
+mean: Any = copy.deepcopy(live).eval()
 parameters = list(live.parameters())
 optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
 checkpoint = args.work / "checkpoint.pt"
@@ -145,8 +147,9 @@ def evaluate() -> dict[str, float]:
     return losses
 
 
-def pipeline() -> StableDiffusionPipeline:
-    return StableDiffusionPipeline(
+def pipeline() -> Any:
+    kind: Any = StableDiffusionPipeline
+    return kind(
         vae=vae, text_encoder=mean["text"], tokenizer=tokenizer, unet=mean["unet"], scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
@@ -159,13 +162,14 @@ def save(step: int) -> None:
     temporary.replace(checkpoint)
     pipe = pipeline()
     pipe.set_progress_bar_config(disable=True)
+    prompts = PROMPTS.split("|")
     rows: list[Image.Image] = []
     for seed in (0, 1):
         generator = torch.Generator().manual_seed(seed)
-        rows += pipe(PROMPTS, num_inference_steps=20, guidance_scale=4.0, generator=generator).images
-    sheet = Image.new("RGB", (64 * len(PROMPTS), 128))
+        rows += pipe(prompts, num_inference_steps=20, guidance_scale=4.0, generator=generator).images
+    sheet = Image.new("RGB", (64 * len(prompts), 128))
     for k, image in enumerate(rows):
-        sheet.paste(image, (64 * (k % len(PROMPTS)), 64 * (k // len(PROMPTS))))
+        sheet.paste(image, (64 * (k % len(prompts)), 64 * (k // len(prompts))))
     sheet.save(args.work / f"samples_{step:05d}.png")
 
 
@@ -190,11 +194,16 @@ for step in range(first, args.steps):
     optimizer.step()
     with torch.no_grad():
         keep = min(0.998 if left > 0.4 else 0.999, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(mean.parameters()), parameters, 1 - keep)
+        average: Any = torch._foreach_lerp_
+        average(list(mean.parameters()), parameters, 1 - keep)
     losses.append(loss.item())
     now = time.time()
     if step == 20 or now - said > 60 or step + 1 == args.steps:
-        row = {"step": step + 1, "minutes": round((seconds + now - start) / 60, 2), "train": round(float(np.mean(losses)), 5)}
+        row = {
+            "step": step + 1,
+            "minutes": round((seconds + now - start) / 60, 2),
+            "train": round(float(np.mean(losses)), 5),
+        }
         with (args.work / "log.jsonl").open("a") as log:
             log.write(json.dumps({**row, **evaluate()}) + "\n")
         said, losses = time.time(), []

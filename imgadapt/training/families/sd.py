@@ -92,7 +92,9 @@ class StableDiffusion:
         return errors * (capped / (snr + 1) if velocity else torch.where(snr > 0, capped / snr, torch.ones_like(snr)))
 
     @torch.no_grad()
-    def draw(self, prompts: Sequence[str], seeds: Sequence[int], *, steps: int = 20, guidance: float = 4.0) -> list[Any]:
+    def draw(
+        self, prompts: Sequence[str], seeds: Sequence[int], *, steps: int = 20, guidance: float = 4.0
+    ) -> list[Any]:
         """One PIL picture a prompt, each from its own seed, so that it is the same in any batch."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.pipeline.set_progress_bar_config(disable=True)

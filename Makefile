@@ -1,0 +1,35 @@
+# make demo: train a style, prove it, look at demo_out/report.html.  make test: prove the project works.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test check clean
+
+demo: .venv/train
+	$(BIN)/imgadapt demo --output demo_out
+
+test: .venv/dev
+	$(BIN)/python -m pytest
+
+check: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/typos
+	$(BIN)/pyright
+
+.venv/made:
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'imgadapt needs Python 3.11 or newer: make PYTHON=...')"
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/train: .venv/made pyproject.toml constraints.txt
+	$(INSTALL) --editable '.[train]'
+	touch $@
+
+.venv/dev: .venv/made pyproject.toml constraints.txt
+	$(INSTALL) --editable '.[dev]'
+	touch $@ .venv/train
+
+clean:
+	rm -rf .venv demo_out dist build .pytest_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,52 @@
+"""Fixtures that several files share."""
+
+import runpy
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from imgadapt import adapters, cli, demo, detach
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def _loaded() -> Any:
+    return demo.pipeline()
+
+
+@pytest.fixture
+def pipe(_loaded: Any) -> Iterator[Any]:
+    """The embedded base, bare again after the test."""
+    yield _loaded
+    if adapters(_loaded):
+        detach(_loaded)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Five small pictures of unequal shape with captions."""
+    made = tmp_path / "pictures"
+    made.mkdir()
+    for k, name in enumerate(("ant", "bee", "cat", "dog", "elk")):
+        Image.effect_mandelbrot((64 + 8 * k, 64), (-2 + 0.2 * k, -1.5, 1, 1.5), 60).save(made / f"{name}.png")
+        (made / f"{name}.txt").write_text(f"a {name}\n")
+    return made
+
+
+@pytest.fixture
+def run() -> Callable[[str, Sequence[str]], None]:
+    """Call a program's main in this process: errors are raised as they are."""
+
+    def call(name: str, arguments: Sequence[str]) -> None:
+        namespace = runpy.run_path(str(cli._folder() / cli.PROGRAMS[name][0]), run_name="tested")
+        namespace["main"](arguments)
+
+    return call

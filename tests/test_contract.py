@@ -1,0 +1,422 @@
+"""The contract that every method keeps, over METHODS x layers x dtypes."""
+
+import contextlib
+import copy
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from imgadapt import LoRA, attach, collect, detach, disabled, merge, parameters, set_weights, unmerge
+from imgadapt.errors import StateError
+from imgadapt.layer import AdapterLayer
+from imgadapt.live import adapters as adapters_of
+from imgadapt.methods import METHODS, Method
+from imgadapt.sites import Site
+
+Case = tuple[Callable[[], nn.Module], tuple[int, ...]]
+
+LAYERS: dict[str, Case] = {
+    "linear": (lambda: nn.Linear(12, 20), (3, 7, 12)),
+    "linear without bias": (lambda: nn.Linear(20, 12, bias=False), (5, 20)),
+    "conv 1x1": (lambda: nn.Conv2d(6, 10, 1), (2, 6, 5, 7)),
+    "conv 3x3": (lambda: nn.Conv2d(6, 10, 3, padding=1), (2, 6, 9, 7)),
+    "conv strided": (lambda: nn.Conv2d(6, 10, 3, stride=2, padding=1), (2, 6, 9, 8)),
+    "conv dilated": (lambda: nn.Conv2d(6, 10, 3, dilation=(2, 1), padding=(2, 1)), (2, 6, 9, 8)),
+    "conv grouped": (lambda: nn.Conv2d(6, 9, 3, padding=1, groups=3), (2, 6, 9, 8)),
+    "conv depthwise": (lambda: nn.Conv2d(6, 12, 3, padding=1, groups=6), (2, 6, 5, 8)),
+    "conv non-square": (lambda: nn.Conv2d(6, 10, (3, 5), stride=(1, 2), padding=(0, 2)), (2, 6, 9, 11)),
+    "conv reflect": (lambda: nn.Conv2d(6, 10, (3, 5), padding=(1, 2), padding_mode="reflect"), (2, 6, 9, 8)),
+    "conv circular strided": (
+        lambda: nn.Conv2d(6, 10, 3, stride=2, padding=(1, 2), padding_mode="circular"), (2, 6, 8, 9)),
+    "conv same": (lambda: nn.Conv2d(6, 10, (3, 4), padding="same", dilation=2), (2, 6, 9, 8)),
+    "conv same, replicate": (lambda: nn.Conv2d(6, 10, (3, 4), padding="same", padding_mode="replicate"), (2, 6, 9, 8)),
+    "conv1d": (lambda: nn.Conv1d(6, 10, 3, padding=1), (2, 6, 9)),
+    "conv3d": (lambda: nn.Conv3d(4, 6, (1, 3, 2), padding=(0, 1, 0)), (2, 4, 3, 5, 4)),
+}  # fmt: skip
+
+CONFIGURED: list[Method] = [LoRA(rank=4, alpha=2), LoRA(rank=3, alpha=5, rank_stabilised=True)]
+"""At least one of every method; scale is never 1."""
+
+every_layer = pytest.mark.parametrize("layer", LAYERS)
+every_method = pytest.mark.parametrize("method", CONFIGURED, ids=str)
+
+
+def build(layer: str) -> tuple[nn.Sequential, Tensor]:
+    """A model with one layer, and an input for it."""
+    torch.manual_seed(0)
+    make, shape = LAYERS[layer]
+    return nn.Sequential(make()), torch.randn(shape)
+
+
+def filled(model: nn.Module, name: str = "default", seed: int = 1) -> None:
+    """Random values in every tensor of an adapter, as if trained."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters(model, name):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+
+
+def dense(model: nn.Sequential, x: Tensor, changes: dict[str, float]) -> Tensor:
+    """What base weight + sum of weight * scale * delta gives, by the base layer's own forward, in float64."""
+    layer = model[0]
+    assert isinstance(layer, AdapterLayer)
+    base = copy.deepcopy(layer.base).double()
+    with torch.no_grad():
+        for slot in layer:
+            tensors = {k: v.double() for k, v in slot.tensors().items()}
+            base.weight += changes[slot.name] * slot.method.scale * slot.method.delta(tensors, layer.site)
+        return base(x.double())
+
+
+def test_every_method_is_in_the_contract() -> None:
+    assert {type(method) for method in CONFIGURED} == set(METHODS)
+
+
+@every_method
+@every_layer
+def test_a_fresh_adapter_changes_nothing(layer: str, method: Method) -> None:
+    model, x = build(layer)
+    before = model(x)
+    attach(model, method, targets="*")
+    assert torch.equal(model(x), before)
+
+
+@every_method
+@every_layer
+def test_live_equals_the_dense_formula(layer: str, method: Method) -> None:
+    model, x = build(layer)
+    base = model(x)
+    attach(model, method, targets="*", weight=0.7)
+    filled(model)
+    expected = dense(model, x, {"default": 0.7})
+    assert (model(x) - base).abs().max() > 1e-2
+    torch.testing.assert_close(model(x).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@every_method
+@every_layer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_merged_equals_live_and_unmerge_restores_the_weight_bitwise(
+    layer: str, method: Method, dtype: torch.dtype
+) -> None:
+    model, x = build(layer)
+    model, x = model.to(dtype), x.to(dtype)
+    weight = model[0].weight
+    kept = weight.detach().clone()
+    attach(model, method, targets="*", weight=-1.3)
+    filled(model)
+    live = model(x)
+    for _ in range(20):  # peft's bf16 weights drift: 1.9 % changed after 21 rounds
+        merge(model)
+        merge(model)
+        merged = model(x)
+        unmerge(model)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.03
+    torch.testing.assert_close(merged, live, rtol=tolerance, atol=tolerance)
+    assert model[0].weight is weight
+    assert torch.equal(weight, kept)
+    detach(model)
+    assert torch.equal(model[0].weight, kept)
+
+
+@every_method
+@every_layer
+def test_two_adapters_add_up_live_and_merged_in_any_order(layer: str, method: Method) -> None:
+    model, x = build(layer)
+    attach(model, method, name="a", targets="*", weight=0.5)
+    attach(model, LoRA(rank=2, alpha=3), name="b", targets="*", weight=-2.0)
+    filled(model, "a")
+    filled(model, "b", 2)
+    expected = dense(model, x, {"a": 0.5, "b": -2.0})
+    torch.testing.assert_close(model(x).double(), expected, rtol=1e-5, atol=2e-5)
+    merge(model)
+    torch.testing.assert_close(model(x).double(), expected, rtol=1e-5, atol=2e-5)
+    detach(model, "a")  # while merged: what stays is merged anew from the original weight
+    torch.testing.assert_close(model(x).double(), dense_of_original(model, x, {"b": -2.0}), rtol=1e-5, atol=2e-5)
+
+
+def dense_of_original(model: nn.Sequential, x: Tensor, changes: dict[str, float]) -> Tensor:
+    unmerge(model)
+    expected = dense(model, x, changes)
+    merge(model)
+    return expected
+
+
+@every_method
+def test_weights_may_change_between_merge_and_unmerge(method: Method) -> None:
+    model, x = build("conv 3x3")
+    base, kept = model(x), model[0].weight.detach().clone()
+    attach(model, method, targets="*")
+    filled(model)
+    merge(model)
+    set_weights(model, {"default": 0.5})  # diffusers' fuse; set_adapters(.5); unfuse corrupts the base by 17 %
+    torch.testing.assert_close(model(x).double(), dense_of_original(model, x, {"default": 0.5}), rtol=1e-5, atol=1e-5)
+    set_weights(model, {"default": 0})
+    assert torch.equal(model(x), base)
+    unmerge(model)
+    assert torch.equal(model[0].weight, kept)
+    assert torch.equal(model(x), base)
+
+
+@every_method
+def test_the_change_is_linear_in_the_weight_and_none_at_zero(method: Method) -> None:
+    model, x = build("conv strided")
+    base = model(x)
+    attach(model, method, targets="*")
+    filled(model)
+    whole = model(x) - base
+    for weight in (0.0, 0.25, -3.0):
+        set_weights(model, {"default": weight})
+        torch.testing.assert_close(model(x) - base, whole * weight, rtol=1e-4, atol=1e-5)
+    set_weights(model, {"default": 0.0})
+    assert torch.equal(model(x), base)
+
+
+@every_method
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_merge_refuses_what_is_not_finite_and_leaves_every_layer_as_it_was(method: Method, bad: float) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
+    kept = [layer.weight for layer in model]
+    attach(model, method, targets="*")
+    filled(model)
+    with torch.no_grad():
+        parameters(model)[-1][0, 0] = bad  # in the second layer: the first is merged by then
+    with pytest.raises(StateError, match="NaN or infinity"):
+        merge(model)
+    assert [layer.weight for layer in model] == kept
+    assert not any(layer.merged for layer in model)
+
+
+@every_method
+def test_disabled_is_the_base_also_while_merged_and_restores_the_state(method: Method) -> None:
+    model, x = build("conv grouped")
+    base = model(x)
+    attach(model, method, targets="*")
+    filled(model)
+    live = model(x)
+    with disabled(model):
+        assert torch.equal(model(x), base)
+        with disabled(model):
+            assert torch.equal(model(x), base)
+        assert torch.equal(model(x), base)
+    assert torch.equal(model(x), live)
+    merge(model)
+    merged = model(x)
+    with contextlib.suppress(ZeroDivisionError), disabled(model):
+        assert torch.equal(model(x), base)
+        raise ZeroDivisionError
+    assert torch.equal(model(x), merged)
+    assert model[0].merged
+
+
+@every_method
+@every_layer
+def test_only_adapter_tensors_learn_and_all_of_them_do(layer: str, method: Method) -> None:
+    model, x = build(layer)
+    model.requires_grad_(False)
+    attach(model, method, targets="*")
+    kept = model[0].weight.clone()
+    filled(model)
+    tensors = parameters(model)
+    before = [tensor.detach().clone() for tensor in tensors]
+    optimizer = torch.optim.SGD(tensors, lr=0.1)
+    model(x).square().mean().backward()
+    assert all(tensor.grad is not None and tensor.grad.abs().max() > 0 for tensor in tensors)
+    optimizer.step()
+    assert all(not torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
+    assert torch.equal(model[0].weight, kept)
+
+
+@every_method
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradients_are_the_same_under_checkpointing(method: Method, reentrant: bool) -> None:
+    model, x = build("linear")
+    model.requires_grad_(False)
+    attach(model, method, targets="*")
+    filled(model)
+    x.requires_grad_()
+    model(x).square().sum().backward()
+    plain = [tensor.grad for tensor in parameters(model)]
+    for tensor in parameters(model):
+        tensor.grad = None
+    out = checkpoint(model, x, use_reentrant=reentrant)
+    assert isinstance(out, Tensor)
+    out.square().sum().backward()
+    for a, b in zip(plain, parameters(model), strict=True):
+        assert a is not None
+        assert b.grad is not None
+        torch.testing.assert_close(a, b.grad)
+
+
+@every_method
+@every_layer
+def test_bf16_activations_keep_their_dtype_and_fp32_masters_stay_fp32(layer: str, method: Method) -> None:
+    model, x = build(layer)
+    model = model.bfloat16()
+    attach(model, method, targets="*")
+    filled(model)
+    out = model(x.bfloat16())
+    assert out.dtype == torch.bfloat16
+    assert {tensor.dtype for tensor in parameters(model)} == {torch.float32}
+    expected = dense(model, x.bfloat16(), {"default": 1.0})
+    torch.testing.assert_close(out.double(), expected, rtol=0.03, atol=0.05)
+
+
+@every_method
+def test_autocast_gives_the_dtype_the_base_gives(method: Method) -> None:
+    model, x = build("conv 3x3")
+    attach(model, method, targets="*")
+    filled(model)
+    expected = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(x)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, rtol=0.03, atol=0.05)
+
+
+@every_method
+@every_layer
+def test_infer_inverts_init_and_factors_multiply_to_the_delta(layer: str, method: Method) -> None:
+    model, _ = build(layer)
+    site = Site.of(model[0])
+    assert site is not None
+    tensors = {k: torch.randn_like(v) for k, v in method.init(site).items()}
+    assert method.fits(tensors, site) is None
+    inferred = type(method).infer(tensors, method.scale * 7)
+    assert inferred.fits(tensors, site) is None
+    delta = method.delta(tensors, site)
+    assert delta.shape == model[0].weight.shape
+    factors = method.factors(tensors, site)
+    assert factors is not None
+    torch.testing.assert_close(factors[0] @ factors[1], delta.flatten(1))
+
+
+@every_method
+@every_layer
+def test_the_state_dict_is_that_of_the_base_alone(layer: str, method: Method) -> None:
+    model, x = build(layer)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    attach(model, method, targets="*")
+    filled(model)
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+    live = model(x)
+    model.load_state_dict({key: value * 2 for key, value in before.items()}, strict=True)
+    assert not torch.allclose(model(x), live)
+    model.load_state_dict(before, strict=True)
+    assert torch.equal(model(x), live)
+
+
+@every_method
+def test_copies_and_pickles_act_the_same_and_share_nothing(method: Method) -> None:
+    model, x = build("conv dilated")
+    attach(model, method, targets="*")
+    filled(model)
+    live = model(x)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert torch.equal(twin(x), live)
+        merge(twin)
+        set_weights(twin, {"default": 3.0})
+        detach(twin)
+        assert torch.equal(model(x), live)
+        assert twin[0].weight is not model[0].weight
+
+
+@every_method
+def test_moves_and_casts_reach_base_adapters_and_the_kept_original(method: Method) -> None:
+    model, x = build("conv 3x3")
+    attach(model, method, targets="*")
+    filled(model)
+    live = model.double()(x.double())
+    assert live.dtype == torch.float64
+    merge(model)
+    model.float()
+    torch.testing.assert_close(model(x), live.float())
+    unmerge(model)
+    assert model[0].weight.dtype == torch.float32
+    torch.testing.assert_close(model(x), live.float())
+
+
+@every_method
+def test_detach_brings_the_very_modules_back_and_leaves_nothing(method: Method) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Flatten(), nn.Linear(24, 5))
+    modules, keys = list(model.modules()), list(model.state_dict())
+    calls: list[int] = []
+    model[2].register_forward_hook(lambda *_: calls.append(1))
+    x = torch.randn(2, 3, 4, 4)
+    for _ in range(3):
+        attach(model, method, name="one", targets="*")
+        attach(model, method, name="on", targets="*")
+        model(x)
+        detach(model, "one")
+        assert adapters_of(model) == ["on"]
+        detach(model, "on")
+    assert list(model.modules()) == modules
+    assert list(model.state_dict()) == keys
+    assert len(calls) == 3  # hooks of the base (accelerate's offload) stay on it
+
+
+def test_lora_costs_exactly_its_two_thin_products() -> None:
+    n, inputs, outputs, rank = 64, 128, 96, 4
+    model = nn.Sequential(nn.Linear(inputs, outputs))
+    x = torch.randn(n, inputs)
+    with FlopCounterMode(display=False) as base, torch.no_grad():
+        model(x)
+    attach(model, LoRA(rank=rank, alpha=1), targets="*")
+    with FlopCounterMode(display=False) as adapted, torch.no_grad():
+        model(x)
+    assert base.get_total_flops() == 2 * n * inputs * outputs
+    assert adapted.get_total_flops() - base.get_total_flops() == 2 * n * rank * (inputs + outputs)
+    set_weights(model, {"default": 0.0})
+    with FlopCounterMode(display=False) as off, torch.no_grad():
+        model(x)
+    assert off.get_total_flops() == base.get_total_flops()
+
+
+def test_lora_keeps_only_the_thin_activation_for_backward() -> None:
+    """Beyond the base's input (shared, not copied) a layer keeps (n, rank); peft keeps an fp32 copy of x, too."""
+    n, inputs, rank = 64, 128, 4
+    model = nn.Sequential(nn.Linear(inputs, 96)).bfloat16().requires_grad_(False)
+    attach(model, LoRA(rank=rank, alpha=1), targets="*")
+    x = torch.randn(n, inputs, dtype=torch.bfloat16, requires_grad=True)
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(x)
+    known = {t.untyped_storage().data_ptr() for t in (x, model[0].weight, model[0].bias)}
+    cast_factors = 2 * rank * (inputs + 96)
+    assert sum(size for place, size in kept.items() if place not in known) == 2 * n * rank + cast_factors
+
+
+@pytest.mark.parametrize("stabilised", [False, True])
+@pytest.mark.parametrize("layer", ["linear", "conv 1x1", "conv 3x3", "conv strided", "conv non-square"])
+def test_lora_equals_pefts_on_the_same_tensors(layer: str, stabilised: bool) -> None:
+    """Where peft is right: its convolutions drop dilation, padding mode and, for groups, the weight's shape."""
+    peft = pytest.importorskip("peft")
+    model, x = build(layer)
+    theirs = peft.get_peft_model(
+        copy.deepcopy(model),
+        peft.LoraConfig(r=4, lora_alpha=6, use_rslora=stabilised, target_modules=["0"], init_lora_weights=False),
+    )
+    attach(model, LoRA(rank=4, alpha=6, rank_stabilised=stabilised), targets="*")
+    module = theirs.base_model.model[0]
+    down, up = parameters(model)
+    with torch.no_grad():
+        down.copy_(module.lora_A["default"].weight)
+        up.copy_(module.lora_B["default"].weight)
+    torch.testing.assert_close(model(x), theirs(x), rtol=1e-5, atol=1e-5)
+    part = next(iter(collect(model).parts.values()))
+    ours = part.method.scale * part.method.delta(part.tensors, model[0].site)
+    torch.testing.assert_close(ours, module.get_delta_weight("default"))

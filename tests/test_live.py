@@ -1,0 +1,200 @@
+"""attach, detach, set_weights, collect on pipelines, mappings and single modules; what they refuse, and how."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import imgadapt
+from imgadapt import AdapterFile, LoRA
+from imgadapt.errors import ConfigError, ShapeError, StateError, TargetError
+from imgadapt.formats import Part
+from imgadapt.layer import AdapterLayer
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q = nn.Linear(8, 6)
+        self.to_k = nn.Linear(8, 6)
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norm = nn.LayerNorm(6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.to_q(x) + self.to_k(x))
+
+
+def filled(model: Any, name: str = "default") -> None:
+    with torch.no_grad():
+        for parameter in imgadapt.parameters(model, name):
+            parameter.normal_(std=0.2)
+
+
+def test_every_public_name_is_there_and_listed() -> None:
+    for name in imgadapt.__all__:
+        assert getattr(imgadapt, name) is not None
+    assert set(imgadapt._HOMES) | {"methods"} == set(imgadapt.__all__)
+    assert callable(imgadapt.attach)
+    assert callable(imgadapt.merge)
+
+
+def test_targets_choose_layers_and_the_star_is_all_a_method_can_act_on() -> None:
+    model = Net()
+    imgadapt.attach(model, LoRA(rank=2, alpha=1), targets=["to_q", "conv"])
+    assert [n for n, m in model.named_modules() if isinstance(m, AdapterLayer)] == ["to_q", "conv"]
+    imgadapt.detach(model)
+    imgadapt.attach(model, LoRA(rank=2, alpha=1), targets="*")
+    assert [n for n, m in model.named_modules() if isinstance(m, AdapterLayer)] == ["to_q", "to_k", "conv"]
+
+
+def test_no_match_says_what_there_is() -> None:
+    with pytest.raises(TargetError, match=r"no layer matches targets='to_x'; there are 3: model.to_q, model.to_k"):
+        imgadapt.attach(Net(), LoRA(), targets="to_x")
+
+
+def test_a_taken_name_is_refused_before_anything_changes() -> None:
+    model = Net()
+    imgadapt.attach(model, LoRA(rank=2), targets="to_q")
+    with pytest.raises(StateError, match="the name 'default' is taken"):
+        imgadapt.attach(model, LoRA(rank=2), targets="to_k")
+    assert isinstance(model.to_k, nn.Linear)
+
+
+def test_unknown_names_are_refused_by_name() -> None:
+    model = Net()
+    imgadapt.attach(model, LoRA(rank=2), name="mine", targets="*")
+    for call in (imgadapt.detach, imgadapt.parameters, imgadapt.collect):
+        with pytest.raises(StateError, match=r"no adapter .*min.* on this model; it has: mine"):
+            call(model, "min")
+    with pytest.raises(StateError, match="no adapter min on this model"):
+        imgadapt.set_weights(model, {"min": 1.0})
+    with pytest.raises(TargetError, match="nothing is attached"):
+        imgadapt.merge(Net())
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), "1", None, True])
+def test_a_weight_must_be_a_finite_number(weight: Any) -> None:
+    model = Net()
+    with pytest.raises(ConfigError, match="weight is"):
+        imgadapt.attach(model, LoRA(rank=2), targets="*", weight=weight)
+    assert not any(isinstance(m, AdapterLayer) for m in model.modules())
+    imgadapt.attach(model, LoRA(rank=2), targets="*")
+    with pytest.raises(ConfigError, match="weight is"):
+        imgadapt.set_weights(model, {"default": weight})
+
+
+def test_block_weights_are_globs_the_first_match_wins_and_the_rest_is_off() -> None:
+    model = Net()
+    imgadapt.attach(model, LoRA(rank=2, alpha=1), targets="*", weight={"to_q": 0.5, "model.to_*": 2.0})
+    slots = {n: m.slot("default") for n, m in model.named_modules() if isinstance(m, AdapterLayer)}
+    assert {n: slot.weight for n, slot in slots.items() if slot} == {"to_q": 0.5, "to_k": 2.0, "conv": 0.0}
+
+
+def test_set_weights_that_cannot_be_merged_leave_all_as_before() -> None:
+    model = Net()
+    imgadapt.attach(model, LoRA(rank=2, alpha=1), targets="*")
+    filled(model)
+    imgadapt.merge(model)
+    merged = model.to_q.weight.clone()
+    with torch.no_grad():
+        imgadapt.parameters(model)[2].fill_(1e38)  # to_k: finite, but not at weight 1e30
+    with pytest.raises(StateError, match="NaN or infinity"):
+        imgadapt.set_weights(model, {"default": 1e30})
+    imgadapt.unmerge(model)
+    assert {slot.weight for m in model.modules() if isinstance(m, AdapterLayer) for slot in m} == {1.0}
+    assert merged.isfinite().all()
+
+
+def test_collect_then_attach_is_the_same_adapter_and_a_copy() -> None:
+    model, x = Net(), torch.randn(5, 8)
+    imgadapt.attach({"unet": model}, LoRA(rank=2, alpha=3), targets=["to_q", "to_k"], weight=0.5)
+    filled({"unet": model})
+    live = model(x)
+    file = imgadapt.collect({"unet": model})
+    assert list(file.parts) == ["unet.to_q", "unet.to_k"]
+    imgadapt.detach({"unet": model})
+    imgadapt.attach({"unet": model}, file, weight=0.5)
+    assert torch.equal(model(x), live)
+    with torch.no_grad():
+        imgadapt.parameters({"unet": model})[0].zero_()
+    assert file.parts["unet.to_q"].tensors["down"].abs().max() > 0
+
+
+def test_layers_that_the_model_lacks_are_counted_and_named() -> None:
+    file = AdapterFile({f"unet.block.{k}": Part(LoRA(2), LoRA(2).init(_site())) for k in range(5)})
+    with pytest.raises(
+        TargetError, match=r"5 of the file's 5 layers are not in this model \(unet.block.0, .* and 2 more\)"
+    ):
+        imgadapt.attach({"unet": Net()}, file)
+
+
+def _site() -> Any:
+    from imgadapt.sites import Site
+
+    return Site((6, 8))
+
+
+def test_a_shape_that_does_not_fit_names_layer_and_both_shapes_and_changes_nothing() -> None:
+    from imgadapt.sites import Site
+
+    model = Net()
+    parts = {
+        "unet.to_q": Part(LoRA(2), LoRA(2).init(Site((6, 8)))),
+        "unet.to_k": Part(LoRA(2), LoRA(2).init(Site((6, 9)))),
+    }
+    with pytest.raises(
+        ShapeError, match=r"unet.to_k: down is \(2, 9\), this layer takes \(2, 8\); is the file for another"
+    ):
+        imgadapt.attach({"unet": model}, AdapterFile(parts))
+    assert isinstance(model.to_q, nn.Linear)
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(0, None), (-1, 1.0), (4, 0.0), (4, -1.0), (4, float("nan"))])
+def test_a_lora_of_impossible_size_is_refused(rank: int, alpha: float | None) -> None:
+    with pytest.raises(ConfigError, match="must be"):
+        LoRA(rank=rank, alpha=alpha)
+
+
+def test_a_pipeline_takes_adapters_on_unet_and_text_encoder(pipe: Any, tmp_path: Path) -> None:
+    generator = torch.Generator
+    draw = lambda: torch.tensor(  # noqa: E731
+        pipe(
+            ["a fox", "a red apple"], num_inference_steps=2, generator=generator().manual_seed(1), output_type="np"
+        ).images
+    )
+    base = draw()
+    imgadapt.attach(pipe, LoRA(rank=3, alpha=2), targets=["transformer", "convolution", "text"])
+    assert torch.equal(draw(), base)
+    filled(pipe)
+    live = draw()
+    assert (live - base).abs().max() > 0.05
+    file = imgadapt.collect(pipe)
+    assert len([n for n in file.parts if n.startswith("text_encoder.text_model.encoder.layers.")]) == 12
+    imgadapt.merge(pipe)
+    assert (draw() - live).abs().max() < 1e-4
+    imgadapt.detach(pipe)
+    assert torch.equal(draw(), base)
+    for form in ("diffusers", "kohya"):
+        imgadapt.attach(pipe, imgadapt.load(imgadapt.save(file, tmp_path / "x.safetensors", format=form)))
+        assert torch.equal(draw(), live)
+        imgadapt.detach(pipe)
+
+
+def test_memory_is_flat_over_a_hundred_loads(tmp_path: Path) -> None:
+    import gc
+
+    model = Net()
+    imgadapt.attach({"unet": model}, LoRA(rank=2), targets="*")
+    path = imgadapt.save(imgadapt.collect({"unet": model}), tmp_path / "x.safetensors")
+    imgadapt.detach({"unet": model})
+    count: dict[int, int] = {}
+    for k in range(100):
+        imgadapt.attach({"unet": model}, imgadapt.load(path))
+        imgadapt.merge({"unet": model})
+        imgadapt.detach({"unet": model})
+        if k in (2, 99):
+            gc.collect()
+            count[k] = sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+    assert count[99] <= count[2]

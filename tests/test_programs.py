@@ -1,0 +1,203 @@
+"""The programs, as a user runs them: what they write, what they say to bad input, and that a kill costs nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors import safe_open
+
+from imgadapt import cli, demo
+from imgadapt.errors import ConfigError, DataError, FormatError, OutputError, TargetError
+
+Run = Callable[[str, Sequence[str]], None]
+QUICK = [
+    "--steps",
+    "12",
+    "--checkpoint-every",
+    "2",
+    "--batch-size",
+    "3",
+    "--rank",
+    "2",
+    "--alpha",
+    "1",
+    "--targets",
+    "attention",
+]
+
+
+def imgadapt(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "imgadapt", *arguments]
+
+
+def test_help_needs_no_torch_and_no_time() -> None:
+    code = "import sys, imgadapt.cli as c; sys.argv = ['x', '--help']; c.main(); assert 'torch' not in sys.modules"
+    seconds: list[float] = []
+    for _ in range(3):
+        start = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        seconds.append(time.monotonic() - start)
+    assert all(name in done.stdout for name in cli.PROGRAMS)
+    assert min(seconds) < 0.3
+
+
+def test_every_program_is_there_and_answers_help(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in cli.PROGRAMS:
+        with pytest.raises(SystemExit) as stop:
+            run(name, ["--help"])
+        assert stop.value.code == 0
+        assert f"imgadapt {name}" in capsys.readouterr().out
+
+
+def test_importing_imgadapt_imports_no_diffusers_transformers_or_gradio() -> None:
+    code = (
+        "import sys, imgadapt; [getattr(imgadapt, n) for n in imgadapt.__all__]; "
+        "print([m for m in ('diffusers', 'transformers', 'gradio', 'accelerate') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_an_unknown_program_is_answered_with_the_nearest() -> None:
+    done = subprocess.run(imgadapt("trian"), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "did you mean 'train'" in done.stderr
+
+
+def test_a_run_killed_at_any_moment_and_run_again_ends_in_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    """kill -9 after the first checkpoint, again after a later one, then Ctrl-C; then to the end."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    arguments = ["train", str(folder), "--flip", "--caption-dropout", "0.3", *QUICK]
+    subprocess.run(imgadapt(*arguments, "--output", str(whole)), check=True, capture_output=True)
+    reached: list[int] = []
+    for number in (signal.SIGKILL, signal.SIGKILL, signal.SIGINT):
+        process = subprocess.Popen(
+            imgadapt(*arguments, "--output", str(broken)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        before = newest(broken)
+        while newest(broken) <= before and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+        reached.append(newest(broken))
+        assert process.returncode in ((-number,) if number == signal.SIGKILL else (130,)), said
+    assert "run the same command to go on" in said
+    assert 0 < reached[0] < reached[1] < reached[2] < 12, reached
+    subprocess.run(imgadapt(*arguments, "--output", str(broken)), check=True, capture_output=True)
+    assert (broken / "adapter.safetensors").read_bytes() == (whole / "adapter.safetensors").read_bytes()
+    steps = [[json.loads(line)["step"] for line in (f / "log.jsonl").read_text().splitlines()] for f in (whole, broken)]
+    assert steps == [list(range(12))] * 2
+    assert not list(broken.rglob("*.tmp"))
+
+
+def newest(output: Path) -> int:
+    return max((int(path.stem.removeprefix("step-")) for path in output.glob("checkpoints/step-*")), default=0)
+
+
+def test_train_generate_show_and_convert_hang_together(
+    run: Run, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_out = demo.STYLE / "held_out"
+    few = tmp_path / "few"
+    few.mkdir()
+    for path in sorted(held_out.iterdir())[:6]:
+        (few / path.name).write_bytes(path.read_bytes())
+    out = tmp_path / "out"
+    run("train", [str(folder), *QUICK, "--output", str(out), "--held-out", str(few), "--sample-prompts", "a fox"])
+    said = capsys.readouterr().out
+    assert "read back, predictions differ by 0.0e+00" in said
+    assert "held-out loss: adapted" in said
+    with Image.open(out / "samples" / "last.png") as sheet:
+        assert sheet.size[0] > 64
+    adapter = out / "adapter.safetensors"
+    with safe_open(adapter, framework="pt") as file:
+        settings = json.loads(file.metadata()["imgadapt_settings"])
+    assert (settings["rank"], settings["alpha"], settings["steps"]) == ("2", "1.0", "12")
+
+    run("convert", [str(adapter), str(tmp_path / "k.safetensors"), "--to", "kohya"])
+    run("convert", [str(tmp_path / "k.safetensors"), str(tmp_path / "d.safetensors"), "--to", "diffusers"])
+    run("show", [str(tmp_path / "k.safetensors")])
+    said = capsys.readouterr().out
+    assert "rank 2, alpha 1 (scale 0.5): 128 layers" in said
+    assert "kohya format" in said
+    run("show", [str(tmp_path / "d.safetensors"), "--layers"])
+    assert "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_v: norm" in capsys.readouterr().out
+
+    pictures = []
+    for name, adapters in (("base", []), ("on", [f"{adapter}:1"]), ("off", [f"{adapter}:0"])):
+        flags = [x for a in adapters for x in ("--adapter", a)]
+        run("generate", ["a fox", "--steps", "2", *flags, "--output", str(tmp_path / f"{name}.png")])
+        pictures.append((tmp_path / f"{name}.png").read_bytes())
+    assert pictures[0] == pictures[2] != pictures[1]
+
+
+def test_bad_input_is_answered_with_the_way_out(run: Run, folder: Path, tmp_path: Path) -> None:
+    out = ["--output", str(tmp_path / "out")]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(DataError, match="no pictures in it"):
+        run("train", [str(empty), *out])
+    with pytest.raises(ConfigError, match="'folder' is not given"):
+        run("train", out)
+    with pytest.raises(ConfigError, match="base nowhere is not there"):
+        run("train", [str(folder), "--base", "nowhere", *out])
+    with pytest.raises(ConfigError, match="resolution is 60; it must be a multiple of 8"):
+        run("train", [str(folder), "--resolution", "60", *out])
+    with pytest.raises(TargetError, match="no layer matches"):
+        run("train", [str(folder), "--targets", "to_x", *out])
+    with pytest.raises(FormatError, match="no such file"):
+        run("generate", ["a fox", "--adapter", str(tmp_path / "none.safetensors")])
+    (tmp_path / "text.safetensors").write_text("<html>404</html>")
+    for name, arguments in (("show", []), ("convert", [str(tmp_path / "y"), "--to", "kohya"])):
+        with pytest.raises(FormatError, match="not a whole safetensors file"):
+            run(name, [str(tmp_path / "text.safetensors"), *arguments])
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(OutputError, match="cannot write"):
+        run("train", [str(folder), "--output", str(tmp_path / "file" / "under")])
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="rlimits are POSIX's")
+def test_a_full_disk_is_one_clear_line_and_leaves_no_stray_file(
+    folder: Path, tmp_path: Path
+) -> None:
+    import resource
+
+    def small_files() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writes past the limit then fail with EFBIG
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
+
+    out = tmp_path / "out"
+    done = subprocess.run(
+        imgadapt("train", str(folder), *QUICK, "--output", str(out)),
+        preexec_fn=small_files, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("imgadapt: error: cannot write ")
+    assert "what was there is untouched" in last
+    assert not list(out.rglob("*.tmp"))
+    assert "Traceback" not in done.stderr
+
+
+def test_programs_are_found_in_a_wheel_layout(tmp_path: Path) -> None:
+    """A wheel carries them under imgadapt/_programs; the command runs them there by path."""
+    package = tmp_path / "imgadapt"
+    package.mkdir()
+    for name in ("cli.py", "__init__.py", "__main__.py", "errors.py"):
+        (package / name).write_bytes((Path(cli.__file__).parent / name).read_bytes())
+    program = package / "_programs" / cli.PROGRAMS["show"][0]
+    program.parent.mkdir(parents=True)
+    program.write_text("import sys; print('ran', sys.argv)")
+    done = subprocess.run(
+        imgadapt("show", "x"), cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == f"ran {[str(program), 'x']}"
