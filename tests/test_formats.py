@@ -238,12 +238,15 @@ def test_a_files_own_metadata_is_kept_verbatim_by_its_format_while_it_is_true(tm
 
 
 @EVERY
-def test_own_metadata_that_is_no_longer_true_is_replaced(form: Format, sites: Sites, tmp_path: Path) -> None:
+@pytest.mark.parametrize("alpha", [5.0, 2.0], ids=["other alpha", "other rank, same alpha"])
+def test_own_metadata_that_is_no_longer_true_is_replaced(
+    form: Format, alpha: float, sites: Sites, tmp_path: Path
+) -> None:
     site = sites[QUERY]
     old = load(save(AdapterFile({QUERY: part(site, LoRA(4, 2.0), 0)}), tmp_path / "1.safetensors", format=form.name))
-    changed = replace(old, parts={QUERY: part(site, LoRA(2, 5.0), 0)})
+    changed = replace(old, parts={QUERY: part(site, LoRA(2, alpha), 0)})
     new = load(save(changed, tmp_path / "2.safetensors", format=form.name))
-    assert new.parts[QUERY].method.scale == 2.5
+    assert new.parts[QUERY].method.scale == alpha / 2
     fresh, _ = read_tensors(save(replace(changed, metadata={}), tmp_path / "3.safetensors", format=form.name))
     assert (tmp_path / "2.safetensors").read_bytes() == (tmp_path / "3.safetensors").read_bytes()
     assert len(fresh) == (3 if form.alpha else 2)
@@ -356,12 +359,27 @@ def test_written_patterns_give_peft_our_ranks_and_alphas(live: str, sites: Sites
     for name, own in file.parts.items():
         component, _, path = name.partition(".")
         path = path.replace("text_model.", live)
-        found: dict[str, float] = {}
+        found: dict[str, Any] = {}
         for default, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
             rows: dict[str, float] = fields[f"{component}.{pattern}"]
             found[default] = rows.get(get_pattern_key(list(rows), path), fields[f"{component}.{default}"])
         assert found["r"] == own.tensors["down"].shape[0], name
         assert found["lora_alpha"] / found["r"] == own.method.scale, name
+
+
+def test_a_name_that_ends_as_another_does_has_its_own_rank_and_alpha() -> None:
+    """Flux has both: a pattern `proj_out` would match the two."""
+    whole, ending = "transformer.single_transformer_blocks.0.proj_out", "transformer.proj_out"
+    methods = {whole: LoRA(2, 1.0), "transformer.x_embedder": LoRA(2, 1.0), ending: LoRA(3, 6.0)}
+    parts = {name: part(Site((5, 6)), method, 0) for name, method in methods.items()}
+    tensors, metadata = write(DIFFUSERS, parts, {})
+    again = read(tensors, metadata, FORMATS, architectures()).parts
+    assert {name: again[name].method for name in methods} == methods
+    fields: dict[str, Any] = json.loads(metadata[CONFIG])
+    for name, wanted in ((whole, 1.0), (ending, 6.0)):
+        alphas: dict[str, float] = fields["transformer.alpha_pattern"]
+        found = alphas.get(get_pattern_key(list(alphas), name.partition(".")[2]), fields["transformer.lora_alpha"])
+        assert found == wanted
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from imgadapt.file import read_tensors
 from imgadapt.targets import layers
 
 FOLDER = Path(__file__).parent / "ground_truth"
-NEAR = {"rtol": 0, "atol": 5e-7}  # deltas are up to 0.47; the tools took theirs as differences of fp32 weights
+NEAR = 5e-7  # deltas are up to 0.47; the tools took theirs as differences of fp32 weights
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def test_every_delta_of_a_tools_file_is_what_the_tool_measured(truth: Truth, mod
         part = file.parts[name]
         assert part.method.scale == 0.5
         ours = part.method.scale * part.method.delta(part.tensors, sites[name])
-        torch.testing.assert_close(ours, change, **NEAR, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(ours, change, rtol=0, atol=NEAR, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @EVERY
@@ -124,7 +124,7 @@ def test_a_merged_file_changes_the_weights_as_the_tool_does(
     finally:
         detach(model)
     for name, change in wanted.items():
-        torch.testing.assert_close(after[name] - before[name], change, **NEAR)
+        torch.testing.assert_close(after[name] - before[name], change, rtol=0, atol=NEAR)
     moved = {name for name in before if not torch.equal(after[name], before[name])}
     assert len(moved) == truth.layers
     assert moved >= set(full)

@@ -165,9 +165,7 @@ def test_bad_input_is_answered_with_the_way_out(run: Run, folder: Path, tmp_path
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="rlimits are POSIX's")
-def test_a_full_disk_is_one_clear_line_and_leaves_no_stray_file(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_a_full_disk_is_one_clear_line_and_leaves_no_stray_file(folder: Path, tmp_path: Path) -> None:
     import resource
 
     def small_files() -> None:

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 
 from imgadapt import AdapterFile, LoRA, __version__, attach, collect, detach, disabled, load, parameters, save
 from imgadapt.cli import program
-from imgadapt.errors import TrainingError
+from imgadapt.errors import ConfigError, TrainingError
 from imgadapt.training import config as settings
 from imgadapt.training import families, noise, pictures, probe
 from imgadapt.training.cache import identity
@@ -37,6 +37,8 @@ def main(argv: Sequence[str]) -> None:
 
     # 2. The base, frozen.
     accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        raise ConfigError("imgadapt train runs in one process so far; start it without `accelerate launch`")
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     family = families.load(config.base, device=accelerator.device, dtype=dtype)
     size = family.side(config.resolution)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from imgadapt.arch import Architecture, canonical
-from imgadapt.errors import ConfigError, FormatError, first_few
+from imgadapt.errors import ConfigError, FormatError, ShapeError, first_few
 from imgadapt.formats.part import Part, Parts
 from imgadapt.methods import METHODS, Method
 
@@ -153,7 +153,7 @@ def _part(form: Format, name: str, found: Mapping[str, Tensor], metadata: Mappin
     alpha = _alpha(name, found["alpha"]) if "alpha" in found else None
     try:
         return Part(replace(method.infer(own, alpha), **form.settings(metadata, name)), own)
-    except (ConfigError, TypeError, ValueError, OverflowError, IndexError) as error:
+    except (ConfigError, ShapeError, TypeError, ValueError, OverflowError, IndexError) as error:
         shapes = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in own.items())
         raise FormatError(f"{name} ({shapes}): {error}") from error
 

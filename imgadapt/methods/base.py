@@ -52,7 +52,12 @@ class Method(ABC):
     @classmethod
     @abstractmethod
     def infer(cls, t: Tensors, alpha: float | None) -> Self:
-        """The hyper-parameters that a file's tensors imply; alpha None: the file has none."""
+        """The hyper-parameters that a file's tensors imply; alpha None: the file has none.
+
+        Raises:
+            ShapeError: the tensors do not belong together.
+            ConfigError: they imply what cannot be (rank 0).
+        """
 
     @abstractmethod
     def factors(self, t: Tensors, site: Site) -> tuple[Tensor, Tensor] | None:

@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from imgadapt.errors import ConfigError
+from imgadapt.errors import ConfigError, ShapeError
 from imgadapt.methods.base import Method, Tensors
 from imgadapt.sites import Site
 
@@ -65,7 +65,10 @@ class LoRA(Method):
 
     @classmethod
     def infer(cls, t: Tensors, alpha: float | None) -> Self:
-        return cls(rank=t["down"].shape[0], alpha=alpha)
+        up, down = t["up"], t["down"]
+        if up.ndim < 2 or down.ndim < 2 or up.shape[1] != down.shape[0]:
+            raise ShapeError(f"up is {tuple(up.shape)} and down {tuple(down.shape)}: their ranks differ")
+        return cls(rank=down.shape[0], alpha=alpha)
 
     def factors(self, t: Tensors, site: Site) -> tuple[Tensor, Tensor] | None:
         return t["up"].flatten(1), t["down"].flatten(1)

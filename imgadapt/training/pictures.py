@@ -35,6 +35,16 @@ def sheet(
     return made
 
 
+def mosaic(tiles: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Pictures of any sizes, row by row; each place is as large as the largest."""
+    width, height = max(t.width for t in tiles), max(t.height for t in tiles)
+    rows = -(-len(tiles) // columns)
+    made = Image.new("RGB", (width * columns, height * rows), "white")
+    for k, tile in enumerate(tiles):
+        made.paste(tile, (width * (k % columns), height * (k // columns) + height - tile.height))
+    return made
+
+
 def png(image: Image.Image) -> bytes:
     """The picture as PNG bytes."""
     file = io.BytesIO()
