@@ -1,7 +1,7 @@
 """Whole files or none: a temporary name in the same folder, fsync, rename."""
 
 import os
-import tempfile
+import secrets
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,36 +17,31 @@ def atomically(path: Path) -> Generator[BinaryIO]:
     Raises:
         OutputError: it cannot be written (disk full, read-only, no permission); what was at `path` is untouched.
     """
-    temporary: str | None = None
+    temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        name = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        descriptor = os.open(name, flags, 0o666)
+        temporary = name
         with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
         temporary = None
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}; what was there is untouched") from error
     finally:
         if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-    with suppress(
-        OSError
-    ):  # the file is there and whole; some file systems cannot sync a folder, Windows cannot open it
+            temporary.unlink(missing_ok=True)
+    # the file is there and whole: some file systems cannot sync a folder, and Windows cannot open one
+    with suppress(OSError):
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -9,7 +9,6 @@ import stat
 import struct
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -169,9 +168,8 @@ def failing(code: int) -> Callable[..., Any]:
         (os, "fsync", errno.ENOSPC),  # space is found missing only when it is flushed
         (os, "fsync", errno.EIO),
         (os, "replace", errno.EACCES),
-        (os, "chmod", errno.EPERM),
-        (tempfile, "mkstemp", errno.EROFS),
-        (tempfile, "mkstemp", errno.EACCES),
+        (os, "open", errno.EROFS),
+        (os, "open", errno.EACCES),
     ],
     ids=lambda value: errno.errorcode.get(value, "") if isinstance(value, int) else getattr(value, "__name__", value),
 )

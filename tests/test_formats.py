@@ -465,3 +465,17 @@ def test_what_a_format_has_no_word_for_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no safetensors file has dtype"):
         save(AdapterFile(parts), tmp_path / "x.safetensors", dtype=torch.float8_e4m3fnuz)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_flattened_names_of_a_model_without_a_table_are_refused_not_guessed(tmp_path: Path) -> None:
+    """kohya's SDXL names are LDM's: flattened diffusers names would be found by no tool, and not by us."""
+    name = "unet.down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q"
+    method = LoRA(2, 1.0)
+    file = AdapterFile({name: Part(method, method.init(Site((6, 8))))})
+    with pytest.raises(
+        FormatError, match=r"names this model's layers is not known yet \(unet\.down_blocks\.1\.attentions"
+    ):
+        save(file, tmp_path / "x.safetensors", format="kohya")
+    assert not list(tmp_path.iterdir())
+    again = load(save(file, tmp_path / "x.safetensors"))
+    assert (list(again.parts), again.architecture, again.parts[name].method) == ([name], None, method)

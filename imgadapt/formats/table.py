@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imgadapt.arch import Architecture, canonical
+from imgadapt.arch import Architecture, architectures, canonical
 from imgadapt.errors import ConfigError, FormatError, ShapeError, first_few
 from imgadapt.formats.part import Part, Parts
 from imgadapt.methods import METHODS, Method
@@ -169,7 +169,8 @@ def write(form: Format, parts: Parts, metadata: Mapping[str, str]) -> tuple[dict
     """Tensors and metadata in the tool's spelling; foreign metadata is kept.
 
     Raises:
-        FormatError: the format has no word for a layer's component or method.
+        FormatError: the format has no word for a layer's component or method, or flattens names of which no
+            architecture has a table, so that neither we nor the tool would find them again.
     """
     if not parts:
         raise FormatError("the adapter has no layers; there is nothing to write")
@@ -184,6 +185,13 @@ def write(form: Format, parts: Parts, metadata: Mapping[str, str]) -> tuple[dict
             tensors[f"{spelled}.{end}"] = part.tensors[tensor]
         if form.alpha is not None:
             tensors[f"{spelled}.{form.alpha}"] = torch.tensor(_written_alpha(part.method, part))
+    known = [set(architecture.layers) for architecture in architectures()]
+    if form.separator != "." and not any(known_layers.issuperset(parts) for known_layers in known):
+        strange = [name for name in parts if not any(name in known_layers for known_layers in known)]
+        raise FormatError(
+            f"how {form.name} names this model's layers is not known yet ({first_few(strange or list(parts))}); "
+            f"known: {', '.join(architecture.name for architecture in architectures())}. Dotted formats need no table"
+        )
     return tensors, {**metadata, **form.metadata(parts, metadata)}
 
 
