@@ -35,7 +35,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("data", type=Path)
 parser.add_argument("--pipeline", type=Path, required=True, help="reads vae/ and tokenizer/ there, writes the rest")
 parser.add_argument("--work", type=Path, required=True, help="log, samples and checkpoint")
-parser.add_argument("--steps", type=int, default=5500)
+parser.add_argument("--steps", type=int, default=3900)
 parser.add_argument("--decay", type=float, default=0.35, help="share of the steps over which the rate falls to 2 %%")
 parser.add_argument("--batch", type=int, default=64)
 parser.add_argument("--lr", type=float, default=1.2e-3)
