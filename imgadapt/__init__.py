@@ -58,3 +58,7 @@ def __getattr__(name: str) -> Any:
     if name in ("demo", "methods"):
         return import_module(f"imgadapt.{name}")
     raise AttributeError(f"module 'imgadapt' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,5 +1,6 @@
 """AdapterFile, and reading and writing it as safetensors."""
 
+import hashlib
 import json
 import struct
 from collections.abc import Mapping
@@ -58,19 +59,21 @@ def save(
     The same adapter gives the same bytes.
 
     Raises:
-        ConfigError: no such format, or a dtype that files do not have.
-        FormatError: the format cannot say what the adapter holds.
+        ConfigError: no such format, or a dtype that is not one of floating-point numbers in files.
+        FormatError: the format cannot say what the adapter holds, or that is not finite (in `dtype`).
         OutputError: the file cannot be written.
     """
     form = next((f for f in FORMATS if f.name == format), None)
     if form is None:
         raise ConfigError(f"no format '{format}'; there are: {', '.join(f.name for f in FORMATS)}")
-    if dtype is not None and dtype not in _DTYPES:
-        raise ConfigError(f"no safetensors file has dtype {dtype}")
+    if dtype is not None and not (dtype in _DTYPES and dtype.is_floating_point):
+        raise ConfigError(f"an adapter cannot be written as {dtype}; wanted a floating-point dtype of safetensors")
     others = {key for f in FORMATS if f is not form for key in f.own_metadata}
     tensors, metadata = write(form, file.parts, {k: v for k, v in file.metadata.items() if k not in others})
     if dtype is not None:
         tensors = {k: v if form.alpha and k.endswith(f".{form.alpha}") else v.to(dtype) for k, v in tensors.items()}
+    if broken := [key for key, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]:
+        raise FormatError(f"NaN or infinity in {first_few(broken)}; {path} is not written")
     write_tensors(Path(path), tensors, metadata)
     return Path(path)
 
@@ -102,6 +105,20 @@ _DTYPES = {
 }  # fmt: skip
 
 
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and values, whatever the order."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file, atomically, the same bytes for the same content.
 
@@ -109,8 +126,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     uninterrupted trainings would differ. Layout: https://github.com/huggingface/safetensors#format.
 
     Raises:
+        FormatError: metadata that is not text.
         OutputError: it cannot be written; what was there is untouched.
     """
+    if wrong := [key for key, value in metadata.items() if not (isinstance(key, str) and isinstance(value, str))]:
+        raise FormatError(f"metadata maps text to text in safetensors; {first_few([str(key) for key in wrong])} is not")
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # aligned, as safetensors does
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     end = 0
@@ -123,5 +143,4 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     with atomically(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in order:
-            flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-            file.write(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+            file.write(_bytes(tensors[name]))

@@ -1,6 +1,6 @@
 """AdapterLayer: the one wrapper. It owns names, strengths, scale, dtype and merging; methods own the maths."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -44,8 +44,8 @@ class Slot(nn.Module):
 class AdapterLayer(nn.Module):
     """A layer with adapters: base(x) + sum of weight * scale * op(x, delta).
 
-    It takes the base's place in the model and *shares its parameter and buffer dictionaries*, so names, state dict,
-    device moves and dtype casts are those of the base alone; the base itself, with its hooks, is what is called.
+    It takes the base's place in the model and *shares its parameter and buffer dictionaries*, so the state dict is that
+    of the base alone and moves reach both; the base itself, with its hooks, is what is called.
     Every delta is taken against the pristine base weight, so the order of adapters does not matter.
     """
 
@@ -64,7 +64,8 @@ class AdapterLayer(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "base" not in self.__dict__:  # being copied or unpickled
+            # being copied or unpickled; or accelerate asks for a hook of ours, which is the base's and stays there
+            if "base" not in self.__dict__ or name in ("_hf_hook", "_old_forward"):
                 raise
             return getattr(self.__dict__["base"], name)
 
@@ -82,8 +83,8 @@ class AdapterLayer(nn.Module):
         """The adapter `name` of this layer, if it has it."""
         return next((slot for slot in self if slot.name == name), None)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        out: Tensor = self.base(x, *args, **kwargs)
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # (as torch's layers name it)
+        x, out = input, self.base(input, *args, **kwargs)
         if self.merged or not self.enabled:
             return out
         for slot in self:
@@ -104,47 +105,66 @@ class AdapterLayer(nn.Module):
         if wrong := slot.method.fits(slot.tensors(), self.site):
             raise ShapeError(wrong)
         weight = self._parameters["weight"]
-        if weight is not None:
-            slot.to(weight.device)
-        slot.train(self.training)
+        assert weight is not None
+        self._present(weight)
+        slot.to(weight.device).train(self.training)
         self.slots.append(slot)
-        self.refresh()
+        try:
+            self.refresh()
+        except BaseException:
+            self.slots = nn.ModuleList(list(self)[:-1])
+            raise
 
-    def remove(self, name: str) -> bool:
-        """Take an adapter off; True if it was here."""
-        kept = [slot for slot in self if slot.name != name]
-        found = len(kept) < len(self.slots)
-        self.slots = nn.ModuleList(kept)
-        self.refresh()
-        return found
+    def remove(self, names: Collection[str]) -> None:
+        """Take adapters off; what stays is merged anew if the layer is merged, and unmerged when none stays.
+
+        Raises:
+            StateError: that merge is not finite; all adapters are still on.
+        """
+        before = self.slots
+        self.slots = nn.ModuleList([slot for slot in self if slot.name not in names])
+        try:
+            if self.slots:
+                self.refresh()
+            else:
+                self.unmerge()
+        except BaseException:
+            self.slots = before
+            raise
 
     def refresh(self) -> None:
-        """Merge anew, from the original weight, if this layer is merged and enabled."""
-        if self.merged:
-            self.unmerge()
-            self.merge()
+        """Merge anew, from the original weight, if this layer is merged; on failure it stays as it is merged now.
 
-    @torch.no_grad()
+        Raises:
+            StateError: the sum is not finite.
+        """
+        if self.merged:
+            self._parameters["weight"] = self._sum(self.original)
+
     def merge(self) -> None:
-        """Put weight + deltas in the base's place, summed in fp32 and rounded once; the original is kept as it is.
+        """Put weight + deltas in the base's place, summed in fp32 or better and rounded once; the original is kept.
 
         Raises:
             StateError: the sum is not finite; the base is untouched.
         """
-        if self.merged:
-            return
-        weight = self._parameters["weight"]
-        assert weight is not None
-        total = weight.to(torch.float32, copy=True)
+        if not self.merged:
+            weight = self._parameters["weight"]
+            self._parameters["weight"] = self._sum(weight)
+            self.__dict__["original"] = weight
+
+    @torch.no_grad()
+    def _sum(self, weight: Any) -> nn.Parameter:
+        self._present(weight)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        total = weight.to(wide, copy=True)
         for slot in self:
             if slot.weight:
-                total.add_(slot.method.delta(slot.tensors(torch.float32), self.site), alpha=slot.gain)
+                total.add_(slot.method.delta(slot.tensors(wide), self.site).to(total.device), alpha=slot.gain)
         total = total.to(weight.dtype)
         if not torch.isfinite(total).all():
             names = ", ".join(slot.name for slot in self)
             raise StateError(f"NaN or infinity in the weight merged with {names}; the base is left as it was")
-        self.__dict__["original"] = weight
-        self._parameters["weight"] = nn.Parameter(total, requires_grad=weight.requires_grad)
+        return nn.Parameter(total, requires_grad=weight.requires_grad)
 
     def unmerge(self) -> None:
         """Put the original weight back, the very same tensor (moved, if the model was moved meanwhile)."""
@@ -154,8 +174,14 @@ class AdapterLayer(nn.Module):
         assert current is not None
         if original.device != current.device or original.dtype != current.dtype:
             original.data = original.data.to(current.device, current.dtype)
+        original.requires_grad_(current.requires_grad)
         self._parameters["weight"] = original
         self.__dict__["original"] = None
+
+    @staticmethod
+    def _present(tensor: Tensor) -> None:
+        if tensor.is_meta:
+            raise StateError("the weights are offloaded (on 'meta'): attach and merge before offloading the model")
 
     def train(self, mode: bool = True) -> "AdapterLayer":
         self.base.train(mode)
@@ -169,4 +195,6 @@ class AdapterLayer(nn.Module):
         self.base._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self.merged:
+            raise StateError("weights cannot be loaded into a merged layer, whose own would come back: unmerge first")
         self.base._load_from_state_dict(*args, **kwargs)

@@ -1,10 +1,10 @@
 """Adapters on a live model: attach, detach, set_weights, disabled, merge, unmerge, collect, parameters."""
 
-from collections.abc import Generator, Mapping
+import math
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 from imgadapt import targets as where
@@ -52,15 +52,15 @@ def attach(
         chosen = _fresh(parts, adapter, "transformer" if targets is None else targets)
     else:
         chosen = _from_file(parts, adapter, targets)
-    strengths = [_strength(weight, layer_name) for layer_name, *_ in chosen]
+    strengths = _strengths(weight, [layer_name for layer_name, *_ in chosen])
     try:
-        for (layer_name, module, site, part), strength in zip(chosen, strengths, strict=True):
+        for layer_name, module, site, part in chosen:
             layer = module if isinstance(module, AdapterLayer) else AdapterLayer(module, site)
-            layer.add(Slot(name, part.method, part.tensors, strength))
+            layer.add(Slot(name, part.method, part.tensors, strengths[layer_name]))
             if layer is not module:
                 where.replace(parts, layer_name, layer)
-    except StateError:  # NaN in a layer that is merged
-        detach(model, name)
+    except BaseException:  # whatever it was (no memory, NaN in a merged layer): nothing stays half attached
+        _take_off(parts, [name])
         raise
 
 
@@ -74,12 +74,7 @@ def detach(model: Any, *names: str) -> None:
     present = adapters(model)
     if missing := [name for name in names if name not in present]:
         raise StateError(f"no adapter {first_few(missing)} on this model; it has: {', '.join(present) or 'none'}")
-    for layer_name, layer in _adapted(parts):
-        for name in names or present:
-            layer.remove(name)
-        if not layer.slots:
-            layer.unmerge()
-            where.replace(parts, layer_name, layer.base)
+    _take_off(parts, names or present)
 
 
 def set_weights(model: Any, weights: Mapping[str, Weight]) -> None:
@@ -93,20 +88,19 @@ def set_weights(model: Any, weights: Mapping[str, Weight]) -> None:
     present = adapters(model)
     if missing := [name for name in weights if name not in present]:
         raise StateError(f"no adapter {first_few(missing)} on this model; it has: {', '.join(present) or 'none'}")
-    wanted = [
-        (layer, slot, _strength(weights[slot.name], layer_name))
-        for layer_name, layer in _adapted(parts)
-        for slot in layer
-        if slot.name in weights
-    ]
-    before = [slot.weight for _, slot, _ in wanted]
+    rows = [(n, layer, slot) for n, layer in _adapted(parts) for slot in layer if slot.name in weights]
+    wanted = {
+        name: _strengths(weight, [n for n, _, slot in rows if slot.name == name]) for name, weight in weights.items()
+    }
+    before = [slot.weight for _, _, slot in rows]
     try:
-        for layer, slot, strength in wanted:
-            slot.weight = strength
+        for layer_name, layer, slot in rows:
+            slot.weight = wanted[slot.name][layer_name]
             layer.refresh()
-    except StateError:
-        for (layer, slot, _), strength in zip(wanted, before, strict=True):
+    except BaseException:
+        for (_, _, slot), strength in zip(rows, before, strict=True):
             slot.weight = strength
+        for _, layer, _ in rows:
             layer.refresh()
         raise
 
@@ -115,16 +109,19 @@ def merge(model: Any) -> None:
     """Fold all attached adapters into the weights at their strengths; `unmerge` restores the weights bitwise.
 
     Raises:
-        StateError: NaN or infinity would result; no layer is changed.
+        StateError: NaN or infinity would result, or adapters are disabled; no layer is changed.
         TargetError: nothing is attached.
     """
+    layers = _some(model)
+    if not all(layer.enabled for layer in layers):
+        raise StateError("adapters are disabled here; merge outside of `disabled`")
     touched: list[AdapterLayer] = []
     try:
-        for layer in _some(model):
+        for layer in layers:
             if not layer.merged:
                 layer.merge()
                 touched.append(layer)
-    except StateError:
+    except BaseException:
         for layer in touched:
             layer.unmerge()
         raise
@@ -150,9 +147,10 @@ def disabled(model: Any) -> Generator[None]:
     try:
         yield
     finally:
-        for layer, merged, enabled in states:
+        for layer, _, enabled in states:
             layer.enabled = enabled
-            if merged:
+        for layer, merged, _ in states:
+            if merged and layer.slots:
                 layer.merge()
 
 
@@ -204,13 +202,22 @@ def _slots(model: Any, name: str) -> list[tuple[str, Slot]]:
     return found
 
 
-def _strength(weight: Weight, layer_name: str) -> float:
-    value = weight
-    if isinstance(weight, Mapping):
-        value = next((v for glob, v in weight.items() if where.matches(layer_name, glob)), 0.0)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not torch.isfinite(torch.tensor(value)):
-        raise ConfigError(f"weight is {value!r}; it must be a finite number or a mapping of globs to such numbers")
-    return float(value)
+def _take_off(parts: Mapping[str, nn.Module], names: Sequence[str]) -> None:
+    for layer_name, layer in _adapted(parts):
+        layer.remove(names)
+        if not layer.slots:
+            where.replace(parts, layer_name, layer.base)
+
+
+def _strengths(weight: Weight, names: Sequence[str]) -> dict[str, float]:
+    """Layer name -> strength."""
+    by_glob: Mapping[str, float] = weight if isinstance(weight, Mapping) else {"*": weight}
+    for value in by_glob.values():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ConfigError(f"weight is {value!r}; it must be a finite number or a mapping of globs to such numbers")
+    if wrong := where.idle(list(by_glob), names):
+        raise ConfigError(f"weight names {first_few(wrong)}, which no layer of the adapter matches: {first_few(names)}")
+    return {n: float(next((v for glob, v in by_glob.items() if where.matches(n, glob)), 0.0)) for n in names}
 
 
 Row = tuple[str, nn.Module, Site, Part]
@@ -232,7 +239,7 @@ def _fresh(parts: Mapping[str, nn.Module], method: Method, targets: Targets) -> 
 def _from_file(parts: Mapping[str, nn.Module], file: AdapterFile, targets: Targets | None) -> list[Row]:
     live = {canonical(name): (name, module, site) for name, module, site in where.layers(parts)}
     wanted = {k: part for k, part in file.parts.items() if targets is None or where.matches(k, targets)}
-    if not wanted:
+    if not wanted or (targets is not None and where.idle(targets, list(file.parts))):
         raise TargetError(
             f"the file has no layer that matches targets={targets!r}; it has {first_few(list(file.parts))}"
         )

@@ -32,6 +32,8 @@ class Site:
         if isinstance(module, nn.Linear):
             return cls((module.out_features, module.in_features))
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            if type(module).forward not in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward):
+                return None  # pads or crops in a forward of its own (diffusers' causal convolutions)
             return cls(
                 tuple(module.weight.shape),
                 tuple(module.stride),

@@ -462,7 +462,7 @@ def test_what_a_format_has_no_word_for_is_refused(tmp_path: Path) -> None:
         save(AdapterFile({}), tmp_path / "x.safetensors")
     with pytest.raises(ConfigError, match="no format 'khoya'; there are: kohya, diffusers"):
         save(AdapterFile(parts), tmp_path / "x.safetensors", format="khoya")
-    with pytest.raises(ConfigError, match="no safetensors file has dtype"):
+    with pytest.raises(ConfigError, match="cannot be written as"):
         save(AdapterFile(parts), tmp_path / "x.safetensors", dtype=torch.float8_e4m3fnuz)
     assert list(tmp_path.iterdir()) == []
 
@@ -479,3 +479,36 @@ def test_flattened_names_of_a_model_without_a_table_are_refused_not_guessed(tmp_
     assert not list(tmp_path.iterdir())
     again = load(save(file, tmp_path / "x.safetensors"))
     assert (list(again.parts), again.architecture, again.parts[name].method) == ([name], None, method)
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+!", "([a-z_0-9.]+)+!", "(a|a)*!", "((a+))+!", "(.*)*x", r"(a)\1"])
+def test_a_pattern_that_could_run_for_ever_is_refused(pattern: str) -> None:
+    name = "unet.mid_block.attentions.0.proj_in"
+    method = LoRA(2, 1.0)
+    file = AdapterFile({name: Part(method, method.init(Site((6, 8, 1, 1))))})
+    tensors, _ = write(DIFFUSERS, file.parts, {})
+    config = json.dumps({"unet.lora_alpha": 2, "unet.alpha_pattern": {pattern: 1}})
+    with pytest.raises(FormatError, match="can take for ever"):
+        read(tensors, {CONFIG: config}, FORMATS, architectures())
+
+
+def test_two_layers_with_one_flattened_name_are_refused() -> None:
+    method = LoRA(2, 1.0)
+    part = Part(method, method.init(Site((6, 8))))
+    with pytest.raises(FormatError, match="are both lora_unet_a_b_c in kohya; one would be lost"):
+        write(KOHYA, {"unet.a.b_c": part, "unet.a_b.c": part}, {})
+
+
+def test_numbers_that_are_none_are_not_written(tmp_path: Path) -> None:
+    name = "unet.mid_block.attentions.0.proj_in"
+    method = LoRA(2, 1.0)
+    tensors = method.init(Site((6, 8, 1, 1)))
+    tensors["up"][0] = 1e6
+    file = AdapterFile({name: Part(method, tensors)})
+    with pytest.raises(FormatError, match=r"NaN or infinity in unet\.mid_block.* is not written"):
+        save(file, tmp_path / "x.safetensors", dtype=torch.float16)  # 1e6 is past fp16
+    with pytest.raises(ConfigError, match="cannot be written as"):
+        save(file, tmp_path / "x.safetensors", dtype=torch.int8)
+    with pytest.raises(FormatError, match="metadata maps text to text"):
+        save(AdapterFile(file.parts, {"epoch": 3}), tmp_path / "x.safetensors")  # pyright: ignore[reportArgumentType]
+    assert not list(tmp_path.iterdir())

@@ -50,7 +50,7 @@ def test_targets_choose_layers_and_the_star_is_all_a_method_can_act_on() -> None
 
 
 def test_no_match_says_what_there_is() -> None:
-    with pytest.raises(TargetError, match=r"no layer matches targets='to_x'; there are 3: model.to_q, model.to_k"):
+    with pytest.raises(TargetError, match=r"no layer matches targets=\['to_x'\]; there are 3: model.to_q, model.to_k"):
         imgadapt.attach(Net(), LoRA(), targets="to_x")
 
 
@@ -198,3 +198,131 @@ def test_memory_is_flat_over_a_hundred_loads(tmp_path: Path) -> None:
             gc.collect()
             count[k] = sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
     assert count[99] <= count[2]
+
+
+def states(model: nn.Module) -> list[tuple[bool, bool, tuple[str, ...]]]:
+    wrappers = [m for m in model.modules() if isinstance(m, AdapterLayer)]
+    return [(m.merged, m.enabled, tuple(slot.name for slot in m)) for m in wrappers]
+
+
+def test_a_failed_attach_to_a_merged_model_leaves_it_as_it_was() -> None:
+    model, x = Net(), torch.randn(5, 8)
+    imgadapt.attach({"unet": model}, LoRA(rank=2), name="a", targets="*")
+    filled({"unet": model}, "a")
+    imgadapt.merge({"unet": model})
+    before, out = states(model), model(x)
+    file = imgadapt.collect({"unet": model}, "a")
+    file.parts["unet.to_k"].tensors["up"].fill_(torch.nan)
+    with pytest.raises(StateError, match="NaN"):
+        imgadapt.attach({"unet": model}, file, name="b")
+    assert states(model) == before
+    assert torch.equal(model(x), out)
+
+
+def test_any_error_in_the_middle_rolls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Net()
+    imgadapt.attach(model, LoRA(rank=2), targets="*")
+    calls: list[int] = []
+    whole = AdapterLayer._sum
+
+    def third_fails(self: AdapterLayer, weight: Any) -> nn.Parameter:
+        calls.append(1)
+        if len(calls) == 3:
+            raise MemoryError
+        return whole(self, weight)
+
+    monkeypatch.setattr(AdapterLayer, "_sum", third_fails)
+    with pytest.raises(MemoryError):
+        imgadapt.merge(model)
+    assert not any(merged for merged, _, _ in states(model))
+
+
+def test_disabled_survives_what_is_done_inside_it() -> None:
+    model, x = Net(), torch.randn(5, 8)
+    base, weight = model(x), model.to_q.weight
+    imgadapt.attach(model, LoRA(rank=2), targets="*")
+    filled(model)
+    imgadapt.merge(model)
+    with imgadapt.disabled(model):
+        with pytest.raises(StateError, match="disabled here"):
+            imgadapt.merge(model)
+        imgadapt.detach(model)
+    assert torch.equal(model(x), base)
+    assert model.to_q.weight is weight
+
+
+def test_cancelling_adapters_are_detached_while_merged_without_a_merge_between() -> None:
+    model = nn.Sequential(nn.Linear(4, 4)).half()
+    weight = model[0].weight
+    for name, sign in (("a", 1.0), ("b", -1.0)):
+        imgadapt.attach(model, LoRA(rank=1), name=name, targets="*", weight=sign * 6e4)
+        with torch.no_grad():
+            for parameter in imgadapt.parameters(model, name):
+                parameter.fill_(2.0)
+    imgadapt.merge(model)
+    imgadapt.detach(model)  # one alone would be infinite in fp16
+    assert model[0].weight is weight
+
+
+def test_weights_are_not_loaded_into_a_merged_layer() -> None:
+    model = Net()
+    state = model.state_dict()
+    imgadapt.attach(model, LoRA(rank=2), targets="*")
+    imgadapt.merge(model)
+    with pytest.raises(StateError, match="unmerge first"):
+        model.load_state_dict(state)
+
+
+def test_one_layer_under_two_names_is_refused() -> None:
+    shared = nn.Linear(4, 4)
+    with pytest.raises(TargetError, match=r"model.0 and model.1 are one and the same layer"):
+        imgadapt.attach(nn.Sequential(shared, shared), LoRA(rank=1), targets="*")
+
+
+def test_layers_that_fused_kernels_would_not_call_are_no_targets() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16), nn.MultiheadAttention(8, 2))
+    imgadapt.attach(model, LoRA(rank=1), targets="*")
+    assert [n for n, m in model.named_modules() if isinstance(m, AdapterLayer)] == ["0"]
+
+
+def test_a_convolution_with_a_forward_of_its_own_is_no_target() -> None:
+    class Causal(nn.Conv1d):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(nn.functional.pad(input, (2, 0)))
+
+    with pytest.raises(TargetError, match="there are 0"):
+        imgadapt.attach(nn.Sequential(Causal(3, 4, 3)), LoRA(rank=1), targets="*")
+
+
+@pytest.mark.parametrize("targets", [["to_q", "to_qq"], ["transformer", "convolutoin"], ["to_q", "!unet.md*"]])
+def test_every_target_must_match_something(targets: list[str]) -> None:
+    with pytest.raises(TargetError, match="no layer matches targets="):
+        imgadapt.attach(Net(), LoRA(rank=1), targets=targets)
+
+
+def test_a_mistyped_block_weight_is_an_error_not_a_zero() -> None:
+    with pytest.raises(ConfigError, match=r"weight names unet\.up_blokcs\.\*, which no layer"):
+        imgadapt.attach({"unet": Net()}, LoRA(rank=1), targets="*", weight={"unet.up_blokcs.*": 1.0})
+
+
+def test_offloaded_weights_are_refused_and_hooks_come_off() -> None:
+    from accelerate import cpu_offload
+    from accelerate.hooks import remove_hook_from_module
+
+    model, x = Net(), torch.randn(5, 8)
+    base = model(x)
+    cpu_offload(model, torch.device("cpu"))
+    with pytest.raises(StateError, match="attach and merge before offloading"):
+        imgadapt.attach(model, LoRA(rank=1), targets="*")
+    assert torch.equal(model(x), base)
+    remove_hook_from_module(model, recurse=True)
+    imgadapt.attach(model, LoRA(rank=1), targets="*")
+    filled(model)
+    assert not torch.equal(model(x), base)
+
+
+def test_a_compiled_model_is_named_as_itself() -> None:
+    model = torch.compile(Net(), backend="eager")
+    imgadapt.attach({"unet": model}, LoRA(rank=1), targets="to_q")
+    assert list(imgadapt.collect({"unet": model}).parts) == ["unet.to_q"]
+    imgadapt.detach({"unet": model})

@@ -1,10 +1,12 @@
 """The parts of training: settings, pictures, noise, caches, checkpoints, losses, evaluation."""
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -228,12 +230,12 @@ def test_the_rate_warms_up_and_falls_as_a_cosine(tmp_path: Path) -> None:
 # --- losses
 
 
-def fake(prediction: str) -> StableDiffusion:
+def fake(prediction: Any) -> StableDiffusion:
     """A family whose UNet answers its input, so that losses can be worked out by hand."""
-    from diffusers import DDIMScheduler
+    from diffusers import DDPMScheduler
 
     family = object.__new__(StableDiffusion)
-    family.scheduler = DDIMScheduler(prediction_type=prediction)
+    family.schedule = DDPMScheduler(prediction_type=prediction)
     family.device, family.dtype = torch.device("cpu"), torch.float32
     answer: Callable[..., Any] = lambda x, t, states: type("Answer", (), {"sample": x})  # noqa: E731
     family.unet = answer  # pyright: ignore[reportAttributeAccessIssue]
@@ -245,7 +247,7 @@ def fake(prediction: str) -> StableDiffusion:
 def test_losses_are_the_formulas_of_the_papers(prediction: str, gamma: float | None) -> None:
     family = fake(prediction)
     z, n, t = torch.randn(3, 2, 4, 5), torch.randn(3, 2, 4, 5), torch.tensor([3, 500, 990])
-    a = family.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+    a = family.schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
     x = a.sqrt() * z + (1 - a).sqrt() * n
     target = n if prediction == "epsilon" else a.sqrt() * n - (1 - a).sqrt() * z
     expected = (x - target).square().mean((1, 2, 3))
@@ -286,3 +288,57 @@ def test_a_base_that_is_not_there_or_no_base_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(b"nonsense")
     with pytest.raises(ConfigError, match="cannot be read as a base"):
         load(str(tmp_path / "x.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "PNDMScheduler"])
+def test_the_forward_process_does_not_depend_on_the_pipelines_sampler(name: str, pipe: Any) -> None:
+    import diffusers
+
+    z, n, t = torch.randn(3, 16, 8, 8), torch.randn(3, 16, 8, 8), torch.tensor([3, 500, 990])
+    sampler, usual = pipe.scheduler, StableDiffusion(pipe, torch.device("cpu"), torch.float32)
+    expected = usual.losses(z, torch.zeros(3, 20, 128), n, t)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # diffusers' own, about numpy
+            pipe.scheduler = getattr(diffusers, name).from_config(sampler.config)
+            pipe.scheduler.set_timesteps(5)
+        other = StableDiffusion(pipe, torch.device("cpu"), torch.float32)
+        torch.testing.assert_close(other.losses(z, torch.zeros(3, 20, 128), n, t), expected, rtol=1e-4, atol=1e-4)
+    finally:
+        pipe.scheduler = sampler
+
+
+def test_a_base_with_another_prediction_type_has_another_identity(pipe: Any) -> None:
+    family = StableDiffusion(pipe, torch.device("cpu"), torch.float32)
+    before = family.identity()
+    assert before == family.identity()
+    family.schedule.register_to_config(prediction_type="epsilon")
+    after = family.identity()
+    assert [key for key in before if before[key] != after[key]] == ["scheduler"]
+
+
+def test_sixteen_bit_grey_keeps_its_greys_and_an_empty_caption_is_none(tmp_path: Path) -> None:
+    Image.fromarray(np.full((8, 8), 32768, np.uint16)).save(tmp_path / "grey.png")
+    assert pixels(tmp_path / "grey.png", 8).abs().max() < 0.01
+    (tmp_path / "grey.txt").write_text(" \n")
+    with pytest.raises(DataError, match="1 of 1 pictures have no caption"):
+        scan(tmp_path)
+
+
+def test_toml_of_the_wrong_type_and_shortened_flags_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("steps = true\n")
+    with pytest.raises(ConfigError, match="'steps' is True, wanted a number"):
+        from_arguments(parser("").parse_args(["x", "--config", str(tmp_path / "a.toml")]))
+    with pytest.raises(SystemExit):
+        parser("").parse_args(["x", "--step", "7"])
+
+
+def test_pruning_never_takes_the_checkpoint_just_written(tmp_path: Path) -> None:
+    parameters, optimizer = trained(1)
+    for step in (100, 200, 300):
+        checkpoint.save(tmp_path, step, parameters, optimizer, {})
+    for step in (200, 300):
+        path = tmp_path / f"step-{step:07d}.safetensors"
+        path.write_bytes(path.read_bytes()[:-4])
+    checkpoint.save(tmp_path, 150, parameters, optimizer, {})
+    assert checkpoint.resume(tmp_path, parameters, optimizer, {}) == 150

@@ -11,6 +11,7 @@ import base64
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -26,7 +27,7 @@ from PIL import Image
 from imgadapt import attach, demo, detach, load, save, set_weights
 from imgadapt.atomic import write_bytes
 from imgadapt.cli import program
-from imgadapt.errors import TrainingError
+from imgadapt.errors import Interrupted, TrainingError
 from imgadapt.training import families, pictures, probe
 from imgadapt.training.data import scan
 from imgadapt.training.encode import Encoder
@@ -40,9 +41,14 @@ COLUMNS = 10
 def train(folder: Path, output: Path, steps: int, seed: int) -> float:
     """`imgadapt train`, as a user runs it; returns the seconds of its steps (a finished run is not done again)."""
     command = [sys.executable, "-m", "imgadapt", "train", os.fspath(folder), "--output", os.fspath(output)]
-    done = subprocess.run([*command, "--steps", str(steps), "--seed", str(seed), *RECIPE], check=False)
-    if done.returncode:
-        raise TrainingError(f"the training of {folder.name} ended with status {done.returncode}; see above")
+    process = subprocess.Popen([*command, "--steps", str(steps), "--seed", str(seed), *RECIPE])
+    handler = signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the child, too, which saves and ends
+    status = process.wait()
+    signal.signal(signal.SIGINT, handler)
+    if status == 130:
+        raise Interrupted("stopped; run the same command to go on")
+    if status:
+        raise TrainingError(f"the training of {folder.name} ended with status {status}; see above")
     return float(json.loads((output / "log.jsonl").read_text("utf-8").splitlines()[-1])["seconds"])
 
 

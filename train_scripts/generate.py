@@ -22,6 +22,8 @@ from imgadapt.training import families, pictures
 def adapter(text: str) -> tuple[Path, float]:
     """`FILE` or `FILE:STRENGTH`; a colon inside the path itself is left alone."""
     path, colon, strength = text.rpartition(":")
+    if Path(text).is_file():
+        return Path(text), 1.0
     try:
         return (Path(path), float(strength)) if colon else (Path(text), 1.0)
     except ValueError:

@@ -18,11 +18,10 @@ from accelerate import Accelerator
 
 from imgadapt import AdapterFile, LoRA, __version__, attach, collect, detach, disabled, load, parameters, save
 from imgadapt.cli import program
-from imgadapt.errors import ConfigError, TrainingError
+from imgadapt.errors import ConfigError, TrainingError, first_few
 from imgadapt.training import config as settings
 from imgadapt.training import families, noise, pictures, probe
-from imgadapt.training.cache import identity
-from imgadapt.training.data import fingerprint, scan
+from imgadapt.training.data import digest, fingerprint, scan
 from imgadapt.training.encode import Encoder
 from imgadapt.training.evaluate import describe, held_out_losses
 from imgadapt.training.loop import Run
@@ -37,8 +36,8 @@ def main(argv: Sequence[str]) -> None:
 
     # 2. The base, frozen.
     accelerator = Accelerator()
-    if accelerator.num_processes > 1:
-        raise ConfigError("imgadapt train runs in one process so far; start it without `accelerate launch`")
+    if accelerator.num_processes * accelerator.gradient_accumulation_steps > 1 or accelerator.mixed_precision != "no":
+        raise ConfigError("accelerate's environment asks for what this program does not do; start it without `launch`")
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     family = families.load(config.base, device=accelerator.device, dtype=dtype)
     size = family.side(config.resolution)
@@ -56,12 +55,15 @@ def main(argv: Sequence[str]) -> None:
     # 4. The adapter.
     torch.manual_seed(config.seed)
     attach(family.pipeline, LoRA(config.rank, config.alpha, config.rank_stabilised), targets=config.targets)
+    layers = collect(family.pipeline).parts
+    if frozen := [name for name in layers if name.startswith("text_encoder")]:
+        raise ConfigError(f"text states are cached, so {first_few(frozen)} cannot be trained yet; leave out 'text'")
     trainable = parameters(family.pipeline)
     optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=config.weight_decay)
     print(f"LoRA of rank {config.rank}: {sum(p.numel() for p in trainable):,} parameters in {len(trainable)} tensors")
 
     # 5. The steps. All that is random is a function of seed, step and place, so a resumed run is the same run.
-    origin = {"data": fingerprint(examples), "base": identity(family.unet) + encoder.vae + encoder.text}
+    origin = {**encoder.identity, "data": fingerprint(examples), "size": str(size), "layers": digest(list(layers))}
     seed, batch = config.seed, config.batch_size
     with Run(config, trainable, optimizer, config.identity(origin)) as run:
         for step in run.steps():

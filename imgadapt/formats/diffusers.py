@@ -33,12 +33,20 @@ def _config(text: str) -> dict[str, Any]:
     return cast("dict[str, Any]", config)
 
 
+# a quantifier on a group that has a quantifier, or an alternative, inside: exponential in the length of a name
+_NESTED = re.compile(r"\([^()]*[*+{|?][^()]*\)\s*[*+{]|\)\)\s*[*+{]|[*+}]\s*[*+{]|\\\d|\(\?P=")
+
+
 @lru_cache(maxsize=32)
 def _patterns(text: str, field: str) -> list[tuple[re.Pattern[str], Any]]:
     """Rows of an `alpha_pattern` or `rank_pattern`, as peft matches them (`get_pattern_key`: the first that does)."""
     patterns: Any = _config(text).get(field) or {}
     if not isinstance(patterns, dict):
         raise FormatError(f"'{field}' in the metadata '{_KEY}' is {type(patterns).__name__}, wanted an object")
+    if dangerous := [p for p in cast("dict[str, Any]", patterns) if _NESTED.search(p)]:
+        raise FormatError(
+            f"'{field}' in the metadata '{_KEY}' repeats a repetition ({dangerous[0]!r}), which can take for ever"
+        )
     try:
         return [(re.compile(rf"(.*\.)?({pattern})$"), v) for pattern, v in cast("dict[str, Any]", patterns).items()]
     except (re.error, RecursionError, OverflowError) as error:

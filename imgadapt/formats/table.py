@@ -182,6 +182,8 @@ def write(form: Format, parts: Parts, metadata: Mapping[str, str]) -> tuple[dict
             lacks = f"component {name.partition('.')[0]}" if spelled is None else f"method {part.method.name}"
             raise FormatError(f"{form.name} has no word for the {lacks} (of {name})")
         for tensor, end in ends.items():
+            if f"{spelled}.{end}" in tensors:
+                raise FormatError(f"{name} and another layer are both {spelled} in {form.name}; one would be lost")
             tensors[f"{spelled}.{end}"] = part.tensors[tensor]
         if form.alpha is not None:
             tensors[f"{spelled}.{form.alpha}"] = torch.tensor(_written_alpha(part.method, part))

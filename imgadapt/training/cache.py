@@ -4,8 +4,7 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from imgadapt.errors import FormatError
 from imgadapt.file import read_tensors, write_tensors
@@ -29,13 +28,3 @@ class Cache:
         value = make()
         write_tensors(path, {name[:8]: value}, {})
         return value
-
-
-def identity(module: nn.Module) -> str:
-    """SHA-256 of a module's weights and dtype: what was encoded with it is good for it alone."""
-    digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
-    return digest.hexdigest()

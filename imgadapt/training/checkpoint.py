@@ -1,16 +1,15 @@
 """Checkpoints: adapter, optimiser and step in one file, whole or not there, verified when read."""
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from imgadapt.errors import FormatError, TrainingError
-from imgadapt.file import read_tensors, write_tensors
+from imgadapt.file import read_tensors, tensors_digest, write_tensors
 
 _NAME = re.compile(r"step-(\d{7})\.safetensors")
 
@@ -34,8 +33,8 @@ def save(
         state: Mapping[str, Any] = optimizer.state.get(parameter, {})
         tensors |= {f"optimizer.{i}.{key}": torch.as_tensor(value) for key, value in state.items()}
     path = folder / f"step-{step:07d}.safetensors"
-    write_tensors(path, tensors, {**identity, "step": str(step), "sha256": _digest(tensors)})
-    for old, _ in list(_found(folder))[keep:]:
+    write_tensors(path, tensors, {**identity, "step": str(step), "sha256": tensors_digest(tensors)})
+    for old in [other for other, at in _found(folder) if at < step][keep - 1 :]:
         old.unlink()
     return path
 
@@ -48,17 +47,21 @@ def resume(
 ) -> int:
     """Put the newest whole checkpoint into parameters and optimiser; returns its step, 0 when there is none.
 
-    A torn or altered file is passed over for the one before it.
+    A torn or altered file is removed, and the one before it taken; so are temporary files of a killed run.
 
     Raises:
         TrainingError: the checkpoint is of a run with other settings, data or base.
     """
+    for torn in folder.glob(".*.tmp"):
+        torn.unlink()
     for path, step in _found(folder):
         try:
             tensors, metadata = read_tensors(path)
         except FormatError:
+            path.unlink()
             continue
-        if metadata.get("sha256") != _digest(tensors):
+        if metadata.get("sha256") != tensors_digest(tensors):
+            path.unlink()
             continue
         differing = [
             f"{key} was {metadata.get(key)}, is {value}"
@@ -87,12 +90,3 @@ def _found(folder: Path) -> Iterable[tuple[Path, int]]:
     """Checkpoints with their steps, newest first."""
     rows = [(path, match) for path in folder.glob("step-*.safetensors") if (match := _NAME.fullmatch(path.name))]
     return sorted(((path, int(match[1])) for path, match in rows), key=lambda row: -row[1])
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
-    return digest.hexdigest()

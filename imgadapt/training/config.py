@@ -23,7 +23,7 @@ class TrainConfig(BaseModel):
     base: str = Field("demo", description="'demo', a diffusers folder, or a single-file checkpoint")
     output: Path = Field(Path("adapter_out"), description="folder for adapter.safetensors, checkpoints, log, samples")
     steps: int = Field(1000, ge=1, description="optimiser steps")
-    seed: int = Field(0, ge=0, description="the same seed gives the same file, to the bit, on the same machine")
+    seed: int = Field(0, ge=0, lt=2**63, description="the same seed gives the same file on the same machine")
 
     rank: int = Field(16, ge=1, description="rank of the LoRA")
     alpha: float | None = Field(None, gt=0, description="the change is scaled by alpha / rank; rank when not given")
@@ -63,6 +63,7 @@ class TrainConfig(BaseModel):
     def identity(self, fingerprint: Mapping[str, str]) -> dict[str, str]:
         """What decides the result, as text: settings (but for paths and what is only watched) and fingerprints."""
         watched = {"folder", "output", "base", "held_out", "checkpoint_every", "sample_prompts", "sample_every"}
+        watched |= {"caption", "resolution"}  # in the fingerprints, as what they come to
         settings = self.model_dump(mode="json", exclude=watched)
         return {**{key: json.dumps(value) for key, value in settings.items()}, **fingerprint}
 
@@ -87,6 +88,9 @@ def read_toml(path: Path) -> dict[str, Any]:
         values = tomllib.loads(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
+    for key in ("steps", "seed", "rank", "batch_size", "alpha", "learning_rate"):
+        if isinstance(values.get(key), bool | str):
+            raise ConfigError(f"{path}: '{key}' is {values[key]!r}, wanted a number")
     for key in ("folder", "output", "held_out"):
         if isinstance(values.get(key), str):
             values[key] = path.parent / values[key]
@@ -95,7 +99,9 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def parser(description: str) -> argparse.ArgumentParser:
     """A command line with `FOLDER`, `--config FILE` and a flag for every field of TrainConfig."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     made.add_argument("folder", nargs="?", type=Path, default=None, help=TrainConfig.model_fields["folder"].description)
     made.add_argument("--config", type=Path, help="TOML with any of these settings; flags win over it")
     for name, field in TrainConfig.model_fields.items():

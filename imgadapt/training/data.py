@@ -70,19 +70,32 @@ def scan(folder: Path, caption: str | None = None) -> list[Example]:
 
 def fingerprint(examples: Sequence[Example]) -> str:
     """SHA-256 of all pictures and captions, in order."""
-    return hashlib.sha256("\n".join(f"{e.digest} {e.caption}" for e in examples).encode()).hexdigest()
+    return digest([f"{e.digest} {e.caption}" for e in examples])
+
+
+def digest(lines: Sequence[str]) -> str:
+    """SHA-256 of lines of text."""
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _pictures(folder: Path) -> list[Path]:
     return [p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES]
 
 
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey as 8-bit grey: Pillow's own conversion clips it to white."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image, np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+    return image
+
+
 def _caption(path: Path) -> str | None:
+    """The words of the caption file beside a picture; None when there is none, or nothing in it."""
     for suffix in CAPTIONS:
         file = path.with_suffix(suffix)
         if file.is_file():
             try:
-                return " ".join(file.read_text("utf-8-sig").split())
+                return " ".join(file.read_text("utf-8-sig").split()) or None
             except UnicodeDecodeError as error:
                 raise DataError(f"{file}: not UTF-8 text ({error})") from error
     return None
@@ -91,7 +104,7 @@ def _caption(path: Path) -> str | None:
 def pixels(path: Path, size: int, *, flip: bool = False) -> Tensor:
     """The picture upright (EXIF), over white, covering and cropped to the centre: (3, size, size) in [-1, 1]."""
     with Image.open(path) as image:
-        upright = ImageOps.exif_transpose(image).convert("RGBA")
+        upright = _eight_bits(ImageOps.exif_transpose(image)).convert("RGBA")
     flat = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright).convert("RGB")
     square = ImageOps.fit(flat, (size, size), Image.Resampling.LANCZOS)
     array = np.asarray(ImageOps.mirror(square) if flip else square, np.float32)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from imgadapt.training.cache import Cache, identity
+from imgadapt.training.cache import Cache
 from imgadapt.training.data import Example, pixels
 from imgadapt.training.families import StableDiffusion
 
@@ -20,7 +20,7 @@ class Encoder:
     def __init__(self, family: StableDiffusion, size: int, folder: Path) -> None:
         self.family, self.size = family, size
         self.cache = Cache(folder)
-        self.vae, self.text = identity(family.vae), identity(family.text_encoder)
+        self.identity = family.identity()
 
     def latent(self, example: Example, flip: bool = False) -> Tensor:
         """Latent (channels, h, w) of a picture, or of its mirror image."""
@@ -28,11 +28,12 @@ class Encoder:
         def make() -> Tensor:
             return self.family.encode_image(pixels(example.path, self.size, flip=flip))
 
-        return self.cache.get(make, "latent", example.digest, f"{self.size} {flip}", self.vae)
+        return self.cache.get(make, "latent", example.digest, f"{self.size} {flip}", self.identity["vae"])
 
     def states(self, caption: str) -> Tensor:
         """Text states (tokens, width)."""
-        return self.cache.get(lambda: self.family.encode_text(caption), "text", caption, self.text)
+        encoders = self.identity["text_encoder"] + self.identity["tokenizer"]
+        return self.cache.get(lambda: self.family.encode_text(caption), "text", caption, encoders)
 
     def both(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
         """(pictures, channels, h, w) latents and (pictures, tokens, width) states."""

@@ -50,9 +50,9 @@ class Run:
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
+        self.log.open()
         for number in (signal.SIGINT, signal.SIGTERM):
             self._handlers[number] = signal.signal(number, self._on_signal)
-        self.log.open()
         return self
 
     def __exit__(
@@ -138,7 +138,10 @@ class Log:
         Raises:
             OutputError: the file cannot be written.
         """
-        lines = self.path.read_text("utf-8").splitlines() if self.path.exists() else []
+        try:
+            lines = self.path.read_text("utf-8", "replace").splitlines() if self.path.exists() else []
+        except OSError as error:
+            raise OutputError(f"cannot go on with {self.path}: {error.strerror}") from error
         kept = [line for line in lines if (step := _step(line)) is not None and step < self.first]
         write_bytes(self.path, "".join(f"{line}\n" for line in kept).encode())
         self._file = self.path.open("a", encoding="utf-8", buffering=1)

@@ -1,6 +1,6 @@
 """Train the embedded base: UNet (SD1.5's topology, narrow) and text encoder together, on cached latents.
 
-    python train_scripts/demo_base/base.py DATA --pipeline imgadapt/demo/pipeline --steps 5500 --work WORK
+    python train_scripts/demo_base/base.py DATA --pipeline imgadapt/demo/pipeline --steps 3900 --work WORK
 
 DATA is what data.py wrote; the pipeline folder already holds `vae/` (autoencoder.py) and `tokenizer/` (words.py).
 A line a minute goes to WORK/log.jsonl, sample grids and checkpoints beside it; run again, it goes on.

@@ -1,5 +1,7 @@
 """Stable Diffusion 1.x and the embedded base: one CLIP text encoder, a UNet that predicts noise or velocity."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from imgadapt.errors import ConfigError
+from imgadapt.file import tensors_digest
+
+
+def _ddpm(config: Any) -> Any:
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler.from_config(config)
 
 
 class StableDiffusion:
@@ -24,7 +33,8 @@ class StableDiffusion:
         self.unet: nn.Module = pipeline.unet
         self.text_encoder: nn.Module = pipeline.text_encoder
         self.vae: Any = pipeline.vae
-        self.scheduler: Any = pipeline.scheduler
+        # betas and prediction type are the base's; its sampler (Euler, DPM++) may add noise in another way
+        self.schedule: Any = _ddpm(pipeline.scheduler.config)
         for module in (self.unet, self.text_encoder, self.vae):
             if next(module.parameters()).dtype != dtype:
                 module.to(dtype)
@@ -42,10 +52,28 @@ class StableDiffusion:
             raise ConfigError(f"resolution is {side}; it must be a multiple of {factor} for this base")
         return side
 
+    def identity(self) -> dict[str, str]:
+        """SHA-256 of each part that decides what is learnt, with its config; good as cache keys, too."""
+        configs = {
+            "unet": self.pipeline.unet.config,
+            "vae": self.pipeline.vae.config,
+            "text_encoder": self.text_encoder.config.to_dict(),  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+            "scheduler": self.schedule.config,
+            "tokenizer": self.pipeline.tokenizer.get_vocab(),
+        }
+        modules: dict[str, nn.Module] = {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder}
+        found: dict[str, str] = {}
+        for name, config in configs.items():
+            told = {k: v for k, v in dict(config).items() if not k.startswith("_")}
+            text = json.dumps(told, sort_keys=True, default=str)
+            weights = tensors_digest(modules[name].state_dict()) if name in modules else ""
+            found[name] = hashlib.sha256(f"{text} {weights}".encode()).hexdigest()
+        return found
+
     @property
     def timesteps(self) -> int:
         """Timesteps of the noise schedule."""
-        return int(self.scheduler.config.num_train_timesteps)
+        return int(self.schedule.config.num_train_timesteps)
 
     @torch.no_grad()
     def encode_image(self, image: Tensor) -> Tensor:
@@ -62,8 +90,8 @@ class StableDiffusion:
         return states[0].float().cpu()
 
     def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x_t of the scheduler's forward process, on the device."""
-        return self.scheduler.add_noise(latents.to(self.device), noise.to(self.device), timesteps.to(self.device))
+        """x_t of the base's forward process (arXiv 2006.11239), on the device."""
+        return self.schedule.add_noise(latents.to(self.device), noise.to(self.device), timesteps.to(self.device))
 
     def predict(self, noisy: Tensor, states: Tensor, timesteps: Tensor) -> Tensor:
         """The model's prediction (batch, channels, h, w), fp32: noise or velocity, as its scheduler's config says."""
@@ -80,13 +108,13 @@ class StableDiffusion:
         min(SNR, gamma) / (SNR + 1) (arXiv 2303.09556).
         """
         latents, noise, timesteps = (x.to(self.device) for x in (latents, noise, timesteps))
-        velocity = self.scheduler.config.prediction_type == "v_prediction"
-        target = self.scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
+        velocity = self.schedule.config.prediction_type == "v_prediction"
+        target = self.schedule.get_velocity(latents, noise, timesteps) if velocity else noise
         guess = self.predict(self.noised(latents, noise, timesteps), states, timesteps)
         errors = F.mse_loss(guess, target, reduction="none").mean((1, 2, 3))
         if gamma is None:
             return errors
-        a = self.scheduler.alphas_cumprod.to(self.device)[timesteps]
+        a = self.schedule.alphas_cumprod.to(self.device)[timesteps]
         snr = a / (1 - a)
         capped = snr.clamp(max=gamma)
         return errors * (capped / (snr + 1) if velocity else torch.where(snr > 0, capped / snr, torch.ones_like(snr)))
