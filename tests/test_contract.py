@@ -111,13 +111,14 @@ def test_merged_equals_live_and_unmerge_restores_the_weight_bitwise(
     kept = weight.detach().clone()
     attach(model, method, targets="*", weight=-1.3)
     filled(model)
-    live = model(x)
+    live = merged = model(x)
     for _ in range(20):  # peft's bf16 weights drift: 1.9 % changed after 21 rounds
         merge(model)
         merge(model)
         merged = model(x)
         unmerge(model)
     tolerance = 1e-5 if dtype == torch.float32 else 0.03
+    assert merged is not live
     torch.testing.assert_close(merged, live, rtol=tolerance, atol=tolerance)
     assert model[0].weight is weight
     assert torch.equal(weight, kept)
@@ -385,7 +386,7 @@ def test_lora_costs_exactly_its_two_thin_products() -> None:
 def test_lora_keeps_only_the_thin_activation_for_backward() -> None:
     """Beyond the base's input (shared, not copied) a layer keeps (n, rank); peft keeps an fp32 copy of x, too."""
     n, inputs, rank = 64, 128, 4
-    model = nn.Sequential(nn.Linear(inputs, 96)).bfloat16().requires_grad_(False)
+    model: Any = nn.Sequential(nn.Linear(inputs, 96)).bfloat16().requires_grad_(False)
     attach(model, LoRA(rank=rank, alpha=1), targets="*")
     x = torch.randn(n, inputs, dtype=torch.bfloat16, requires_grad=True)
     kept: dict[int, int] = {}

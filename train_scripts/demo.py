@@ -33,7 +33,7 @@ from imgadapt.training.data import scan
 from imgadapt.training.encode import Encoder
 from imgadapt.training.evaluate import bootstrap, held_out_losses
 
-RECIPE = ["--rank", "8", "--batch-size", "16", "--learning-rate", "1e-3", "--targets", "transformer", "convolution"]
+RECIPE = ["--rank", "8", "--batch-size", "16", "--learning-rate", "2e-3", "--targets", "transformer", "convolution"]
 STRENGTHS = (0.5, 1.0)
 COLUMNS = 10
 
