@@ -20,7 +20,7 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     folder: Path = Field(description="pictures, each with its caption in a .txt or .caption file of its name")
-    base: str = Field("demo", description="'demo', a diffusers folder, or a single-file checkpoint")
+    base: str = Field("demo", description="'demo', a diffusers folder, or a checkpoint file whose configs are cached")
     output: Path = Field(Path("adapter_out"), description="folder for adapter.safetensors, checkpoints, log, samples")
     steps: int = Field(1000, ge=1, description="optimiser steps")
     seed: int = Field(0, ge=0, lt=2**63, description="the same seed gives the same file on the same machine")

@@ -47,6 +47,11 @@ def open_pipeline(base: str) -> Any:
         if path.is_file():
             return diffusers.StableDiffusionPipeline.from_single_file(os.fspath(path), local_files_only=True)
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        raise ConfigError(f"{base} cannot be read as a base: {error}") from error
+        hint = (
+            ""
+            if path.is_dir()
+            else " (diffusers needs its configs in the hub's cache for a single file; a folder has them)"
+        )
+        raise ConfigError(f"{base} cannot be read as a base{hint}: {error}") from error
     what = "has no model_index.json" if path.is_dir() else "is not there"
     raise ConfigError(f"base {base} {what}; wanted 'demo', a diffusers folder, or a checkpoint file")
