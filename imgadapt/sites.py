@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Self
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -53,16 +52,6 @@ class Site:
     def rows(self) -> int:
         """Output features or channels."""
         return self.shape[0]
-
-    @property
-    def columns(self) -> int:
-        """Inputs of one output row: in, or in / groups times the kernel's extent."""
-        return torch.Size(self.shape[1:]).numel()
-
-    @property
-    def inputs(self) -> int:
-        """Input features or channels of the layer."""
-        return self.shape[1] * self.groups
 
     def op(self, x: Tensor, weight: Tensor) -> Tensor:
         """The layer's operation on x with `weight` (any number of output rows), without bias."""

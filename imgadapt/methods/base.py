@@ -61,4 +61,4 @@ class Method(ABC):
 
     @abstractmethod
     def factors(self, t: Tensors, site: Site) -> tuple[Tensor, Tensor] | None:
-        """(up, down), (out, r) and (r, columns), with up @ down == delta exactly, where they exist."""
+        """(up, down), (out, r) and (r, in * kernel), with up @ down == delta flattened, exactly, where they exist."""
