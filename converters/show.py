@@ -31,9 +31,7 @@ def main(argv: Sequence[str]) -> None:
     file = load(args.file, strict=False)
     parts = file.parts
     tensors = [t for part in parts.values() for t in part.tensors.values()]
-    kinds = Counter(
-        (part.method.name, part.tensors["down"].shape[0], round(part.method.scale, 6)) for part in parts.values()
-    )
+    kinds = Counter((part.method.name, part.method.file_rank, round(part.method.scale, 6)) for part in parts.values())
     print(f"{args.file}: {args.file.stat().st_size / 1e6:.2f} MB, {file.format} format")
     print(f"base          {file.architecture or 'not one with a table'}")
     for component, count in Counter(name.partition(".")[0] for name in parts).items():

@@ -5,38 +5,41 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from imgadapt import methods
+    from imgadapt.attaching import attach, detach, swap
     from imgadapt.errors import ImgadaptError
     from imgadapt.file import AdapterFile, load, save
-    from imgadapt.live import adapters, attach, collect, detach, disabled, merge, parameters, set_weights, unmerge
-    from imgadapt.methods import METHODS, LoRA, Method
+    from imgadapt.live import adapters, collect, disabled, merge, parameters, set_weights, unmerge
+    from imgadapt.methods import BOFT, IA3, METHODS, OFT, DoRA, Full, GLoRA, LoHa, LoKr, LoRA, Method, Norm
+    from imgadapt.slot import Dropout
 
 __version__ = "0.1.0"
 
-_HOMES = {  # where each public name lives; imported at first use, so that `imgadapt --help` needs no torch
-    "AdapterFile": "file",
-    "ImgadaptError": "errors",
-    "LoRA": "methods",
-    "METHODS": "methods",
-    "Method": "methods",
-    "adapters": "live",
-    "attach": "live",
-    "collect": "live",
-    "detach": "live",
-    "disabled": "live",
-    "load": "file",
-    "merge": "live",
-    "parameters": "live",
-    "save": "file",
-    "set_weights": "live",
-    "unmerge": "live",
+_PLACES = {  # where the public names live; imported at first use, so that `imgadapt --help` needs no torch
+    "attaching": ("attach", "detach", "swap"),
+    "errors": ("ImgadaptError",),
+    "file": ("AdapterFile", "load", "save"),
+    "live": ("adapters", "collect", "disabled", "merge", "parameters", "set_weights", "unmerge"),
+    "methods": (*("BOFT", "DoRA", "Full", "GLoRA", "IA3", "LoHa", "LoKr", "LoRA", "METHODS", "Method", "Norm", "OFT"),),
+    "slot": ("Dropout",),
 }
+_HOMES = {name: home for home, names in _PLACES.items() for name in names}
 
 __all__ = [
+    "BOFT",
+    "IA3",
     "METHODS",
+    "OFT",
     "AdapterFile",
+    "DoRA",
+    "Dropout",
+    "Full",
+    "GLoRA",
     "ImgadaptError",
+    "LoHa",
+    "LoKr",
     "LoRA",
     "Method",
+    "Norm",
     "adapters",
     "attach",
     "collect",
@@ -48,6 +51,7 @@ __all__ = [
     "parameters",
     "save",
     "set_weights",
+    "swap",
     "unmerge",
 ]
 

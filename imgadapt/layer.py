@@ -1,44 +1,30 @@
-"""AdapterLayer: the one wrapper. It owns names, strengths, scale, dtype and merging; methods own the maths."""
+"""AdapterLayer: the one wrapper. It owns names, strengths, scale, dropout, dtype and merging; methods own the maths."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from imgadapt.dequantize import weight_of
 from imgadapt.errors import ShapeError, StateError
-from imgadapt.methods.base import Method
 from imgadapt.sites import Site
+from imgadapt.slot import Ready, Slot
 
 
-class Slot(nn.Module):
-    """One adapter on one layer: method, tensors and strength. Its tensors stay out of the model's state dict."""
+class _Source:
+    """A layer's own weight, for its slots (which must not hold the layer: offloading hooks move what they are given)."""
 
-    def __init__(self, name: str, method: Method, tensors: Mapping[str, Tensor], weight: float) -> None:
-        super().__init__()
-        self.name = name
-        self.method = method
-        self.weight = weight
-        for key in method.tensors:
-            self.register_parameter(key, nn.Parameter(tensors[key]))
+    def __init__(self, layer: "AdapterLayer") -> None:
+        self._base, self._site = layer.base, layer.site
 
-    @property
-    def gain(self) -> float:
-        """What the unscaled delta is multiplied by: strength times the method's scale."""
-        return self.weight * self.method.scale
+    def values(self) -> Tensor:
+        return self._site.seen(weight_of(self._base, self._site.parameter))
 
-    def tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """The adapter's tensors, cast to `dtype` where one is given."""
-        return {key: getattr(self, key).to(dtype) for key in self.method.tensors}
-
-    def forward(self, *_: Any) -> Tensor:
-        raise StateError("a slot is not called; its AdapterLayer is")
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Nothing: `collect` reads adapters, so that the base can be saved and loaded as if it stood alone."""
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing, for the same reason."""
+    def stamp(self) -> tuple[int, ...]:
+        weight: Any = self._base._parameters[self._site.parameter]
+        return (id(weight), 0 if weight.is_inference() else weight._version)
 
 
 class AdapterLayer(nn.Module):
@@ -54,10 +40,11 @@ class AdapterLayer(nn.Module):
         self.__dict__["base"] = base  # not a child: its parameters are ours already
         self.__dict__["_parameters"] = base._parameters
         self.__dict__["_buffers"] = base._buffers
+        self._modules.update(base._modules)  # nn.MultiheadAttention's out_proj
         self.site = site
         self.slots = nn.ModuleList()
         self.enabled = True
-        self.__dict__["original"] = None  # the base's own weight while merged
+        self.__dict__["originals"] = {}  # the base's own parameters while merged, by name
         self.training = base.training
 
     def __getattr__(self, name: str) -> Any:
@@ -77,21 +64,133 @@ class AdapterLayer(nn.Module):
     @property
     def merged(self) -> bool:
         """Whether the base's weight holds the adapters now."""
-        return self.original is not None
+        return bool(self.originals)
 
     def slot(self, name: str) -> Slot | None:
         """The adapter `name` of this layer, if it has it."""
         return next((slot for slot in self if slot.name == name), None)
 
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # (as torch's layers name it)
-        x, out = input, self.base(input, *args, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.merged or not self.enabled:
-            return out
-        for slot in self:
-            if slot.weight:
-                change = slot.method.act(slot.tensors(x.dtype), self.site, x)
-                out = torch.add(out, change, alpha=slot.gain)
+            return self.base(*args, **kwargs)
+        # when compiled, a strength of 0 is a number like any other: no guard on it, no recompilation
+        slots = [slot for slot in self if torch.compiler.is_compiling() or slot.on]
+        if not slots:
+            return self.base(*args, **kwargs)
+        if self.site.kind == "fused":
+            return self._fused(slots, args, kwargs)
+        if not args:
+            first = next(iter(kwargs))  # `input`, or as the layer calls it
+            args = (kwargs.pop(first),)
+        x, *rest = args
+        ready = self._ready(slots, x)
+
+        turned = x
+        for adapter in ready:
+            if adapter.way.turn:
+                turned = adapter.turn(x, turned)
+        dense = [adapter for adapter in ready if adapter.way.dense]
+        if dense and turned is x and self._foldable(ready):
+            out = self._call_with(self._changed(dense), (x, *rest), kwargs)
+            dense = []
+        else:
+            out = self.base(turned, *rest, **kwargs)
+        y = self._without_bias(out if turned is x else self.base(x, *rest, **kwargs)) if _reads_output(ready) else None
+
+        out = self._add_pairs([adapter for adapter in ready if adapter.way.pair], x, out)
+        for adapter in ready:
+            if adapter.way.act:
+                out = adapter.act(x, y, out)
+        for adapter in dense:
+            out = self._add_dense(adapter, x, out)
         return out
+
+    def _ready(self, slots: list[Slot], x: Tensor) -> list[Ready]:
+        weight: Any = self._parameters["weight"] if "weight" in self._parameters else None
+        dtype = x.dtype if x.is_floating_point() else weight.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+        return [slot.ready(slot(self.site, _Source(self), x.device, dtype), self.site, len(x)) for slot in slots]
+
+    def _foldable(self, ready: list[Ready]) -> bool:
+        """Whether dense changes may go into the weight of the one call of the base: all read its plain input."""
+        weight: Any = self._parameters[self.site.parameter]
+        plain = type(weight) in (nn.Parameter, Tensor) and not weight.is_meta and weight.dtype.is_floating_point
+        alike = all(adapter.gain is None and not adapter.dropped for adapter in ready if adapter.way.dense)
+        return plain and weight.dtype.itemsize > 1 and alike and not _reads_output(ready)
+
+    def _changed(self, dense: list[Ready]) -> dict[str, Tensor]:
+        """The base's parameters with dense changes in them."""
+        weight: Any = self._parameters[self.site.parameter]
+        made = {self.site.parameter: weight}
+        for adapter in dense:
+            delta = self.site.seen(adapter.delta()).to(weight.dtype)
+            made[self.site.parameter] = made[self.site.parameter] + delta
+            if (change := adapter.bias_delta()) is not None:
+                assert self.site.bias is not None
+                bias: Any = made.get(self.site.bias, self._parameters[self.site.bias])
+                made[self.site.bias] = bias + change.to(bias.dtype)
+        return made
+
+    def _call_with(self, parameters: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return functional_call(self.base, parameters, args, kwargs)
+
+    def _fused(self, slots: list[Slot], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """nn.MultiheadAttention, whose kernel reads the weights itself: they are changed for the call."""
+        weight: Any = self._parameters[self.site.parameter]
+        ready = [
+            slot.ready(slot(self.site, _Source(self), weight.device, torch.float32), self.site, 1) for slot in slots
+        ]
+        if any(adapter.gain is not None for adapter in ready):
+            raise StateError("weights per sample cannot act on a fused in-projection; give it one number")
+        return self._call_with(self._changed(ready), args, kwargs)
+
+    def _without_bias(self, out: Tensor) -> Tensor:
+        bias = self._parameters.get("bias")
+        return out if bias is None else out - self.site.along(bias.to(out.device, out.dtype))
+
+    def _add_pairs(self, pairs: list[Ready], x: Tensor, out: Tensor) -> Tensor:
+        """All low-rank changes that read the same input, in one product down and one up."""
+        while pairs:
+            together = [adapter for adapter in pairs if not adapter.dropped] or pairs[:1]
+            pairs = [adapter for adapter in pairs if adapter not in together]
+            down = _joined([adapter.operands["down"] for adapter in together], 0)
+            up = _joined([adapter.operands["up"] for adapter in together], 1)
+            h = self.site.spread(together[0].read(x), down)
+            if any(adapter.gain is not None for adapter in together):
+                ranks = [adapter.operands["up"].shape[1] for adapter in together]
+                gains = [
+                    (h.new_ones(1) if adapter.gain is None else adapter.gain.to(h.dtype))[:, None].expand(-1, rank)
+                    for adapter, rank in zip(together, ranks, strict=True)
+                ]
+                gains = torch.cat([gain.expand(len(h), -1) for gain in gains], 1).repeat(1, self.site.groups)
+                trailing = h.ndim - 2
+                shape = (
+                    (len(h), -1, *(1,) * trailing)
+                    if self.site.kind == "conv"
+                    else (len(h), *(1,) * trailing, gains.shape[1])
+                )
+                h = h * gains.reshape(shape)
+            if h.dtype != out.dtype and not torch.is_autocast_enabled(h.device.type):
+                out = out + self.site.mix(h, up, None).to(out.dtype)
+            else:
+                out = self.site.mix(h, up, out)
+        return out
+
+    def _add_dense(self, adapter: Ready, x: Tensor, out: Tensor) -> Tensor:
+        """A dense change apart from the base, for bases that are quantised, dropout, and strengths per sample."""
+        if self.site.kind == "norm":
+            weight = adapter.delta()
+            changed = {"weight": weight}
+            if self.site.bias is not None:
+                bias = adapter.bias_delta()
+                changed["bias"] = torch.zeros_like(weight) if bias is None else bias
+            change = self._call_with(changed, (x,), {})
+        else:
+            change = self.site.op(adapter.read(x), adapter.delta().to(adapter.dtype))
+            if (bias := adapter.bias_delta()) is not None:
+                change = change + self.site.along(bias.to(change.dtype))
+        return out + adapter.scaled(change).to(out.dtype)
 
     def add(self, slot: Slot) -> None:
         """Put an adapter on this layer; a merged layer is merged anew.
@@ -104,10 +203,10 @@ class AdapterLayer(nn.Module):
             raise StateError(f"the name '{slot.name}' is taken: detach it first, or choose another name=")
         if wrong := slot.method.fits(slot.tensors(), self.site):
             raise ShapeError(wrong)
-        weight = self._parameters["weight"]
-        assert weight is not None
-        self._present(weight)
-        slot.to(weight.device).train(self.training)
+        weight: Any = self._parameters[self.site.parameter]
+        slot.train(self.training)
+        if not weight.is_meta:  # offloaded, or not loaded yet: it is moved when it is used
+            slot.to(weight.device)
         self.slots.append(slot)
         try:
             self.refresh()
@@ -136,59 +235,77 @@ class AdapterLayer(nn.Module):
         """Merge anew, from the original weight, if this layer is merged; on failure it stays as it is merged now.
 
         Raises:
-            StateError: the sum is not finite.
+            StateError: the sum is not finite, or a strength differs from sample to sample.
         """
         if self.merged:
-            self._parameters["weight"] = self._sum(self.original)
+            self._parameters.update({**self.originals, **self._sums(self.originals)})
 
     def merge(self) -> None:
         """Put weight + deltas in the base's place, summed in fp32 or better and rounded once; the original is kept.
 
         Raises:
-            StateError: the sum is not finite; the base is untouched.
+            StateError: the sum is not finite, or a strength differs from sample to sample; the base is untouched.
         """
         if not self.merged:
-            weight = self._parameters["weight"]
-            self._parameters["weight"] = self._sum(weight)
-            self.__dict__["original"] = weight
+            names = [name for name in (self.site.parameter, self.site.bias) if name is not None]
+            originals = {name: self._parameters[name] for name in names}
+            self._parameters.update(self._sums(originals))
+            self.__dict__["originals"] = originals
 
     @torch.no_grad()
-    def _sum(self, weight: Any) -> nn.Parameter:
-        self._present(weight)
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        total = weight.to(wide, copy=True)
+    def _sums(self, originals: dict[str, Any]) -> dict[str, nn.Parameter]:
+        """The merged parameters: the weight, and the bias if an adapter changes it."""
+        parameter, bias = self.site.parameter, self.site.bias
+        original = originals[parameter]
+        if original.is_meta:
+            raise StateError("the weights are offloaded (on 'meta'): merge before offloading the model")
+        if sampled := [slot.name for slot in self if slot.per_sample]:
+            raise StateError(f"the strength of {sampled[0]} differs from sample to sample and cannot be merged")
+        wide = torch.promote_types(original.dtype, torch.float32)
+        weight = original.to(wide)
+        total = self.site.seen(weight.clone() if weight is original else weight)
+        pristine = self.site.seen(weight) if weight is original else None
+        made: dict[str, Tensor] = {}
         for slot in self:
-            if slot.weight:
-                total.add_(slot.method.delta(slot.tensors(wide), self.site).to(total.device), alpha=slot.gain)
-        total = total.to(weight.dtype)
-        if not torch.isfinite(total).all():
+            if slot.on:
+                if pristine is None and slot.method.needs_weight:
+                    pristine = self.site.seen(original.to(wide))
+                t = slot.tensors(wide, total.device)
+                slot.method.accumulate(total, t, self.site, pristine, slot.strength)
+                change = slot.method.bias_delta(t)
+                if change is not None and bias is not None:
+                    made[bias] = made.get(bias, originals[bias].to(wide)) + slot.strength * change
+        made[parameter] = self.site.seen(total)
+        return {
+            name: nn.Parameter(
+                self._rounded(tensor, originals[name].dtype), requires_grad=originals[name].requires_grad
+            )
+            for name, tensor in made.items()
+        }
+
+    def _rounded(self, total: Tensor, dtype: torch.dtype) -> Tensor:
+        total = total.to(dtype)
+        if not torch.isfinite(total.float() if dtype.itemsize == 1 else total).all():
             names = ", ".join(slot.name for slot in self)
             raise StateError(f"NaN or infinity in the weight merged with {names}; the base is left as it was")
-        return nn.Parameter(total, requires_grad=weight.requires_grad)
+        return total
 
     def unmerge(self) -> None:
-        """Put the original weight back, the very same tensor (moved, if the model was moved meanwhile)."""
-        if not self.merged:
-            return
-        current, original = self._parameters["weight"], self.original
-        assert current is not None
-        if original.device != current.device or original.dtype != current.dtype:
-            original.data = original.data.to(current.device, current.dtype)
-        original.requires_grad_(current.requires_grad)
-        self._parameters["weight"] = original
-        self.__dict__["original"] = None
-
-    @staticmethod
-    def _present(tensor: Tensor) -> None:
-        if tensor.is_meta:
-            raise StateError("the weights are offloaded (on 'meta'): attach and merge before offloading the model")
+        """Put the original parameters back, the very same tensors (moved, if the model was moved meanwhile)."""
+        for name, original in self.originals.items():
+            current: Any = self._parameters[name]
+            if original.device != current.device or original.dtype != current.dtype:
+                original.data = original.data.to(current.device, current.dtype)
+            original.requires_grad_(current.requires_grad)
+            self._parameters[name] = original
+        self.__dict__["originals"] = {}
 
     def train(self, mode: bool = True) -> "AdapterLayer":
         self.base.train(mode)
         return super().train(mode)
 
     def extra_repr(self) -> str:
-        names = ", ".join(f"{slot.name}: {slot.method} at {slot.weight:g}" for slot in self)
+        names = ", ".join(f"{slot.name}: {slot.method} at {slot.weight}" for slot in self)
         return f"{self.base.__class__.__name__}{self.site.shape}, {names}{', merged' if self.merged else ''}"
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -198,3 +315,11 @@ class AdapterLayer(nn.Module):
         if self.merged:
             raise StateError("weights cannot be loaded into a merged layer, whose own would come back: unmerge first")
         self.base._load_from_state_dict(*args, **kwargs)
+
+
+def _reads_output(ready: list[Ready]) -> bool:
+    return any(adapter.way.output for adapter in ready)
+
+
+def _joined(tensors: list[Tensor], axis: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, axis)

@@ -1,6 +1,7 @@
 """Which layers: components of a model, globs over their paths, presets."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
@@ -16,13 +17,22 @@ DENOISERS = ("unet", "transformer", "transformer_2", "prior")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "to_out", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_in", "proj_out")
+_FEED_FORWARD = (
+    *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+    *("proj_in", "proj_out", "proj_mlp"),
+)
+_MODULATION = ("norm.linear", "norm1.linear", "norm1_context.linear", "norm2.linear")
 _CONVOLUTIONS = ("resnets.*.conv1", "resnets.*.conv2", "resnets.*.conv_shortcut", "*samplers.0.conv")
-_TEXT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+_TEXT = (
+    *("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),  # CLIP
+    *(f"SelfAttention.{p}" for p in "qkvo"),  # T5
+    *(f"DenseReluDense.{p}" for p in ("wi", "wi_0", "wi_1", "wo")),
+)
 
 PRESETS: Mapping[str, tuple[str, ...]] = {
     "attention": tuple(f"{c}.*.{p}" for c in DENOISERS for p in _ATTENTION),
     "transformer": tuple(f"{c}.*.{p}" for c in DENOISERS for p in _ATTENTION + _FEED_FORWARD),
+    "modulation": tuple(f"{c}.*.{p}" for c in DENOISERS for p in _MODULATION),
     "convolution": tuple(f"{c}.*.{p}" for c in DENOISERS for p in _CONVOLUTIONS),
     "denoiser": tuple(f"{c}.*" for c in DENOISERS),
     "text": tuple(f"{c}.*.{p}" for c in TEXT_ENCODERS for p in _TEXT),
@@ -42,7 +52,8 @@ def components(model: Any) -> dict[str, nn.Module]:
         TargetError: there is none.
     """
     if isinstance(model, nn.Module):
-        return {_kind(getattr(model, "_orig_mod", model)): model}
+        model = _bare(model)
+        return {_kind(model): model}
     if isinstance(model, Mapping):
         found: dict[str, nn.Module] = {str(k): m for k, m in model.items() if isinstance(m, nn.Module)}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
         if len(found) < len(model):  # pyright: ignore[reportUnknownArgumentType]
@@ -55,7 +66,13 @@ def components(model: Any) -> dict[str, nn.Module]:
     if not found:
         wanted = "a diffusers pipeline, a mapping such as {'unet': unet}, or a module"
         raise TargetError(f"{type(model).__name__} has no UNet, transformer or text encoder; wanted {wanted}")
-    return found
+    return {name: _bare(module) for name, module in found.items()}
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's and data-parallel wrappers."""
+    model = getattr(model, "_orig_mod", model)
+    return _bare(model.module) if type(model).__name__ in ("DataParallel", "DistributedDataParallel") else model
 
 
 def _kind(module: nn.Module) -> str:
@@ -92,39 +109,89 @@ def idle(targets: Targets, names: Sequence[str]) -> list[str]:
     return [t for t in _listed(targets) if not any(matches(name, t.removeprefix("!")) for name in names)]
 
 
-# their fused kernels read `out_proj.weight` and the like themselves: an adapter on it would never be called
-_FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+@dataclass(frozen=True)
+class Layer:
+    """A layer of a model that has a site; an adapted one is its wrapper.
 
-
-def layers(parts: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module, Site]]:
-    """(full name, module, site) of every layer that has a site; an adapted layer is yielded as its wrapper.
-
-    Raises:
-        TargetError: one layer is reached by two names; wrapping it at one of them would leave the other bare.
+    name: component and path. places: (parent module, child name) of every place it stands at, usually one.
     """
-    seen: dict[int, str] = {}
+
+    name: str
+    module: nn.Module
+    site: Site
+    places: tuple[tuple[nn.Module, str], ...]
+
+    def replace(self, module: nn.Module) -> None:
+        """Put `module` at its places."""
+        for parent, child in self.places:
+            parent._modules[child] = module
+
+
+def layers(parts: Mapping[str, nn.Module]) -> Iterator[Layer]:
+    """Every layer that has a site. One that stands at two places (T5's embedding) is yielded once, by its first name.
+
+    What is inside nn.TransformerEncoderLayer is left out, and so is the out-projection of nn.MultiheadAttention: their
+    fused kernels read those weights themselves and would never call an adapter.
+    """
     for component, root in parts.items():
-        fused = [path for path, module in root.named_modules() if isinstance(module, _FUSED)]
-        for path, module in root.named_modules(remove_duplicate=False):
+        places: dict[int, list[tuple[nn.Module, str]]] = {}
+        named: dict[int, str] = {}
+        _walk(root, f"{component}.", places, named)
+        found = {
+            id(child): child
+            for rows in places.values()
+            for parent, name in rows[:1]
+            for child in [parent._modules[name]]
+        }
+        for key, path in named.items():
+            module = found[key]
+            assert module is not None
             site = module.site if isinstance(module, AdapterLayer) else Site.of(module)
-            if site is None or not path or any(path.startswith(f"{outer}.") or not outer for outer in fused):
+            if site is not None:
+                name = f"{path}.in_proj" if site.kind == "fused" else path
+                yield Layer(name, module, site, tuple(places[key]))
+
+
+def _walk(module: nn.Module, path: str, places: dict[int, list[tuple[nn.Module, str]]], named: dict[int, str]) -> None:
+    for name, child in module._modules.items():
+        if child is None:
+            continue
+        known = id(child) in places
+        places.setdefault(id(child), []).append((module, name))
+        if known or isinstance(child, nn.TransformerEncoderLayer):
+            continue
+        inside = path if name == "_orig_mod" else f"{path}{name}."  # torch.compile's wrapper
+        named[id(child)] = inside[:-1]
+        if not isinstance(child, AdapterLayer | nn.MultiheadAttention):
+            _walk(child, inside, places, named)
+
+
+def adapted(parts: Mapping[str, nn.Module]) -> Iterator[tuple[str, AdapterLayer]]:
+    """(name, wrapper) of every adapted layer; quick, for it looks at no site."""
+    for component, root in parts.items():
+        seen: set[int] = set()
+        stack = [(root, component)]
+        while stack:
+            module, path = stack.pop()
+            if isinstance(module, AdapterLayer):
+                if id(module) not in seen:
+                    seen.add(id(module))
+                    yield (f"{path}.in_proj" if module.site.kind == "fused" else path), module
                 continue
-            name = f"{component}.{path}".replace("_orig_mod.", "")  # torch.compile's wrapper
-            other = seen.setdefault(id(module), name)
-            if other != name:
-                raise TargetError(f"{other} and {name} are one and the same layer; adapters cannot tell them apart")
-            yield name, module, site
+            for name, child in reversed(module._modules.items()):
+                if child is not None and child._modules or isinstance(child, AdapterLayer):
+                    stack.append((child, path if name == "_orig_mod" else f"{path}.{name}"))
 
 
-def find(parts: Mapping[str, nn.Module], targets: Targets) -> list[tuple[str, nn.Module, Site]]:
+def find(parts: Mapping[str, nn.Module], targets: Targets) -> list[Layer]:
     """The layers that `targets` names.
 
     Raises:
         TargetError: a target matches no layer, or nothing is left after the exclusions.
     """
     every = list(layers(parts))
-    names = [name for name, _, _ in every]
-    found = [row for row in every if matches(row[0], targets)]
+    names = [layer.name for layer in every]
+    found = [layer for layer in every if matches(layer.name, targets)]
     wrong = idle(targets, names)
     if wrong or not found:
         near = [m for t in wrong for m in get_close_matches(t, PRESETS, n=1)]
@@ -134,11 +201,3 @@ def find(parts: Mapping[str, nn.Module], targets: Targets) -> list[tuple[str, nn
             f"there are {len(every)}: {first_few(names)}. Presets: {', '.join(PRESETS)}"
         )
     return found
-
-
-def replace(parts: Mapping[str, nn.Module], name: str, module: nn.Module) -> None:
-    """Put `module` where the layer of this full name is."""
-    component, _, path = name.partition(".")
-    inner = getattr(parts[component], "_orig_mod", parts[component])
-    parent, _, child = path.rpartition(".")
-    inner.get_submodule(parent)._modules[child] = module

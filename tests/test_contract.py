@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -12,7 +13,26 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from imgadapt import LoRA, attach, collect, detach, disabled, merge, parameters, set_weights, unmerge
+from imgadapt import (
+    BOFT,
+    IA3,
+    OFT,
+    DoRA,
+    Full,
+    GLoRA,
+    LoHa,
+    LoKr,
+    LoRA,
+    Norm,
+    attach,
+    collect,
+    detach,
+    disabled,
+    merge,
+    parameters,
+    set_weights,
+    unmerge,
+)
 from imgadapt.errors import StateError
 from imgadapt.layer import AdapterLayer
 from imgadapt.live import adapters as adapters_of
@@ -21,37 +41,110 @@ from imgadapt.sites import Site
 
 Case = tuple[Callable[[], nn.Module], tuple[int, ...]]
 
+
+class Attend(nn.MultiheadAttention):
+    """Self-attention with one argument."""
+
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] # one argument for a Sequential
+        return super().forward(x, x, x)[0]
+
+
+def _norm(layer: Any) -> nn.Module:
+    """A norm whose weight and bias are not 1 and 0."""
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, 1.0, 0.3)
+    return layer
+
+
 LAYERS: dict[str, Case] = {
-    "linear": (lambda: nn.Linear(12, 20), (3, 7, 12)),
+    "linear": (lambda: nn.Linear(12, 24), (3, 7, 12)),
     "linear without bias": (lambda: nn.Linear(20, 12, bias=False), (5, 20)),
-    "conv 1x1": (lambda: nn.Conv2d(6, 10, 1), (2, 6, 5, 7)),
-    "conv 3x3": (lambda: nn.Conv2d(6, 10, 3, padding=1), (2, 6, 9, 7)),
-    "conv strided": (lambda: nn.Conv2d(6, 10, 3, stride=2, padding=1), (2, 6, 9, 8)),
-    "conv dilated": (lambda: nn.Conv2d(6, 10, 3, dilation=(2, 1), padding=(2, 1)), (2, 6, 9, 8)),
-    "conv grouped": (lambda: nn.Conv2d(6, 9, 3, padding=1, groups=3), (2, 6, 9, 8)),
-    "conv depthwise": (lambda: nn.Conv2d(6, 12, 3, padding=1, groups=6), (2, 6, 5, 8)),
-    "conv non-square": (lambda: nn.Conv2d(6, 10, (3, 5), stride=(1, 2), padding=(0, 2)), (2, 6, 9, 11)),
-    "conv reflect": (lambda: nn.Conv2d(6, 10, (3, 5), padding=(1, 2), padding_mode="reflect"), (2, 6, 9, 8)),
+    "conv 1x1": (lambda: nn.Conv2d(8, 16, 1), (2, 8, 5, 7)),
+    "conv 3x3": (lambda: nn.Conv2d(8, 16, 3, padding=1), (2, 8, 9, 7)),
+    "conv strided": (lambda: nn.Conv2d(8, 16, 3, stride=2, padding=1), (2, 8, 9, 8)),
+    "conv dilated": (lambda: nn.Conv2d(8, 16, 3, dilation=(2, 1), padding=(2, 1)), (2, 8, 9, 8)),
+    "conv grouped": (lambda: nn.Conv2d(8, 16, 3, padding=1, groups=4), (2, 8, 9, 8)),
+    "conv depthwise": (lambda: nn.Conv2d(8, 16, 3, padding=1, groups=8), (2, 8, 5, 8)),
+    "conv non-square": (lambda: nn.Conv2d(8, 16, (3, 5), stride=(1, 2), padding=(0, 2)), (2, 8, 9, 11)),
+    "conv reflect": (lambda: nn.Conv2d(8, 16, (3, 5), padding=(1, 2), padding_mode="reflect"), (2, 8, 9, 8)),
     "conv circular strided": (
-        lambda: nn.Conv2d(6, 10, 3, stride=2, padding=(1, 2), padding_mode="circular"), (2, 6, 8, 9)),
-    "conv same": (lambda: nn.Conv2d(6, 10, (3, 4), padding="same", dilation=2), (2, 6, 9, 8)),
-    "conv same, replicate": (lambda: nn.Conv2d(6, 10, (3, 4), padding="same", padding_mode="replicate"), (2, 6, 9, 8)),
-    "conv1d": (lambda: nn.Conv1d(6, 10, 3, padding=1), (2, 6, 9)),
-    "conv3d": (lambda: nn.Conv3d(4, 6, (1, 3, 2), padding=(0, 1, 0)), (2, 4, 3, 5, 4)),
+        lambda: nn.Conv2d(8, 16, 3, stride=2, padding=(1, 2), padding_mode="circular"), (2, 8, 8, 9)),
+    "conv same": (lambda: nn.Conv2d(8, 16, (3, 4), padding="same", dilation=2), (2, 8, 9, 8)),
+    "conv same, replicate": (lambda: nn.Conv2d(8, 16, (3, 4), padding="same", padding_mode="replicate"), (2, 8, 9, 8)),
+    "conv1d": (lambda: nn.Conv1d(8, 16, 3, padding=1), (2, 8, 9)),
+    "conv3d": (lambda: nn.Conv3d(4, 8, (1, 3, 2), padding=(0, 1, 0)), (2, 4, 3, 5, 4)),
+    "linear, wide": (lambda: nn.Linear(96, 128), (2, 5, 96)),
+    "conv 3x3, wide": (lambda: nn.Conv2d(48, 64, 3, padding=1), (2, 48, 5, 4)),
+    "embedding": (lambda: nn.Embedding(18, 12), (2, 7)),
+    "fused projection": (lambda: Attend(12, 2, batch_first=True), (2, 5, 12)),
+    "layer norm": (lambda: _norm(nn.LayerNorm(12)), (2, 5, 12)),
+    "group norm": (lambda: _norm(nn.GroupNorm(2, 6)), (2, 6, 5, 4)),
+    "rms norm": (lambda: _norm(nn.RMSNorm(12)), (2, 5, 12)),
 }  # fmt: skip
 
-CONFIGURED: list[Method] = [LoRA(rank=4, alpha=2), LoRA(rank=3, alpha=5, rank_stabilised=True)]
-"""At least one of every method; scale is never 1."""
+CONFIGURED: list[Method] = [
+    LoRA(rank=4, alpha=2),
+    LoRA(rank=3, alpha=5, rank_stabilised=True),
+    LoRA(rank=3, alpha=2, tucker=True),
+    LoHa(rank=2, alpha=3),
+    LoHa(rank=3, alpha=2, tucker=True),
+    LoKr(rank=1, alpha=2, factor=3),
+    LoKr(rank=2, alpha=3, both=True, tucker=True),
+    LoKr(rank=None, factor=8),
+    OFT(block_size=4),
+    OFT(block_size=4, rescaled=True, constraint=0.1),
+    OFT(block_size=4, side="input"),
+    OFT(block_size=3, side="input", neumann=5, rescaled=True, constraint=0.5),
+    OFT(block_size=6, side="input", shared=True),
+    BOFT(block_size=4, factors=2, rescaled=True, constraint=0.1),
+    BOFT(block_size=2, factors=3),
+    BOFT(block_size=2, factors=2, side="input"),
+    BOFT(block_size=4, factors=1, side="input", rescaled=True),
+    DoRA(LoRA(rank=3, alpha=2)),
+    DoRA(LoRA(rank=3, alpha=2), axis="input"),
+    DoRA(LoHa(rank=2, alpha=3)),
+    DoRA(LoHa(rank=2, alpha=3), axis="input"),
+    DoRA(LoKr(rank=1, alpha=2, factor=3)),
+    DoRA(LoKr(rank=None), axis="input"),
+    GLoRA(rank=3, alpha=2),
+    IA3(),
+    IA3(axis="input", absolute=True),
+    Full(),
+    Norm(),
+]
+"""At least one of every method; where a method has a scale, it is not 1."""
 
-every_layer = pytest.mark.parametrize("layer", LAYERS)
-every_method = pytest.mark.parametrize("method", CONFIGURED, ids=str)
+
+def _site(layer: str) -> Site:
+    site = Site.of(LAYERS[layer][0]())
+    assert site is not None
+    return site
+
+
+PAIRS = [(method, layer) for method in CONFIGURED for layer in LAYERS if method.check(_site(layer)) is None]
+"""What can act on what; that each refusal is right is tested by itself."""
+
+
+def _short(value: Method | str) -> str:
+    """A name for a test: a method without the settings that it leaves alone."""
+    if isinstance(value, str):
+        return value
+    changed = ((f.name, getattr(value, f.name)) for f in fields(value) if getattr(value, f.name) != f.default)
+    said = ",".join(f"{name}={_short(v) if isinstance(v, Method) else v}" for name, v in changed)
+    return f"{type(value).__name__}({said})"
+
+
+every_pair = pytest.mark.parametrize(("method", "layer"), PAIRS, ids=lambda value: _short(value))
+every_method = pytest.mark.parametrize(
+    "method", [m for m in CONFIGURED if not isinstance(m, Norm)], ids=lambda value: _short(value)
+)
 
 
 def build(layer: str) -> tuple[Any, Tensor]:
     """A model with one layer, and an input for it."""
     torch.manual_seed(0)
     make, shape = LAYERS[layer]
-    return nn.Sequential(make()), torch.randn(shape)
+    return nn.Sequential(make()), torch.randint(0, 18, shape) if layer == "embedding" else torch.randn(shape)
 
 
 def filled(model: nn.Module, name: str = "default", seed: int = 1) -> None:
@@ -69,17 +162,24 @@ def dense(model: Any, x: Tensor, changes: dict[str, float]) -> Tensor:
     base = copy.deepcopy(layer.base).double()
     with torch.no_grad():
         for slot in layer:
-            tensors = {k: v.double() for k, v in slot.tensors().items()}
-            base.weight += changes[slot.name] * slot.method.scale * slot.method.delta(tensors, layer.site)
-        return base(x.double())
+            weight, bias = _parameters(base, layer.site)
+            pristine = layer.site.seen(_parameters(layer.base, layer.site)[0].detach().double())
+            tensors, gain = slot.tensors(torch.float64), changes[slot.name] * slot.method.scale
+            weight += gain * layer.site.seen(slot.method.delta(tensors, layer.site, pristine))
+            if (change := slot.method.bias_delta(tensors)) is not None:
+                bias += gain * change
+        return base(x.double() if x.is_floating_point() else x)
+
+
+def _parameters(module: Any, site: Site) -> tuple[Any, Any]:
+    return module._parameters[site.parameter], module._parameters.get(site.bias)
 
 
 def test_every_method_is_in_the_contract() -> None:
     assert {type(method) for method in CONFIGURED} == set(METHODS)
 
 
-@every_method
-@every_layer
+@every_pair
 def test_a_fresh_adapter_changes_nothing(layer: str, method: Method) -> None:
     model, x = build(layer)
     before = model(x)
@@ -87,51 +187,50 @@ def test_a_fresh_adapter_changes_nothing(layer: str, method: Method) -> None:
     assert torch.equal(model(x), before)
 
 
-@every_method
-@every_layer
+@every_pair
 def test_live_equals_the_dense_formula(layer: str, method: Method) -> None:
     model, x = build(layer)
     base = model(x)
     attach(model, method, targets="*", weight=0.7)
     filled(model)
     expected = dense(model, x, {"default": 0.7})
-    assert (model(x) - base).abs().max() > 1e-2
+    assert (model(x) - base).abs().max() > 2e-3
     torch.testing.assert_close(model(x).double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@every_method
-@every_layer
+@every_pair
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_merged_equals_live_and_unmerge_restores_the_weight_bitwise(
     layer: str, method: Method, dtype: torch.dtype
 ) -> None:
     model, x = build(layer)
-    model, x = model.to(dtype), x.to(dtype)
-    weight = model[0].weight
-    kept = weight.detach().clone()
-    attach(model, method, targets="*", weight=-1.3)
+    model, x = model.to(dtype), x.to(dtype) if x.is_floating_point() else x
+    before = dict(model[0]._parameters)
+    kept = {name: tensor.detach().clone() for name, tensor in before.items() if tensor is not None}
+    attach(model, method, targets="*")
     filled(model)
-    live = merged = model(x)
-    for _ in range(20):  # peft's bf16 weights drift: 1.9 % changed after 21 rounds
-        merge(model)
-        merge(model)
-        merged = model(x)
-        unmerge(model)
-    tolerance = 1e-5 if dtype == torch.float32 else 0.03
-    assert merged is not live
-    torch.testing.assert_close(merged, live, rtol=tolerance, atol=tolerance)
-    assert model[0].weight is weight
-    assert torch.equal(weight, kept)
+    tolerance = 2e-5 if dtype == torch.float32 else 0.05
+    for weight in (1.0, 0.5, -1.0):
+        set_weights(model, {"default": weight})
+        live = merged = model(x)
+        for _ in range(4):  # peft's bf16 weights drift: 1.9 % changed after 21 rounds
+            merge(model)
+            merge(model)
+            merged = model(x)
+            unmerge(model)
+        assert merged is not live
+        size = live.abs().max().item()
+        torch.testing.assert_close(merged, live, rtol=tolerance, atol=tolerance * max(1, size))
     detach(model)
-    assert torch.equal(model[0].weight, kept)
+    assert all(model[0]._parameters[name] is tensor for name, tensor in before.items())
+    assert all(torch.equal(before[name], tensor) for name, tensor in kept.items())
 
 
-@every_method
-@every_layer
+@every_pair
 def test_two_adapters_add_up_live_and_merged_in_any_order(layer: str, method: Method) -> None:
     model, x = build(layer)
     attach(model, method, name="a", targets="*", weight=0.5)
-    attach(model, LoRA(rank=2, alpha=3), name="b", targets="*", weight=-2.0)
+    attach(model, second(layer), name="b", targets="*", weight=-2.0)
     filled(model, "a")
     filled(model, "b", 2)
     expected = dense(model, x, {"a": 0.5, "b": -2.0})
@@ -140,6 +239,12 @@ def test_two_adapters_add_up_live_and_merged_in_any_order(layer: str, method: Me
     torch.testing.assert_close(model(x).double(), expected, rtol=1e-5, atol=2e-5)
     detach(model, "a")  # while merged: what stays is merged anew from the original weight
     torch.testing.assert_close(model(x).double(), dense_of_original(model, x, {"b": -2.0}), rtol=1e-5, atol=2e-5)
+
+
+def second(layer: str) -> Method:
+    """Another method that acts there: one that reads the base's output, where there is one."""
+    others = (OFT(block_size=2), LoRA(rank=2, alpha=3), Norm())
+    return next(method for method in others if method.check(_site(layer)) is None)
 
 
 def dense_of_original(model: Any, x: Tensor, changes: dict[str, float]) -> Tensor:
@@ -182,12 +287,12 @@ def test_the_change_is_linear_in_the_weight_and_none_at_zero(method: Method) -> 
 @every_method
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_merge_refuses_what_is_not_finite_and_leaves_every_layer_as_it_was(method: Method, bad: float) -> None:
-    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8))
     kept = [layer.weight for layer in model]
     attach(model, method, targets="*")
     filled(model)
     with torch.no_grad():
-        parameters(model)[-1][0, 0] = bad  # in the second layer: the first is merged by then
+        parameters(model)[-1].view(-1)[0] = bad  # in the second layer: the first is merged by then
     with pytest.raises(StateError, match="NaN or infinity"):
         merge(model)
     assert [layer.weight for layer in model] == kept
@@ -196,7 +301,7 @@ def test_a_merge_refuses_what_is_not_finite_and_leaves_every_layer_as_it_was(met
 
 @every_method
 def test_disabled_is_the_base_also_while_merged_and_restores_the_state(method: Method) -> None:
-    model, x = build("conv grouped")
+    model, x = build("conv strided")
     base = model(x)
     attach(model, method, targets="*")
     filled(model)
@@ -216,13 +321,12 @@ def test_disabled_is_the_base_also_while_merged_and_restores_the_state(method: M
     assert model[0].merged
 
 
-@every_method
-@every_layer
+@every_pair
 def test_only_adapter_tensors_learn_and_all_of_them_do(layer: str, method: Method) -> None:
     model, x = build(layer)
     model.requires_grad_(False)
     attach(model, method, targets="*")
-    kept = model[0].weight.clone()
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     filled(model)
     tensors = parameters(model)
     before = [tensor.detach().clone() for tensor in tensors]
@@ -231,7 +335,7 @@ def test_only_adapter_tensors_learn_and_all_of_them_do(layer: str, method: Metho
     assert all(tensor.grad is not None and tensor.grad.abs().max() > 0 for tensor in tensors)
     optimizer.step()
     assert all(not torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
-    assert torch.equal(model[0].weight, kept)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in kept.items())
 
 
 @every_method
@@ -255,17 +359,17 @@ def test_gradients_are_the_same_under_checkpointing(method: Method, reentrant: b
         torch.testing.assert_close(a, b.grad)
 
 
-@every_method
-@every_layer
+@every_pair
 def test_bf16_activations_keep_their_dtype_and_fp32_masters_stay_fp32(layer: str, method: Method) -> None:
     model, x = build(layer)
     model = model.bfloat16()
     attach(model, method, targets="*")
     filled(model)
-    out = model(x.bfloat16())
+    x = x.bfloat16() if x.is_floating_point() else x
+    out = model(x)
     assert out.dtype == torch.bfloat16
     assert {tensor.dtype for tensor in parameters(model)} == {torch.float32}
-    expected = dense(model, x.bfloat16(), {"default": 1.0})
+    expected = dense(model, x, {"default": 1.0})
     torch.testing.assert_close(out.double(), expected, rtol=0.03, atol=0.05)
 
 
@@ -281,25 +385,28 @@ def test_autocast_gives_the_dtype_the_base_gives(method: Method) -> None:
     torch.testing.assert_close(out.float(), expected, rtol=0.03, atol=0.05)
 
 
-@every_method
-@every_layer
-def test_infer_inverts_init_and_factors_multiply_to_the_delta(layer: str, method: Method) -> None:
+@every_pair
+def test_infer_inverts_init_and_pairs_multiply_to_the_delta(layer: str, method: Method) -> None:
     model, _ = build(layer)
-    site = Site.of(model[0])
-    assert site is not None
-    tensors = {k: torch.randn_like(v) for k, v in method.init(site).items()}
+    site = _site(layer)
+    weight = site.seen(_parameters(model[0], site)[0].detach())
+    method = method.at(site)
+    tensors = {k: torch.randn_like(v) for k, v in method.init(site, weight).items()}
     assert method.fits(tensors, site) is None
-    inferred = type(method).infer(tensors, method.scale * 7)
-    assert inferred.fits(tensors, site) is None
-    delta = method.delta(tensors, site)
-    assert delta.shape == model[0].weight.shape
-    factors = method.factors(tensors, site)
-    assert factors is not None
-    torch.testing.assert_close(factors[0] @ factors[1], delta.flatten(1))
+    assert [m for m in METHODS if m.recognises(set(tensors))] == [type(method)]
+    inferred = type(method).infer(tensors, method.file_alpha)
+    assert inferred.file_alpha == pytest.approx(method.file_alpha)
+    assert inferred.scale == pytest.approx(method.scale)
+    delta = method.delta(tensors, site, weight)
+    assert delta.shape == site.shape
+    total = weight.clone()
+    method.accumulate(total, tensors, site, weight, -0.7)
+    torch.testing.assert_close(total, weight - 0.7 * delta)
+    if (pair := method.pair(tensors, site)) is not None:
+        torch.testing.assert_close(pair[0] @ pair[1], delta.flatten(1))
 
 
-@every_method
-@every_layer
+@every_pair
 def test_the_state_dict_is_that_of_the_base_alone(layer: str, method: Method) -> None:
     model, x = build(layer)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -349,11 +456,11 @@ def test_moves_and_casts_reach_base_adapters_and_the_kept_original(method: Metho
 
 @every_method
 def test_detach_brings_the_very_modules_back_and_leaves_nothing(method: Method) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Flatten(), nn.Linear(24, 5))
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(32, 16))
     modules, keys = list(model.modules()), list(model.state_dict())
     calls: list[int] = []
     model[2].register_forward_hook(lambda *_: calls.append(1))
-    x = torch.randn(2, 3, 4, 4)
+    x = torch.randn(2, 4, 4, 4)
     for _ in range(3):
         attach(model, method, name="one", targets="*")
         attach(model, method, name="on", targets="*")
@@ -399,7 +506,8 @@ def test_lora_keeps_only_the_thin_activation_for_backward() -> None:
         model(x)
     known = {t.untyped_storage().data_ptr() for t in (x, model[0].weight, model[0].bias)}
     cast_factors = 2 * rank * (inputs + 96)
-    assert sum(size for place, size in kept.items() if place not in known) == 2 * n * rank + cast_factors
+    strength = 8  # a number in double precision
+    assert sum(size for place, size in kept.items() if place not in known) == 2 * n * rank + cast_factors + strength
 
 
 @pytest.mark.parametrize("stabilised", [False, True])
@@ -420,22 +528,21 @@ def test_lora_equals_pefts_on_the_same_tensors(layer: str, stabilised: bool) -> 
         up.copy_(module.lora_B["default"].weight)
     torch.testing.assert_close(model(x), theirs(x), rtol=1e-5, atol=1e-5)
     part = next(iter(collect(model).parts.values()))
-    ours = part.method.scale * part.method.delta(part.tensors, model[0].site)
+    ours = part.method.scale * part.method.delta(part.tensors, model[0].site, None)
     torch.testing.assert_close(ours, module.get_delta_weight("default"))
 
 
 @every_method
-def test_compiling_gives_one_graph_and_new_weights_soon_need_no_new_one(method: Method) -> None:
+def test_compiled_in_one_graph_no_strength_recompiles(method: Method) -> None:
     """Backend 'eager': what is tested is the tracing, in one graph, and its guards."""
-    model = nn.Sequential(nn.Linear(6, 8), nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 3, 1))
-    x = torch.randn(4, 6)
+    torch.compiler.reset()
+    model = nn.Sequential(nn.Linear(8, 16), nn.Unflatten(1, (4, 2, 2)), nn.Conv2d(4, 16, 1))
+    x = torch.randn(4, 8)
     attach(model, method, targets="*")
     filled(model)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    for weight in (1.0, 0.5, 0.25):
-        set_weights(model, {"default": weight})
-        torch.testing.assert_close(compiled(x), model(x))
+    torch.testing.assert_close(compiled(x), model(x))
     with torch.compiler.set_stance("fail_on_recompile"):
-        for weight in (0.75, -2.0, 3.0):
+        for weight in (0.5, 0.0, -2.0):
             set_weights(model, {"default": weight})
             torch.testing.assert_close(compiled(x), model(x))

@@ -55,7 +55,7 @@ def adapter(pipe: Any, targets: Targets, alphas: Sequence[float]) -> AdapterFile
     parts: dict[str, Part] = {}
     for i, (name, _, site) in enumerate(find(components(pipe), targets)):
         method = LoRA(rank=(4, 2, 7)[i % 3], alpha=alphas[i % len(alphas)])
-        tensors = method.init(site)
+        tensors = method.init(site, None)
         tensors["up"] = torch.randn(tensors["up"].shape) * 0.1
         parts[canonical(name)] = Part(method, tensors)
     return AdapterFile(parts)

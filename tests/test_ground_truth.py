@@ -77,7 +77,7 @@ def changes(truth: Truth) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 def weights(model: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    for name, module, _ in layers(model):
+    for name, module in ((row.name, row.module) for row in layers(model)):
         assert isinstance(module.weight, Tensor)
         found[canonical(name)] = module.weight.detach().clone()
     return found
@@ -87,7 +87,7 @@ def weights(model: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 def test_every_delta_of_a_tools_file_is_what_the_tool_measured(truth: Truth, model: dict[str, nn.Module]) -> None:
     file = load(FOLDER / f"{truth.path}.safetensors")
     assert (file.format, file.architecture, file.unknown, len(file.parts)) == (truth.format, "sd1", (), truth.layers)
-    sites = {canonical(name): site for name, _, site in layers(model)}
+    sites = {canonical(row.name): row.site for row in layers(model)}
     full, _ = changes(truth)
     assert len(full) == truth.known
     for name, change in full.items():

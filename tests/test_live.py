@@ -123,7 +123,7 @@ def test_collect_then_attach_is_the_same_adapter_and_a_copy() -> None:
 
 
 def test_layers_that_the_model_lacks_are_counted_and_named() -> None:
-    file = AdapterFile({f"unet.block.{k}": Part(LoRA(2), LoRA(2).init(_site())) for k in range(5)})
+    file = AdapterFile({f"unet.block.{k}": Part(LoRA(2), LoRA(2).init(_site(), None)) for k in range(5)})
     with pytest.raises(
         TargetError, match=r"5 of the file's 5 layers are not in this model \(unet.block.0, .* and 2 more\)"
     ):
@@ -141,8 +141,8 @@ def test_a_shape_that_does_not_fit_names_layer_and_both_shapes_and_changes_nothi
 
     model = Net()
     parts = {
-        "unet.to_q": Part(LoRA(2), LoRA(2).init(Site((6, 8)))),
-        "unet.to_k": Part(LoRA(2), LoRA(2).init(Site((6, 9)))),
+        "unet.to_q": Part(LoRA(2), LoRA(2).init(Site((6, 8)), None)),
+        "unet.to_k": Part(LoRA(2), LoRA(2).init(Site((6, 9)), None)),
     }
     with pytest.raises(
         ShapeError, match=r"unet.to_k: down is \(2, 9\), this layer takes \(2, 8\); is the file for another"

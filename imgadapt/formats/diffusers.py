@@ -87,7 +87,7 @@ def _metadata(parts: Parts, old: Mapping[str, str]) -> dict[str, str]:
             if name.startswith(f"{component}.")
         }
         stabilised = all(_stabilised(part) for part in own.values())
-        ranks = {path: part.tensors["down"].shape[0] for path, part in own.items()}
+        ranks = {path: (part.method.file_rank or 0) for path, part in own.items()}
         alphas = {
             path: part.method.scale * (math.sqrt(ranks[path]) if stabilised else ranks[path])
             for path, part in own.items()
@@ -118,7 +118,7 @@ def _still_true(metadata: Mapping[str, str], parts: Parts) -> bool:
     except (FormatError, ConfigError, TypeError, ValueError, OverflowError):
         return False
     return components == {name.partition(".")[0] for name in parts} and all(
-        said[name].scale == part.method.scale and ranks[name] == part.tensors["down"].shape[0]
+        said[name].scale == part.method.scale and ranks[name] == (part.method.file_rank or 0)
         for name, part in parts.items()
     )
 

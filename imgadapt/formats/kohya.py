@@ -12,7 +12,7 @@ def _settings(metadata: Mapping[str, str], name: str) -> Settings:
 
 def _metadata(parts: Parts, old: Mapping[str, str]) -> dict[str, str]:
     """What A1111 and ComfyUI's managers show; mixed ranks are summed up as the largest, as sd-scripts does."""
-    ranks = [part.tensors["down"].shape[0] for part in parts.values()]
+    ranks = [part.method.file_rank or 0 for part in parts.values()]
     alphas = [part.method.scale * rank for part, rank in zip(parts.values(), ranks, strict=True)]
     new = {
         "ss_network_module": "networks.lora",
@@ -40,5 +40,6 @@ KOHYA = Format(
     alpha="alpha",
     settings=_settings,
     metadata=_metadata,
+    prefixes_of={"sdxl": {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}},
     own_metadata=("ss_network_module", "ss_network_dim", "ss_network_alpha"),
 )

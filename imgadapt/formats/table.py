@@ -7,7 +7,7 @@ files in a dotted format are read for architectures that have none, too.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from imgadapt.arch import Architecture, architectures, canonical
 from imgadapt.errors import ConfigError, FormatError, ShapeError, first_few
 from imgadapt.formats.part import Part, Parts
-from imgadapt.methods import METHODS, Method
+from imgadapt.methods import METHODS
 
 Settings = Mapping[str, Any]
 """Hyper-parameters that the metadata states beyond what tensors imply: fields of the Method."""
@@ -27,7 +27,7 @@ Settings = Mapping[str, Any]
 class Format:
     """How one tool spells an adapter.
 
-    prefixes: component -> what its keys begin with.
+    prefixes: component -> what its keys begin with; prefixes_of: the same for architectures where that differs.
     separator: what stands for the dots of a layer's path.
     spelling: method name -> our tensor name -> the key's end.
     also: other ends that are read, never written -> our tensor name.
@@ -46,11 +46,12 @@ class Format:
     settings: Callable[[Mapping[str, str], str], Settings]
     metadata: Callable[[Parts, Mapping[str, str]], dict[str, str]]
     own_metadata: tuple[str, ...]
+    prefixes_of: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, Mapping[str, str]])
 
-    def spell(self, name: str) -> str | None:
+    def spell(self, name: str, architecture: str | None) -> str | None:
         """The canonical layer `name` as this tool writes it; None if it has no word for the component."""
         component, _, path = name.partition(".")
-        prefix = self.prefixes.get(component)
+        prefix = self.prefixes_of.get(architecture or "", self.prefixes).get(component)
         return None if prefix is None else prefix + path.replace(".", self.separator)
 
     @property
@@ -76,7 +77,7 @@ def _index(form: Format, architecture: Architecture) -> dict[str, str]:
     index: dict[str, str] = {}
     for name in architecture.layers:
         for variant in (name, name.replace(".text_model.", ".", 1)):
-            if (spelled := form.spell(variant)) is not None:
+            if (spelled := form.spell(variant, architecture.name)) is not None:
                 index[spelled] = name
     return index
 
@@ -145,7 +146,7 @@ def _split(form: Format, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, 
 
 def _part(form: Format, name: str, found: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Part:
     own = {key: tensor for key, tensor in found.items() if key != "alpha"}
-    method = next((m for m in METHODS if set(m.tensors) == set(own)), None)
+    method = next((m for m in METHODS if m.recognises(set(own))), None)
     if method is None:
         raise FormatError(
             f"{name} has {', '.join(sorted(own)) or 'only alpha'}, which is no whole adapter: it lost a tensor"
@@ -176,8 +177,9 @@ def write(form: Format, parts: Parts, metadata: Mapping[str, str]) -> tuple[dict
         raise FormatError("the adapter has no layers; there is nothing to write")
     tensors: dict[str, Tensor] = {}
     parts = dict(sorted(parts.items()))  # so that the same adapter gives the same metadata, too
+    architecture = next((a.name for a in architectures() if set(a.layers).issuperset(parts)), None)
     for name, part in parts.items():
-        spelled, ends = form.spell(name), form.spelling.get(part.method.name)
+        spelled, ends = form.spell(name, architecture), form.spelling.get(part.method.name)
         if spelled is None or ends is None:
             lacks = f"component {name.partition('.')[0]}" if spelled is None else f"method {part.method.name}"
             raise FormatError(f"{form.name} has no word for the {lacks} (of {name})")
@@ -186,17 +188,13 @@ def write(form: Format, parts: Parts, metadata: Mapping[str, str]) -> tuple[dict
                 raise FormatError(f"{name} and another layer are both {spelled} in {form.name}; one would be lost")
             tensors[f"{spelled}.{end}"] = part.tensors[tensor]
         if form.alpha is not None:
-            tensors[f"{spelled}.{form.alpha}"] = torch.tensor(_written_alpha(part.method, part))
-    known = [set(architecture.layers) for architecture in architectures()]
-    if form.separator != "." and not any(known_layers.issuperset(parts) for known_layers in known):
-        strange = [name for name in parts if not any(name in known_layers for known_layers in known)]
+            if part.method.file_alpha is not None:
+                tensors[f"{spelled}.{form.alpha}"] = torch.tensor(part.method.file_alpha)
+    if form.separator != "." and architecture is None:
+        known = {layer for a in architectures() for layer in a.layers}
+        strange = [name for name in parts if name not in known]
         raise FormatError(
             f"how {form.name} names this model's layers is not known yet ({first_few(strange or list(parts))}); "
-            f"known: {', '.join(architecture.name for architecture in architectures())}. Dotted formats need no table"
+            f"known: {', '.join(a.name for a in architectures())}. Dotted formats need no table"
         )
     return tensors, {**metadata, **form.metadata(parts, metadata)}
-
-
-def _written_alpha(method: Method, part: Part) -> float:
-    """The alpha whose alpha / rank is the method's scale: rank stabilisation is folded in, as LyCORIS does."""
-    return method.scale * part.tensors["down"].shape[0]

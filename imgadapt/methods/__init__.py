@@ -1,8 +1,16 @@
 """The adapter methods, one file each."""
 
 from imgadapt.methods.base import Method
+from imgadapt.methods.boft import BOFT
+from imgadapt.methods.dora import DoRA
+from imgadapt.methods.full import Full, Norm
+from imgadapt.methods.glora import GLoRA
+from imgadapt.methods.ia3 import IA3
+from imgadapt.methods.loha import LoHa
+from imgadapt.methods.lokr import LoKr
 from imgadapt.methods.lora import LoRA
+from imgadapt.methods.oft import OFT
 
-METHODS: tuple[type[Method], ...] = (LoRA,)
+METHODS: tuple[type[Method], ...] = (LoRA, LoHa, LoKr, OFT, BOFT, DoRA, GLoRA, IA3, Full, Norm)
 
-__all__ = ["METHODS", "LoRA", "Method"]
+__all__ = ["BOFT", "IA3", "METHODS", "OFT", "DoRA", "Full", "GLoRA", "LoHa", "LoKr", "LoRA", "Method", "Norm"]

@@ -2,52 +2,148 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Self
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, NamedTuple, Self
 
 from torch import Tensor
 
+from imgadapt.errors import ConfigError
 from imgadapt.sites import Site
 
 Tensors = Mapping[str, Tensor]
+
+
+class Way(NamedTuple):
+    """How a method acts on a site without building its delta; all False: the wrapper builds it (`delta`).
+
+    pair: the operands `up` (out, r) and `down` (r, in / groups, *kernel) are a low-rank change; the wrapper adds those
+        of all adapters in one product.
+    turn, act: the method changes the layer's input, or its output, itself.
+    input, output: `act` reads the layer's input, or the base's output.
+    weight: `operands` reads the base's weight.
+    linear: operands in which, taken together, the change is linear: the wrapper multiplies them by strength * scale.
+    """
+
+    pair: bool = False
+    turn: bool = False
+    act: bool = False
+    input: bool = False
+    output: bool = False
+    weight: bool = False
+    linear: tuple[str, ...] = ()
+
+    @property
+    def dense(self) -> bool:
+        return not (self.pair or self.turn or self.act)
 
 
 @dataclass(frozen=True)
 class Method(ABC):
     """One adapter method with its hyper-parameters. Stateless: tensors in, a delta out.
 
-    The wrapper multiplies by `scale`, once; `delta` and `act` never do. Shapes are those of `Site`:
-    `site.shape` is (out, in) or (out, in / groups, *kernel).
+    The wrapper multiplies by `scale`, once; `delta`, `turn` and `act` never do. Shapes are those of `Site`:
+    `site.shape` is (out, in) or (out, in / groups, *kernel). `t` are the adapter's tensors, `o` its operands.
     """
 
     name: ClassVar[str]
     tensors: ClassVar[tuple[str, ...]]
-    """Names of the method's tensors; what a file must hold for one layer."""
+    """Names of the method's tensors; a file has them for each layer, save the optional ones."""
+    optional: ClassVar[tuple[str, ...]] = ()
+    needs_weight: ClassVar[bool] = False
+    """Whether `delta` reads the base's weight (else it may be given None)."""
+    additive: ClassVar[bool] = True
+    """Whether the delta is linear along the axes of `ranked`, so that what rank dropout leaves is scaled up."""
 
     @property
-    @abstractmethod
     def scale(self) -> float:
         """What the wrapper multiplies the delta by: alpha / rank, or 1 where there is neither."""
+        return 1.0
 
-    @abstractmethod
+    @property
+    def file_rank(self) -> int | None:
+        """Rank as files and tables state it; None where the method has none."""
+        return None
+
+    @property
+    def file_alpha(self) -> float | None:
+        """The alpha that, over `file_rank`, is the scale; None where the method has none."""
+        return None if self.file_rank is None else self.scale * self.file_rank
+
+    @property
+    def ranked(self) -> Mapping[str, int]:
+        """Tensor -> axis along which rank dropout drops: leaving out an index leaves out one rank, or one block."""
+        return {}
+
+    @classmethod
+    def recognises(cls, names: set[str]) -> bool:
+        """Whether tensors of these names are one adapter of this method, whole."""
+        return set(cls.tensors) <= names <= {*cls.tensors, *cls.optional}
+
     def check(self, site: Site) -> str | None:
         """Why the method cannot act on this site; None if it can."""
+        return "it is a norm; use Norm()" if site.kind == "norm" else None
+
+    def at(self, site: Site) -> Self:
+        """The method as it is on this site: where a documented rule adapts a hyper-parameter to the layer's size."""
+        return self
 
     @abstractmethod
-    def init(self, site: Site) -> dict[str, Tensor]:
+    def shapes(self, site: Site) -> Mapping[str, tuple[int, ...]]:
+        """Shape of each tensor for this site."""
+
+    @abstractmethod
+    def init(self, site: Site, weight: Tensor | None) -> dict[str, Tensor]:
         """Fresh fp32 tensors whose delta is zero, drawn from torch's global generator."""
 
     @abstractmethod
-    def delta(self, t: Tensors, site: Site) -> Tensor:
+    def delta(self, t: Tensors, site: Site, weight: Tensor | None) -> Tensor:
         """Unscaled change of the weight, `site.shape`."""
 
-    @abstractmethod
-    def act(self, t: Tensors, site: Site, x: Tensor) -> Tensor:
-        """`site.op(x, delta)` without building the delta."""
+    def accumulate(self, total: Tensor, t: Tensors, site: Site, weight: Tensor | None, gain: float) -> None:
+        """total += gain * delta, in place."""
+        total.add_(self.delta(t, site, weight), alpha=gain)
 
-    @abstractmethod
+    def bias_delta(self, t: Tensors) -> Tensor | None:
+        """Unscaled change of the bias, (out,)."""
+        return None
+
+    def way(self, site: Site) -> Way:
+        """How it acts on this site; the answer may not depend on values."""
+        return Way()
+
+    def operands(self, t: Tensors, site: Site, weight: Tensor | None) -> Tensors:
+        """What `pair`, `turn` and `act` work with: small tensors made of `t`, in its dtype, differentiably."""
+        return t
+
+    def turn(self, o: Tensors, site: Site, x: Tensor, onto: Tensor | None) -> Tensor:
+        """The change of the input x whose image under the base is the change wanted; added to `onto` where given."""
+        raise NotImplementedError
+
+    def act(self, o: Tensors, site: Site, x: Tensor, y: Tensor | None, onto: Tensor | None) -> Tensor:
+        """The change of the output; added to `onto` where given. y: the base's output without bias, if `Way.output`."""
+        raise NotImplementedError
+
+    def resized(self, rank: int) -> Self:
+        """The same adapter with zeros up to this rank, at the same scale."""
+        return self if self.file_rank in (None, rank) else self._with(rank=rank, alpha=self.scale * rank)
+
+    def unscaled(self) -> Self:
+        """The method without what only scales it: its shapes and kind."""
+        return self._with(alpha=None)
+
+    def _with(self, **changes: Any) -> Self:
+        own = {field.name for field in fields(self)}
+        changes = {"rank_stabilised": False, **changes}
+        return replace(self, **{name: value for name, value in changes.items() if name in own})
+
     def fits(self, t: Tensors, site: Site) -> str | None:
         """What is wrong with these tensors for this site, as 'down is (16, 640), ...'; None if they fit."""
+        for name, wanted in self.shapes(site).items():
+            if name not in t:
+                return f"{name} is missing, this layer takes {wanted}"
+            if tuple(t[name].shape) != wanted:
+                return f"{name} is {tuple(t[name].shape)}, this layer takes {wanted}"
+        return None
 
     @classmethod
     @abstractmethod
@@ -59,6 +155,12 @@ class Method(ABC):
             ConfigError: they imply what cannot be (rank 0).
         """
 
-    @abstractmethod
-    def factors(self, t: Tensors, site: Site) -> tuple[Tensor, Tensor] | None:
+    def pair(self, t: Tensors, site: Site) -> tuple[Tensor, Tensor] | None:
         """(up, down), (out, r) and (r, in * kernel), with up @ down == delta flattened, exactly, where they exist."""
+        return None
+
+
+def positive(name: str, value: int) -> None:
+    """Raises ConfigError unless value is a whole number of 1 or more."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number, 1 or more")

@@ -1,15 +1,26 @@
 """LoRA: a low-rank change of the weight (arXiv 2106.09685)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from imgadapt.errors import ConfigError, ShapeError
-from imgadapt.methods.base import Method, Tensors
+from imgadapt.methods.base import Method, Tensors, Way, positive
 from imgadapt.sites import Site
+
+
+def scale_of(alpha: float | None, rank: int, *, stabilised: bool = False) -> float:
+    """alpha / rank, or alpha / sqrt(rank) when stabilised (rsLoRA, arXiv 2312.03732); alpha None means rank."""
+    return (rank if alpha is None else alpha) / (math.sqrt(rank) if stabilised else rank)
+
+
+def check_alpha(alpha: float | None) -> None:
+    """Raises ConfigError unless alpha is None or a finite number above 0."""
+    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
+        raise ConfigError(f"alpha is {alpha}; it must be a finite number above 0, or None for alpha = rank")
 
 
 @dataclass(frozen=True)
@@ -18,6 +29,8 @@ class LoRA(Method):
 
     alpha: the delta is multiplied by alpha / rank; None means rank, so 1.
     rank_stabilised: by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732).
+    tucker: on convolutions with a kernel above 1, down is (rank, in / groups, *1) and a core `mid`
+        (rank, rank, *kernel) stands between (LoCon's `use_tucker`, KohakuBlueleaf/LyCORIS modules/locon.py).
 
     Raises:
         ConfigError: rank below 1, or alpha not a finite positive number.
@@ -26,49 +39,84 @@ class LoRA(Method):
     rank: int = 16
     alpha: float | None = None
     rank_stabilised: bool = False
+    tucker: bool = False
 
     name = "lora"
     tensors = ("down", "up")
+    optional = ("mid",)
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError(f"rank is {self.rank}; it must be 1 or more")
-        if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ConfigError(f"alpha is {self.alpha}; it must be a finite number above 0, or None for alpha = rank")
+        positive("rank", self.rank)
+        check_alpha(self.alpha)
 
     @property
     def scale(self) -> float:
-        alpha = self.rank if self.alpha is None else self.alpha
-        return alpha / math.sqrt(self.rank) if self.rank_stabilised else alpha / self.rank
+        return scale_of(self.alpha, self.rank, stabilised=self.rank_stabilised)
+
+    @property
+    def file_rank(self) -> int:
+        return self.rank
+
+    @property
+    def ranked(self) -> dict[str, int]:
+        return {"down": 0}
 
     def check(self, site: Site) -> str | None:
-        return None  # every linear layer and convolution has a weight to factor
+        return super().check(site) or too_large(self.rank, site)
 
-    def init(self, site: Site) -> dict[str, Tensor]:
-        ones = tuple(1 for _ in site.kernel)
-        down = torch.empty(self.rank, *site.shape[1:])
-        nn.init.kaiming_uniform_(down, a=math.sqrt(5))
-        return {"down": down, "up": torch.zeros(site.rows, self.rank, *ones)}
+    def at(self, site: Site) -> Self:
+        return replace(self, tucker=self.tucker and math.prod(site.kernel) > 1)
 
-    def delta(self, t: Tensors, site: Site) -> Tensor:
-        return (t["up"].flatten(1) @ t["down"].flatten(1)).reshape(site.shape)
+    def shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
+        up = (site.rows, self.rank, *site.ones)
+        if self.tucker:
+            core = (self.rank, self.rank, *site.kernel)
+            return {"down": (self.rank, site.shape[1], *site.ones), "mid": core, "up": up}
+        return {"down": (self.rank, *site.shape[1:]), "up": up}
 
-    def act(self, t: Tensors, site: Site, x: Tensor) -> Tensor:
-        return site.mix(site.spread(x, t["down"]), t["up"].flatten(1))
+    def init(self, site: Site, weight: Tensor | None) -> dict[str, Tensor]:
+        made = {name: torch.zeros(shape) for name, shape in self.shapes(site).items()}
+        for name in made.keys() - {"up"}:
+            nn.init.kaiming_uniform_(made[name], a=math.sqrt(5))
+        return made
 
-    def fits(self, t: Tensors, site: Site) -> str | None:
-        ones = tuple(1 for _ in site.kernel)
-        for name, wanted in (("down", (self.rank, *site.shape[1:])), ("up", (site.rows, self.rank, *ones))):
-            if tuple(t[name].shape) != wanted:
-                return f"{name} is {tuple(t[name].shape)}, this layer takes {wanted}"
-        return None
+    def delta(self, t: Tensors, site: Site, weight: Tensor | None) -> Tensor:
+        up, down = self._pair(t)
+        return (up @ down.flatten(1)).reshape(site.shape)
+
+    def accumulate(self, total: Tensor, t: Tensors, site: Site, weight: Tensor | None, gain: float) -> None:
+        up, down = self._pair(t)
+        total.flatten(1).addmm_(up, down.flatten(1), alpha=gain)
+
+    def way(self, site: Site) -> Way:
+        return Way(pair=True, linear=("up",))
+
+    def operands(self, t: Tensors, site: Site, weight: Tensor | None) -> Tensors:
+        up, down = self._pair(t)
+        return {"up": up, "down": down}
+
+    def _pair(self, t: Tensors) -> tuple[Tensor, Tensor]:
+        """up (out, rank), down (rank, in / groups, *kernel)."""
+        down = t["down"]
+        if "mid" in t:
+            down = torch.einsum("rs...,si->ri...", t["mid"], down.flatten(1))
+        return t["up"].flatten(1), down
 
     @classmethod
     def infer(cls, t: Tensors, alpha: float | None) -> Self:
         up, down = t["up"], t["down"]
         if up.ndim < 2 or down.ndim < 2 or up.shape[1] != down.shape[0]:
             raise ShapeError(f"up is {tuple(up.shape)} and down {tuple(down.shape)}: their ranks differ")
-        return cls(rank=down.shape[0], alpha=alpha)
+        return cls(rank=down.shape[0], alpha=alpha, tucker="mid" in t)
 
-    def factors(self, t: Tensors, site: Site) -> tuple[Tensor, Tensor] | None:
-        return t["up"].flatten(1), t["down"].flatten(1)
+    def pair(self, t: Tensors, site: Site) -> tuple[Tensor, Tensor] | None:
+        up, down = self._pair(t)
+        return up, down.flatten(1)
+
+
+def too_large(rank: int, site: Site) -> str | None:
+    """A rank that no matrix of this size has."""
+    most = min(site.rows, site.fan_in)
+    return (
+        f"rank {rank} is above {most}, the most that a {site.rows} x {site.fan_in} weight has" if rank > most else None
+    )

@@ -1,0 +1,237 @@
+"""Putting adapters on a model and taking them off: attach, detach, swap."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imgadapt import targets as where
+from imgadapt.arch import canonical
+from imgadapt.dequantize import weight_of
+from imgadapt.errors import ConfigError, FormatError, ShapeError, StateError, TargetError, first_few
+from imgadapt.file import AdapterFile
+from imgadapt.formats import Part
+from imgadapt.layer import AdapterLayer
+from imgadapt.live import Weight, adapters, require, slots, strengths
+from imgadapt.methods import Method
+from imgadapt.slot import Dropout, Slot
+from imgadapt.targets import Layer, Targets
+
+
+def attach(
+    model: Any,
+    adapter: Method | Mapping[str, Method] | AdapterFile,
+    *,
+    name: str = "default",
+    targets: Targets | None = None,
+    weight: Weight = 1.0,
+    dropout: Dropout | float = 0.0,
+    trainable: bool | None = None,
+) -> None:
+    """Put an adapter on the layers of a model: a fresh one of a Method, or the one of a file.
+
+    model: a diffusers pipeline, a mapping of component names to modules, or one module.
+    adapter: a Method; a mapping of targets to Methods, for a rank, alpha or method of their own (the first target that
+        a layer matches gives its method); or a loaded file.
+    targets: presets, globs and `!` exclusions (see `targets.matches`); "*" is every layer the method can act on.
+        None means the preset "transformer" for a Method, all that its targets match for a mapping, and everything in it
+        for a file.
+    weight: strength at which it acts, see `Weight`; 0 is off, negative is allowed.
+    dropout: what training leaves out, see `Dropout`; a number is the share of the input.
+    trainable: whether its tensors require gradients; None: those of a fresh one do, those of a file do not.
+
+    A fresh adapter changes nothing until it is trained; its tensors are fp32 and come from torch's global generator.
+    Freeze the base yourself (`unet.requires_grad_(False)`) before training: attach leaves it as it is.
+
+    Raises:
+        TargetError: no layer matches, the method cannot act on one that is named, or the file names layers that the
+            model does not have.
+        ShapeError: a tensor of the file does not fit its layer.
+        FormatError: a tensor of the file is not finite.
+        StateError: the name is taken, or the method needs the base's weights and they are not there.
+        ConfigError: a weight or a dropout that cannot be.
+    """
+    parts = where.components(model)
+    if any(layer.slot(name) is not None for _, layer in where.adapted(parts)):
+        raise StateError(f"the name '{name}' is taken: detach(model, '{name}') first, or choose another name=")
+    if isinstance(adapter, AdapterFile):
+        chosen = _from_file(parts, adapter, targets)
+    else:
+        chosen = _fresh(parts, adapter, targets)
+    left_out = dropout if isinstance(dropout, Dropout) else Dropout(input=dropout)
+    _check_dropout(left_out, chosen)
+    by_layer = strengths(weight, [layer.name for layer, _ in chosen])
+    learns = not isinstance(adapter, AdapterFile) if trainable is None else trainable
+    try:
+        for layer, part in chosen:
+            wrapper = layer.module if isinstance(layer.module, AdapterLayer) else AdapterLayer(layer.module, layer.site)
+            slot = Slot(name, part.method, layer.site, part.tensors, by_layer[layer.name], left_out)
+            wrapper.add(slot.requires_grad_(learns))
+            if wrapper is not layer.module:
+                layer.replace(wrapper)
+    except BaseException:  # whatever it was (no memory, NaN in a merged layer): nothing stays half attached
+        _take_off(parts, [name])
+        raise
+
+
+def detach(model: Any, *names: str) -> None:
+    """Take adapters off (all of them when none is named); layers left bare become their base again, bitwise.
+
+    Raises:
+        StateError: a name is not on the model.
+    """
+    require(model, names)
+    _take_off(where.components(model), names or adapters(model))
+
+
+def swap(model: Any, file: AdapterFile, *, name: str = "default") -> None:
+    """Put a file's tensors in the place of those of the adapter `name`, at its strengths, without recompiling.
+
+    It must be of the same method, its rank no larger (the rest is filled with zeros), on no other layers; layers that
+    it does not have are off until the next swap. Merged layers are merged anew.
+
+    Raises:
+        StateError: no such adapter, the file does not fit into it (which says why), or the new merge is not finite;
+            the old adapter is as it was.
+        FormatError: a tensor of the file is not finite.
+    """
+    own = {canonical(layer_name): (layer, slot) for layer_name, layer, slot in slots(model, name)}
+    if strange := [key for key in file.parts if key not in own]:
+        raise StateError(
+            f"{len(strange)} of the file's {len(file.parts)} layers are not in '{name}' ({first_few(strange)}): "
+            "detach it and attach the file"
+        )
+    parts = {key: _into(key, part, own[key][1]) for key, part in file.parts.items()}
+    before = {key: (slot.method, slot.tensors(), slot.absent) for key, (_, slot) in own.items()}
+    before = {key: (m, {k: v.detach().clone() for k, v in t.items()}, absent) for key, (m, t, absent) in before.items()}
+    try:
+        for key, (layer, slot) in own.items():
+            slot.fill(parts[key].method, parts[key].tensors) if key in parts else slot.vacate()
+            layer.refresh()
+    except BaseException:
+        for key, (layer, slot) in own.items():
+            method, tensors, absent = before[key]
+            slot.fill(method, tensors)
+            if absent:
+                slot.vacate()
+            layer.refresh()
+        raise
+
+
+def _into(key: str, part: Part, slot: Slot) -> Part:
+    """A part with the shapes of the slot's tensors."""
+    _finite(key, part)
+    old, new = slot.method, part.method
+    if type(old) is not type(new):
+        raise StateError(f"{key}: the file has {new.name}, the adapter is {old.name}: detach it and attach the file")
+    grown = {k: _padded(t, slot.tensors().get(k), new.file_rank, old.file_rank) for k, t in part.tensors.items()}
+    made = new if old.file_rank is None else new.resized(old.file_rank)
+    found = {k: t for k, t in grown.items() if t is not None}
+    if set(found) != set(slot.keys) or made.unscaled() != old.unscaled():
+        raise StateError(f"{key}: the file's {new} does not fit into {old}: detach it and attach the file")
+    return Part(made, found)
+
+
+def _padded(tensor: Tensor, into: Tensor | None, rank: int | None, larger: int | None) -> Tensor | None:
+    """tensor with zeros where `into` has more ranks; None if it differs in more than that."""
+    if into is None or into.ndim != tensor.ndim:
+        return None
+    pairs = list(zip(tensor.shape, into.shape, strict=True))
+    if any(a != b and (a != rank or b != larger or a > b) for a, b in pairs):
+        return None
+    made = tensor.new_zeros(into.shape)
+    made[tuple(slice(n) for n in tensor.shape)] = tensor
+    return made
+
+
+def _take_off(parts: Mapping[str, nn.Module], names: Sequence[str]) -> None:
+    for layer in list(where.layers(parts)):
+        if isinstance(wrapper := layer.module, AdapterLayer):
+            wrapper.remove(names)
+            if not wrapper.slots:
+                layer.replace(wrapper.base)
+
+
+Row = tuple[Layer, Part]
+
+
+def _fresh(
+    parts: Mapping[str, nn.Module], adapter: Method | Mapping[str, Method], targets: Targets | None
+) -> list[Row]:
+    methods: Mapping[str, Method] = {"*": adapter} if isinstance(adapter, Method) else adapter
+    if targets is None:
+        targets = "transformer" if isinstance(adapter, Method) else list(methods)
+    found = where.find(parts, targets)
+    if wrong := where.idle(list(methods), [layer.name for layer in found]):
+        raise TargetError(f"the methods for {first_few(wrong)} match none of the {len(found)} targeted layers")
+    rows: list[Row] = []
+    for layer in found:
+        method = next((m for target, m in methods.items() if where.matches(layer.name, target)), None)
+        if method is None:
+            raise TargetError(
+                f"{layer.name} is targeted, and no target of {first_few(list(methods))} gives it a method"
+            )
+        if reason := method.check(layer.site):
+            if targets == "*":
+                continue
+            raise TargetError(f"{layer.name}: {method.name} cannot act on it: {reason}")
+        made = method.at(layer.site)
+        rows.append((layer, Part(made, made.init(layer.site, _weight(layer, made)))))
+    if not rows:
+        raise TargetError(f"{', '.join(m.name for m in methods.values())} can act on no layer of this model")
+    return rows
+
+
+def _weight(layer: Layer, method: Method) -> Tensor | None:
+    """The pristine weight, for methods that start from it."""
+    if not method.needs_weight:
+        return None
+    module = layer.module
+    try:
+        if isinstance(module, AdapterLayer) and module.merged:
+            return layer.site.seen(module.originals[layer.site.parameter])
+        base = module.base if isinstance(module, AdapterLayer) else module
+        return layer.site.seen(weight_of(base, layer.site.parameter))
+    except StateError as error:
+        raise StateError(f"{layer.name}: {method.name} starts from the weight, but {error}") from error
+
+
+def _from_file(parts: Mapping[str, nn.Module], file: AdapterFile, targets: Targets | None) -> list[Row]:
+    live = {canonical(layer.name): layer for layer in where.layers(parts)}
+    wanted = {k: part for k, part in file.parts.items() if targets is None or where.matches(k, targets)}
+    if not wanted or (targets is not None and where.idle(targets, list(file.parts))):
+        raise TargetError(
+            f"the file has no layer that matches targets={targets!r}; it has {first_few(list(file.parts))}"
+        )
+    if unknown := [name for name in wanted if name not in live]:
+        raise TargetError(
+            f"{len(unknown)} of the file's {len(wanted)} layers are not in this model ({first_few(unknown)}); "
+            f"the model has {', '.join(parts)}. Is it for another base? targets= can choose a part of a file."
+        )
+    rows: list[Row] = []
+    for key, part in wanted.items():
+        layer = live[key]
+        if wrong := part.method.fits(part.tensors, layer.site):
+            raise ShapeError(f"{layer.name}: {wrong}; is the file for another base?")
+        if reason := part.method.check(layer.site):
+            raise TargetError(f"{layer.name}: {part.method.name} cannot act on it: {reason}")
+        _finite(layer.name, part)
+        rows.append((layer, Part(part.method, {k: v.clone() for k, v in part.tensors.items()})))
+    return rows
+
+
+def _finite(name: str, part: Part) -> None:
+    for key, tensor in part.tensors.items():
+        if not torch.isfinite(tensor.sum(dtype=torch.float64)):  # one pass; NaN and infinity go through a sum
+            raise FormatError(f"{name}: {key} has NaN or infinity; the training that made it diverged")
+
+
+def _check_dropout(dropout: Dropout, rows: Sequence[Row]) -> None:
+    for layer, part in rows:
+        if dropout.rank and not part.method.ranked:
+            raise ConfigError(f"{layer.name}: {part.method.name} has no ranks that rank dropout could leave out")
+        if dropout.input and layer.site.kind in ("fused", "norm", "embedding"):
+            raise ConfigError(
+                f"{layer.name} is {layer.site.kind}: input dropout has no effect there; exclude the layer"
+            )

@@ -1,0 +1,65 @@
+"""Full: a difference of the whole weight, and of the bias; Norm: the same for norms (LyCORIS `full`, `norm`)."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from imgadapt.methods.base import Method, Tensors
+from imgadapt.sites import Site
+
+
+@dataclass(frozen=True)
+class Full(Method):
+    """delta = diff, of the weight's shape; the bias, where the layer has one, changes by `diff_b` (out,).
+
+    bias: whether it has diff_b. A layer without bias has none, whatever is asked.
+    """
+
+    bias: bool = True
+
+    name = "full"
+    tensors = ("diff",)
+    optional = ("diff_b",)
+    of_weight: ClassVar[str] = "diff"
+    of_bias: ClassVar[str] = "diff_b"
+
+    def at(self, site: Site) -> Self:
+        return type(self)(bias=self.bias and site.bias is not None)
+
+    def shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
+        bias = {self.of_bias: (site.rows,)} if self.bias else {}
+        return {self.of_weight: site.shape, **bias}
+
+    def init(self, site: Site, weight: Tensor | None) -> dict[str, Tensor]:
+        return {name: torch.zeros(shape) for name, shape in self.shapes(site).items()}
+
+    def delta(self, t: Tensors, site: Site, weight: Tensor | None) -> Tensor:
+        return t[self.of_weight]
+
+    def bias_delta(self, t: Tensors) -> Tensor | None:
+        return t.get(self.of_bias)
+
+    def fits(self, t: Tensors, site: Site) -> str | None:
+        if self.of_bias in t and site.bias is None:
+            return f"{self.of_bias} is there, and this layer has no bias"
+        return super().fits(t, site)
+
+    @classmethod
+    def infer(cls, t: Tensors, alpha: float | None) -> Self:
+        return cls(bias=cls.of_bias in t)
+
+
+@dataclass(frozen=True)
+class Norm(Full):
+    """A norm's weight changes by `w_norm` (channels,), its bias, where it has one, by `b_norm`."""
+
+    name = "norm"
+    tensors = ("w_norm",)
+    optional = ("b_norm",)
+    of_weight = "w_norm"
+    of_bias = "b_norm"
+
+    def check(self, site: Site) -> str | None:
+        return None if site.kind == "norm" else "it is no norm; use Full()"

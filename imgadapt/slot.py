@@ -1,0 +1,248 @@
+"""Slot: one adapter on one layer, with its strength and dropout, made ready for one forward."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from imgadapt.errors import ConfigError, StateError
+from imgadapt.methods.base import Method, Tensors, Way
+from imgadapt.sites import Site
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """What is left out in training, at random; merging and evaluation leave out nothing.
+
+    input: share of the elements of the activation that the adapter reads; the base reads all. The rest is scaled up.
+    rank: share of the adapter's ranks (of its blocks for OFT and BOFT) in a forward; the rest is scaled up where the
+        change is linear in them.
+    module: probability that the adapter is left out of a forward on this layer altogether.
+
+    Raises:
+        ConfigError: one is not in [0, 1).
+    """
+
+    input: float = 0.0
+    rank: float = 0.0
+    module: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("input", "rank", "module"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} dropout is {getattr(self, name)}; it must be 0 or more, and below 1")
+
+    def __bool__(self) -> bool:
+        return self != Dropout()
+
+
+Strength = float | Tensor
+"""One number, or a tensor (batch,): one for each sample."""
+
+
+class Source(Protocol):
+    """Where a slot gets the base's weight."""
+
+    def values(self) -> Tensor:
+        """The weight as methods see it."""
+        ...
+
+    def stamp(self) -> tuple[int, ...]:
+        """Another one when it has changed."""
+        ...
+
+
+class Slot(nn.Module):
+    """One adapter on one layer: method, tensors, strength, dropout. Its tensors stay out of the model's state dict."""
+
+    def __init__(
+        self,
+        name: str,
+        method: Method,
+        site: Site,
+        tensors: Tensors,
+        weight: Strength = 1.0,
+        dropout: Dropout = Dropout(),
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.method = method
+        self.way = Way() if site.kind in ("fused", "norm") else method.way(site)
+        self.dropout = dropout
+        self.absent = False
+        for key, tensor in tensors.items():
+            self.register_parameter(key, nn.Parameter(tensor))
+        self.keys = tuple(tensors)
+        # strength * scale in double precision, changed in place: a plain CPU tensor, which moves and casts pass by and
+        # which compiled code takes as an input
+        self.__dict__["gain"] = torch.zeros((), dtype=torch.float64)
+        self.__dict__["_kept"] = None
+        self.set(weight)
+
+    def set(self, weight: Strength) -> None:
+        """Change the strength."""
+        self.weight = weight
+        self.per_sample = isinstance(weight, Tensor)
+        self.on = not self.absent and (self.per_sample or weight != 0)
+        gain = torch.as_tensor(weight, dtype=torch.float64).detach().cpu() * (0 if self.absent else self.method.scale)
+        if gain.shape == self.gain.shape:
+            self.gain.copy_(gain)
+        else:
+            self.__dict__["gain"] = gain.clone()
+
+    def fill(self, method: Method, tensors: Tensors) -> None:
+        """Other tensors of the same shapes, in place."""
+        with torch.no_grad():
+            for key, tensor in tensors.items():
+                getattr(self, key).copy_(tensor)
+        self.method, self.absent = method, False
+        self.set(self.weight)
+
+    def vacate(self) -> None:
+        """No effect, whatever the strength, until it is filled."""
+        self.absent = True
+        self.set(self.weight)
+
+    @property
+    def strength(self) -> float:
+        """What the unscaled delta is multiplied by: weight * scale."""
+        return float(self.gain)
+
+    def tensors(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> dict[str, Tensor]:
+        """The adapter's tensors, cast and moved where asked."""
+        return {key: getattr(self, key).to(device, dtype) for key in self.keys}
+
+    @property
+    def reads_weight(self) -> bool:
+        """Whether a forward needs the base's weight."""
+        return self.way.weight or (self.way.dense and self.method.needs_weight)
+
+    def forward(self, site: Site, base: "Source", device: torch.device, dtype: torch.dtype) -> Tensors:
+        """The method's operands in the dtype of the activation, with the strength in them unless it is per sample.
+
+        base: gives the weight as methods see it. It is a forward so that offloading hooks on this module bring its
+        tensors first.
+        """
+        key = None if torch.compiler.is_compiling() else self._state(base.stamp(), device, dtype)
+        if key is not None and self._kept is not None and self._kept[0] == key:
+            return self._kept[1]
+        wide = torch.promote_types(dtype, torch.float32)
+        weight = base.values() if self.reads_weight else None
+        t: Tensors = self.tensors(wide, device)
+        if self.training and self.dropout.rank:
+            t = self._ranks_left_out(t)
+        if self.way.dense:
+            made = {"delta": self.method.delta(t, site, None if weight is None else weight.to(wide))}
+            if (bias := self.method.bias_delta(t)) is not None:
+                made["bias"] = bias
+        else:
+            made = dict(self.method.operands(t, site, weight))
+        gain = self.gain
+        if self.training and self.dropout.module:
+            gain = gain * (torch.rand((), dtype=gain.dtype) >= self.dropout.module)
+        if not self.per_sample:
+            linear = tuple(made) if self.way.dense else self.way.linear
+            made = {name: tensor * gain if name in linear else tensor for name, tensor in made.items()}
+        made = {name: tensor.to(dtype) for name, tensor in made.items()}
+        if key is not None:
+            self.__dict__["_kept"] = (key, made)
+        return made
+
+    def _state(self, stamp: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> tuple[Any, ...] | None:
+        """What the operands depend on, to keep them for the next forward; None while they are being trained."""
+        tensors = [getattr(self, key) for key in self.keys]
+        if self.dropout and self.training or self.way.dense or any(t.requires_grad for t in tensors):
+            return None
+        if any(t.is_inference() for t in tensors):
+            return None  # they count no versions
+        base = stamp if self.reads_weight else ()
+        return device, dtype, self.gain._version, self.per_sample, base, *((t.data_ptr(), t._version) for t in tensors)
+
+    def _ranks_left_out(self, t: Tensors) -> Tensors:
+        made = dict(t)
+        for name, axis in self.method.ranked.items():
+            if name in made:
+                shape = [made[name].shape[axis] if d == axis else 1 for d in range(made[name].ndim)]
+                kept = (torch.rand(shape, device=made[name].device) >= self.dropout.rank).to(made[name].dtype)
+                if self.method.additive:
+                    kept = kept / (1 - self.dropout.rank)
+                made[name] = made[name] * kept
+        return made
+
+    def ready(self, operands: Tensors, site: Site, batch: int) -> "Ready":
+        """This adapter for one forward over `batch` samples.
+
+        Raises:
+            StateError: it has strengths for a number of samples that does not divide the batch.
+        """
+        gain = None
+        if self.per_sample:
+            if batch % len(self.gain):
+                raise StateError(
+                    f"{self.name} has weights for {len(self.gain)} samples, and the batch is {batch}; "
+                    "it must be a multiple (guidance doubles it)"
+                )
+            gain = self.gain.repeat(batch // len(self.gain))
+            if self.training and self.dropout.module:
+                gain = gain * (torch.rand((), dtype=gain.dtype) >= self.dropout.module)
+        return Ready(self.method, self.way, site, operands, gain, self.dropout.input if self.training else 0.0)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Nothing: `collect` reads adapters, so that the base can be saved and loaded as if it stood alone."""
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing, for the same reason."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
+
+
+@dataclass(eq=False)
+class Ready:
+    """One adapter in one forward: operands with the strength in them, or `gain` (batch,) where it is per sample."""
+
+    method: Method
+    way: Way
+    site: Site
+    operands: Tensors
+    gain: Tensor | None
+    dropped: float
+
+    def read(self, x: Tensor) -> Tensor:
+        """The activation as this adapter reads it."""
+        return F.dropout(x, self.dropped) if self.dropped and x.is_floating_point() else x
+
+    def scaled(self, change: Tensor) -> Tensor:
+        if self.gain is None:
+            return change
+        gain = self.gain.to(change.device, change.dtype)
+        return change * gain.reshape(-1, *(1 for _ in change.shape[1:]))
+
+    def turn(self, x: Tensor, onto: Tensor) -> Tensor:
+        """onto + the change of the input."""
+        if self.gain is None:
+            return self.method.turn(self.operands, self.site, self.read(x), onto)
+        return onto + self.scaled(self.method.turn(self.operands, self.site, self.read(x), None))
+
+    def act(self, x: Tensor, y: Tensor | None, out: Tensor) -> Tensor:
+        """out + the change of the output."""
+        if self.way.input:
+            x = self.read(x)
+        elif y is not None and not (self.way.pair or self.way.turn):
+            y = self.read(y)  # it reads nothing but the base's output
+        if self.gain is None and (self.dtype == out.dtype or torch.is_autocast_enabled(out.device.type)):
+            return self.method.act(self.operands, self.site, x, y, out)
+        return out + self.scaled(self.method.act(self.operands, self.site, x, y, None)).to(out.dtype)
+
+    def delta(self) -> Tensor:
+        """The dense change of the weight."""
+        return self.operands["delta"]
+
+    def bias_delta(self) -> Tensor | None:
+        return self.operands.get("bias")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.operands.values())).dtype
