@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from imgadapt.live import adapters, collect, disabled, merge, parameters, set_weights, unmerge
     from imgadapt.methods import BOFT, IA3, METHODS, OFT, DoRA, Full, GLoRA, LoHa, LoKr, LoRA, Method, Norm
     from imgadapt.slot import Dropout
+    from imgadapt.overview import status
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,7 @@ _PLACES = {  # where the public names live; imported at first use, so that `imga
     "live": ("adapters", "collect", "disabled", "merge", "parameters", "set_weights", "unmerge"),
     "methods": (*("BOFT", "DoRA", "Full", "GLoRA", "IA3", "LoHa", "LoKr", "LoRA", "METHODS", "Method", "Norm", "OFT"),),
     "slot": ("Dropout",),
+    "overview": ("status",),
 }
 _HOMES = {name: home for home, names in _PLACES.items() for name in names}
 
@@ -51,6 +53,7 @@ __all__ = [
     "parameters",
     "save",
     "set_weights",
+    "status",
     "swap",
     "unmerge",
 ]

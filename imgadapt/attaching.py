@@ -35,6 +35,7 @@ def attach(
     adapter: a Method; a mapping of targets to Methods, for a rank, alpha or method of their own (the first target that
         a layer matches gives its method); or a loaded file.
     targets: presets, globs and `!` exclusions (see `targets.matches`); "*" is every layer the method can act on.
+        Presets and globs that end in `*` pass by norms (save for `Norm`) and embeddings: those are named by their ends.
         None means the preset "transformer" for a Method, all that its targets match for a mapping, and everything in it
         for a file.
     weight: strength at which it acts, see `Weight`; 0 is off, negative is allowed.
@@ -162,7 +163,8 @@ def _fresh(
     methods: Mapping[str, Method] = {"*": adapter} if isinstance(adapter, Method) else adapter
     if targets is None:
         targets = "transformer" if isinstance(adapter, Method) else list(methods)
-    found = where.find(parts, targets)
+    kinds = {kind for method in methods.values() for kind in method.kinds} - {"embedding"}
+    found = where.find(parts, targets, kinds)
     if wrong := where.idle(list(methods), [layer.name for layer in found]):
         raise TargetError(f"the methods for {first_few(wrong)} match none of the {len(found)} targeted layers")
     rows: list[Row] = []
@@ -189,10 +191,9 @@ def _weight(layer: Layer, method: Method) -> Tensor | None:
         return None
     module = layer.module
     try:
-        if isinstance(module, AdapterLayer) and module.merged:
-            return layer.site.seen(module.originals[layer.site.parameter])
-        base = module.base if isinstance(module, AdapterLayer) else module
-        return layer.site.seen(weight_of(base, layer.site.parameter))
+        if isinstance(module, AdapterLayer):
+            return module.pristine()
+        return layer.site.seen(weight_of(module, layer.site.parameter))
     except StateError as error:
         raise StateError(f"{layer.name}: {method.name} starts from the weight, but {error}") from error
 

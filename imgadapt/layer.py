@@ -1,13 +1,14 @@
 """AdapterLayer: the one wrapper. It owns names, strengths, scale, dropout, dtype and merging; methods own the maths."""
 
 from collections.abc import Collection, Iterator
+from functools import partial, update_wrapper
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from imgadapt.dequantize import weight_of
+from imgadapt.dequantize import follow, is_plain, restore, values_of, weight_of
 from imgadapt.errors import ShapeError, StateError
 from imgadapt.sites import Site
 from imgadapt.slot import Ready, Slot
@@ -45,14 +46,15 @@ class AdapterLayer(nn.Module):
         self.slots = nn.ModuleList()
         self.enabled = True
         self.__dict__["originals"] = {}  # the base's own parameters while merged, by name
+        self.requantised: float | None = None  # what storing the last merge cost, see `restore`; None: a plain weight
         self.training = base.training
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # being copied or unpickled; or accelerate asks for a hook of ours, which is the base's and stays there
-            if "base" not in self.__dict__ or name in ("_hf_hook", "_old_forward"):
+            # being copied or unpickled; or a hook of ours is asked for, and the base's is not
+            if "base" not in self.__dict__ or name in ("_hf_hook", "_old_forward", "_diffusers_hook"):
                 raise
             return getattr(self.__dict__["base"], name)
 
@@ -61,10 +63,24 @@ class AdapterLayer(nn.Module):
             assert isinstance(slot, Slot)
             yield slot
 
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Without the slots: accelerate.cpu_offload, which asks, would look for their tensors in the state dict. They
+        stay where they are and are brought to the activation when they are used.
+        """
+        return ((name, module) for name, module in super().named_children() if name != "slots")
+
+    def children(self) -> Iterator[nn.Module]:
+        return (module for _, module in super().named_children())
+
     @property
     def merged(self) -> bool:
         """Whether the base's weight holds the adapters now."""
         return bool(self.originals)
+
+    def pristine(self) -> Tensor:
+        """The base's own weight as methods see it, whether merged or not."""
+        parameter = self.site.parameter
+        return self.site.seen(self.originals[parameter] if self.merged else weight_of(self, parameter))
 
     def slot(self, name: str) -> Slot | None:
         """The adapter `name` of this layer, if it has it."""
@@ -90,7 +106,7 @@ class AdapterLayer(nn.Module):
             if adapter.way.turn:
                 turned = adapter.turn(x, turned)
         dense = [adapter for adapter in ready if adapter.way.dense]
-        if dense and turned is x and self._foldable(ready):
+        if dense and turned is x and self._foldable(ready, x):
             out = self._call_with(self._changed(dense), (x, *rest), kwargs)
             dense = []
         else:
@@ -112,10 +128,10 @@ class AdapterLayer(nn.Module):
             dtype = torch.get_autocast_dtype(x.device.type)
         return [slot.ready(slot(self.site, _Source(self), x.device, dtype), self.site, len(x)) for slot in slots]
 
-    def _foldable(self, ready: list[Ready]) -> bool:
+    def _foldable(self, ready: list[Ready], x: Tensor) -> bool:
         """Whether dense changes may go into the weight of the one call of the base: all read its plain input."""
         weight: Any = self._parameters[self.site.parameter]
-        plain = type(weight) in (nn.Parameter, Tensor) and not weight.is_meta and weight.dtype.is_floating_point
+        plain = type(weight) in (nn.Parameter, Tensor) and weight.device == x.device and weight.dtype.is_floating_point
         alike = all(adapter.gain is None and not adapter.dropped for adapter in ready if adapter.way.dense)
         return plain and weight.dtype.itemsize > 1 and alike and not _reads_output(ready)
 
@@ -213,6 +229,7 @@ class AdapterLayer(nn.Module):
         except BaseException:
             self.slots = nn.ModuleList(list(self)[:-1])
             raise
+        _move_hook(self.base, self)
 
     def remove(self, names: Collection[str]) -> None:
         """Take adapters off; what stays is merged anew if the layer is merged, and unmerged when none stays.
@@ -227,6 +244,7 @@ class AdapterLayer(nn.Module):
                 self.refresh()
             else:
                 self.unmerge()
+                _move_hook(self, self.base)
         except BaseException:
             self.slots = before
             raise
@@ -238,7 +256,7 @@ class AdapterLayer(nn.Module):
             StateError: the sum is not finite, or a strength differs from sample to sample.
         """
         if self.merged:
-            self._parameters.update({**self.originals, **self._sums(self.originals)})
+            self._put(self.originals)
 
     def merge(self) -> None:
         """Put weight + deltas in the base's place, summed in fp32 or better and rounded once; the original is kept.
@@ -249,8 +267,25 @@ class AdapterLayer(nn.Module):
         if not self.merged:
             names = [name for name in (self.site.parameter, self.site.bias) if name is not None]
             originals = {name: self._parameters[name] for name in names}
-            self._parameters.update(self._sums(originals))
+            self._put(originals)
             self.__dict__["originals"] = originals
+
+    def _put(self, originals: dict[str, Any]) -> None:
+        """The merged parameters in the place of the originals, stored as those are."""
+        weight = originals[self.site.parameter]
+        if weight.is_meta or is_plain(self.base, weight):
+            made, self.requantised = self._sums(originals), None
+        else:
+            made, self.requantised = self._requantised(originals)
+        self._parameters.update({**originals, **made})
+
+    def _requantised(self, originals: dict[str, Any]) -> tuple[dict[str, nn.Parameter], float]:
+        """`_sums` of dequantised weights, stored as the originals are, and the greatest relative error of that."""
+        values = {name: values_of(self.base, original).detach().float() for name, original in originals.items()}
+        totals = self._sums({name: nn.Parameter(value, requires_grad=False) for name, value in values.items()})
+        made = {name: restore(self.base, originals[name], total.detach()) for name, total in totals.items()}
+        errors = [error for _, error in made.values() if error is not None]
+        return {name: parameter for name, (parameter, _) in made.items()}, max(errors)
 
     @torch.no_grad()
     def _sums(self, originals: dict[str, Any]) -> dict[str, nn.Parameter]:
@@ -294,8 +329,7 @@ class AdapterLayer(nn.Module):
         """Put the original parameters back, the very same tensors (moved, if the model was moved meanwhile)."""
         for name, original in self.originals.items():
             current: Any = self._parameters[name]
-            if original.device != current.device or original.dtype != current.dtype:
-                original.data = original.data.to(current.device, current.dtype)
+            follow(original, current)
             original.requires_grad_(current.requires_grad)
             self._parameters[name] = original
         self.__dict__["originals"] = {}
@@ -315,6 +349,24 @@ class AdapterLayer(nn.Module):
         if self.merged:
             raise StateError("weights cannot be loaded into a merged layer, whose own would come back: unmerge first")
         self.base._load_from_state_dict(*args, **kwargs)
+
+
+def _move_hook(source: nn.Module, target: nn.Module) -> None:
+    """Hand accelerate's hook over (accelerate/hooks.py, add_hook_to_module), and with it the care for the weights.
+
+    It stands on whatever is in the model, where accelerate finds it to remove it, and around the wrapper's forward,
+    which reads the weights.
+    """
+    own, other = source.__dict__, target.__dict__
+    call = own.get("forward")
+    if isinstance(call, partial) and call.func.__module__ == "accelerate.hooks":  # not if another hook is around it
+        inner = own.pop("_old_forward")
+        if isinstance(inner, partial):  # a hook that was there before accelerate's
+            own["forward"] = inner
+        else:
+            del own["forward"]
+        other["_hf_hook"], other["_old_forward"] = own.pop("_hf_hook"), target.forward
+        other["forward"] = update_wrapper(partial(call.func, target), target.forward)
 
 
 def _reads_output(ready: list[Ready]) -> bool:

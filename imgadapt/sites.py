@@ -119,13 +119,16 @@ class Site:
         return self.op(x, weight.repeat(self.groups, *(1 for _ in weight.shape[1:])) if self.groups > 1 else weight)
 
     def mix(self, x: Tensor, weight: Tensor, onto: Tensor | None) -> Tensor:
-        """Mix what `spread` gave, group by group and position by position, with weight (out, r); added to `onto`."""
+        """Mix what `spread` gave, group by group and position by position, with weight (out, r); added to `onto`, whose
+        strides it keeps: what follows may take another kernel for others, and then a no-op would not be one to the bit.
+        """
         if self.kind != "conv":
-            if onto is None:
-                return F.linear(x, weight)
+            if onto is None or not onto.is_contiguous():
+                change = F.linear(x, weight)
+                return change if onto is None else onto + change
             added = torch.addmm(onto.reshape(-1, onto.shape[-1]), x.reshape(-1, x.shape[-1]), weight.t())
             return added.view(onto.shape)
-        if self.groups == 1 and onto is not None:
+        if self.groups == 1 and onto is not None and onto.is_contiguous():
             added = torch.baddbmm(onto.flatten(2), weight.expand(len(x), *weight.shape), x.flatten(2))
             return added.view(onto.shape)
         change = _CONVOLVE[len(self.kernel)](x, weight.reshape(*weight.shape, *self.ones), groups=self.groups)

@@ -129,7 +129,7 @@ class Slot(nn.Module):
         if key is not None and self._kept is not None and self._kept[0] == key:
             return self._kept[1]
         wide = torch.promote_types(dtype, torch.float32)
-        weight = base.values() if self.reads_weight else None
+        weight = base.values().to(device) if self.reads_weight else None
         t: Tensors = self.tensors(wide, device)
         if self.training and self.dropout.rank:
             t = self._ranks_left_out(t)

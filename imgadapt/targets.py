@@ -1,6 +1,6 @@
 """Which layers: components of a model, globs over their paths, presets."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -11,7 +11,7 @@ from torch import nn
 from imgadapt.arch import canonical
 from imgadapt.errors import TargetError, first_few
 from imgadapt.layer import AdapterLayer
-from imgadapt.sites import Site
+from imgadapt.sites import Kind, Site
 
 DENOISERS = ("unet", "transformer", "transformer_2", "prior")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -100,6 +100,11 @@ def matches(name: str, targets: Targets) -> bool:
     return wanted
 
 
+def named(name: str, targets: Targets) -> bool:
+    """Whether a target names the layer by its end, and does not just take it in (a preset, a glob that ends in `*`)."""
+    return matches(name, [t for t in _listed(targets) if t not in PRESETS and not t.endswith("*")])
+
+
 def _listed(targets: Targets) -> Sequence[str]:
     return [targets] if isinstance(targets, str) else targets
 
@@ -183,15 +188,21 @@ def adapted(parts: Mapping[str, nn.Module]) -> Iterator[tuple[str, AdapterLayer]
                     stack.append((child, path if name == "_orig_mod" else f"{path}.{name}"))
 
 
-def find(parts: Mapping[str, nn.Module], targets: Targets) -> list[Layer]:
-    """The layers that `targets` names.
+def find(
+    parts: Mapping[str, nn.Module], targets: Targets, kinds: Collection[Kind] = ("linear", "conv", "fused")
+) -> list[Layer]:
+    """The layers that `targets` names; presets and globs that end in `*` take in those of these kinds only.
 
     Raises:
         TargetError: a target matches no layer, or nothing is left after the exclusions.
     """
     every = list(layers(parts))
     names = [layer.name for layer in every]
-    found = [layer for layer in every if matches(layer.name, targets)]
+    found = [
+        layer
+        for layer in every
+        if matches(layer.name, targets) and (layer.site.kind in kinds or named(layer.name, targets))
+    ]
     wrong = idle(targets, names)
     if wrong or not found:
         near = [m for t in wrong for m in get_close_matches(t, PRESETS, n=1)]

@@ -53,7 +53,7 @@ def distance(one: Picture, other: Picture) -> float:
 def adapter(pipe: Any, targets: Targets, alphas: Sequence[float]) -> AdapterFile:
     """Random layers of mixed ranks, none equal to its alpha, strong enough to be seen."""
     parts: dict[str, Part] = {}
-    for i, (name, _, site) in enumerate(find(components(pipe), targets)):
+    for i, (name, site) in enumerate((layer.name, layer.site) for layer in find(components(pipe), targets)):
         method = LoRA(rank=(4, 2, 7)[i % 3], alpha=alphas[i % len(alphas)])
         tensors = method.init(site, None)
         tensors["up"] = torch.randn(tensors["up"].shape) * 0.1

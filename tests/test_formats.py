@@ -84,7 +84,7 @@ def deltas(file: AdapterFile, sites: Sites) -> dict[str, Tensor]:
     changes: dict[str, Tensor] = {}
     for name, own in file.parts.items():
         tensors = {key: tensor.float() for key, tensor in own.tensors.items()}
-        changes[name] = own.method.scale * own.method.delta(tensors, sites[name])
+        changes[name] = own.method.scale * own.method.delta(tensors, sites[name], None)
     return changes
 
 
@@ -147,7 +147,7 @@ def test_rank_stabilised_is_scaled_by_alpha_over_the_root_of_the_rank_in_both_fo
     """rank 4, alpha 2: 2 / 2, not 2 / 4; kohya has no word for it, so alpha becomes 4."""
     own = part(sites[QUERY], LoRA(4, 2.0, rank_stabilised=True), 0)
     tensors, _ = write(KOHYA, {QUERY: own}, {})
-    assert tensors[f"{KOHYA.spell(QUERY)}.alpha"] == 4.0
+    assert tensors[f"{KOHYA.spell(QUERY, 'sd1')}.alpha"] == 4.0
     _, metadata = write(DIFFUSERS, {QUERY: own}, {})
     assert json.loads(metadata[CONFIG])["unet.use_rslora"] is True
     assert json.loads(metadata[CONFIG])["unet.lora_alpha"] == 2.0
@@ -174,7 +174,7 @@ def test_the_same_adapter_gives_the_same_bytes_in_any_order_and_again_after_load
 
 def test_kohya_spells_sd1_as_sd_scripts_does() -> None:
     sd1 = next(a for a in architectures() if a.name == "sd1")
-    ours = {KOHYA.spell(name) for name in sd1.layers}
+    ours = {KOHYA.spell(name, "sd1") for name in sd1.layers}
     theirs = set(key_list("kohya_sd15_te"))
     assert len(theirs) == 350
     assert ours >= theirs

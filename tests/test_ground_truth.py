@@ -93,7 +93,7 @@ def test_every_delta_of_a_tools_file_is_what_the_tool_measured(truth: Truth, mod
     for name, change in full.items():
         part = file.parts[name]
         assert part.method.scale == 0.5
-        ours = part.method.scale * part.method.delta(part.tensors, sites[name])
+        ours = part.method.scale * part.method.delta(part.tensors, sites[name], None)
         torch.testing.assert_close(ours, change, rtol=0, atol=NEAR, msg=lambda text, name=name: f"{name}: {text}")
 
 

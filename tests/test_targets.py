@@ -55,7 +55,7 @@ def flux() -> FluxTransformer2DModel:
 
 
 def named(model: dict[str, nn.Module], targets: Targets) -> set[str]:
-    return {name for name, _, _ in find(model, targets)}
+    return {layer.name for layer in find(model, targets)}
 
 
 @pytest.mark.parametrize(
@@ -85,11 +85,11 @@ def test_the_preset_convolution_has_no_convolution_of_another_preset(sd: dict[st
     assert "unet.conv_in" not in named(sd, "convolution")
 
 
-def test_transformer_names_the_36_layers_of_a_dits_blocks_and_nothing_around_them(
+def test_transformer_names_the_39_layers_of_a_dits_blocks_and_nothing_around_them(
     flux: FluxTransformer2DModel,
 ) -> None:
     found = named(components(flux), "transformer")
-    assert len(found) == 2 * 12 + 3 * 4
+    assert len(found) == 2 * 12 + 3 * 5
     block, single = "transformer.transformer_blocks.1", "transformer.single_transformer_blocks.2"
     ends = {name.removeprefix(f"{block}.") for name in found if name.startswith(block)}
     assert ends == {
@@ -186,6 +186,6 @@ def test_targets_that_name_nothing_are_refused_with_what_there_is(targets: Targe
         find(sd, targets)
     message = str(caught.value)
     assert "no layer matches targets=" in message
-    assert "; there are 294: unet.conv_in, " in message
+    assert "; there are 410: unet.conv_in, " in message
     assert ("did you mean 'attention'" in message) == (targets == "atention")
     assert all(preset in message for preset in PRESETS)

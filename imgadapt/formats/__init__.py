@@ -2,9 +2,10 @@
 
 from imgadapt.formats.diffusers import DIFFUSERS
 from imgadapt.formats.kohya import KOHYA
+from imgadapt.formats.own import OWN
 from imgadapt.formats.part import Part, Parts
 from imgadapt.formats.table import Format, Reading, read, write
 
-FORMATS: tuple[Format, ...] = (KOHYA, DIFFUSERS)
+FORMATS: tuple[Format, ...] = (KOHYA, DIFFUSERS, OWN)
 
 __all__ = ["FORMATS", "Format", "Part", "Parts", "Reading", "read", "write"]

@@ -182,14 +182,15 @@ def write(form: Format, parts: Parts, metadata: Mapping[str, str]) -> tuple[dict
         spelled, ends = form.spell(name, architecture), form.spelling.get(part.method.name)
         if spelled is None or ends is None:
             lacks = f"component {name.partition('.')[0]}" if spelled is None else f"method {part.method.name}"
-            raise FormatError(f"{form.name} has no word for the {lacks} (of {name})")
-        for tensor, end in ends.items():
-            if f"{spelled}.{end}" in tensors:
+            raise FormatError(f"{form.name} has no word for the {lacks} (of {name}); format='imgadapt' has one for all")
+        if nameless := [tensor for tensor in part.tensors if tensor not in ends]:
+            raise FormatError(f"{form.name} has no word for {first_few(nameless)} of {part.method} (of {name})")
+        for tensor, value in part.tensors.items():
+            if f"{spelled}.{ends[tensor]}" in tensors:
                 raise FormatError(f"{name} and another layer are both {spelled} in {form.name}; one would be lost")
-            tensors[f"{spelled}.{end}"] = part.tensors[tensor]
-        if form.alpha is not None:
-            if part.method.file_alpha is not None:
-                tensors[f"{spelled}.{form.alpha}"] = torch.tensor(part.method.file_alpha)
+            tensors[f"{spelled}.{ends[tensor]}"] = value
+        if form.alpha is not None and part.method.file_alpha is not None:
+            tensors[f"{spelled}.{form.alpha}"] = torch.tensor(part.method.file_alpha)
     if form.separator != "." and architecture is None:
         known = {layer for a in architectures() for layer in a.layers}
         strange = [name for name in parts if name not in known]

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 from torch import Tensor
 
 from imgadapt.errors import ConfigError
-from imgadapt.sites import Site
+from imgadapt.sites import Kind, Site
 
 Tensors = Mapping[str, Tensor]
 
@@ -49,6 +49,8 @@ class Method(ABC):
     tensors: ClassVar[tuple[str, ...]]
     """Names of the method's tensors; a file has them for each layer, save the optional ones."""
     optional: ClassVar[tuple[str, ...]] = ()
+    kinds: ClassVar[tuple[Kind, ...]] = ("linear", "conv", "embedding", "fused")
+    """The kinds of layer it is for."""
     needs_weight: ClassVar[bool] = False
     """Whether `delta` reads the base's weight (else it may be given None)."""
     additive: ClassVar[bool] = True
@@ -81,7 +83,7 @@ class Method(ABC):
 
     def check(self, site: Site) -> str | None:
         """Why the method cannot act on this site; None if it can."""
-        return "it is a norm; use Norm()" if site.kind == "norm" else None
+        return None if site.kind in self.kinds else f"it is {site.kind}; {self.name} is for {', '.join(self.kinds)}"
 
     def at(self, site: Site) -> Self:
         """The method as it is on this site: where a documented rule adapts a hyper-parameter to the layer's size."""

@@ -163,11 +163,12 @@ class BOFT(Method):
 
     def _multiplied_out(self, rotations: Tensor, start: int, stages: int) -> Tensor:
         """Stages start ... start + stages - 1 as one block-diagonal matrix, (count, span, span)."""
-        span = 2 ** (stages - 1) * self.block_size
-        size = rotations.shape[1] * self.block_size
-        eye = torch.eye(span, dtype=rotations.dtype, device=rotations.device)
-        rows = self._scattered(eye.expand(size // span, span, span), start, stages)
-        for stage in range(start, start + stages):
+        r = self.block_size // 2
+        one = torch.eye(r, dtype=rotations.dtype, device=rotations.device)
+        two = torch.eye(2, dtype=rotations.dtype, device=rotations.device)[:, None, :, None]
+        rows = one.repeat(2 * rotations.shape[1], 1)
+        for stage in range(start, start + stages):  # it mixes pairs of blocks: each into columns of its own first
+            rows = (rows.reshape(-1, 2, 2**stage * r, 1, rows.shape[1]) * two).reshape(len(rows), -1)
             rows = self._stage(rotations[stage], rows, stage)
         return self._gathered(rows, start, stages)
 
@@ -175,11 +176,6 @@ class BOFT(Method):
         """(size, k) -> (count, span, k): the rows that a chunk of stages mixes, together."""
         z = rows.reshape(-1, 2**stages, 2**start, self.block_size // 2, rows.shape[-1])
         return z.transpose(1, 2).reshape(-1, 2 ** (stages - 1) * self.block_size, rows.shape[-1])
-
-    def _scattered(self, blocks: Tensor, start: int, stages: int) -> Tensor:
-        """The inverse of `_gathered`."""
-        z = blocks.reshape(-1, 2**start, 2**stages, self.block_size // 2, blocks.shape[-1])
-        return z.transpose(1, 2).reshape(-1, blocks.shape[-1])
 
     def _act_chunk(self, x: Tensor, factor: Tensor, start: int, stages: int) -> Tensor:
         """factor (count, span, span) applied to the last axis of x (..., size)."""

@@ -60,6 +60,4 @@ class Norm(Full):
     optional = ("b_norm",)
     of_weight = "w_norm"
     of_bias = "b_norm"
-
-    def check(self, site: Site) -> str | None:
-        return None if site.kind == "norm" else "it is no norm; use Full()"
+    kinds = ("norm",)

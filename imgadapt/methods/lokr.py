@@ -133,8 +133,9 @@ class LoKr(Method):
         z = torch.bmm(o["w1"].expand(len(z), *o["w1"].shape), z)
         last = o["w2"] if "w2" in o else o["w2_a"]
         rows = z.reshape(-1, z.shape[-1])
-        if onto is None:
-            return F.linear(rows, last).view(*x.shape[:-1], -1)
+        if onto is None or not onto.is_contiguous():
+            change = F.linear(rows, last).view(*x.shape[:-1], len(o["w1"]) * len(last))
+            return change if onto is None else onto + change
         return torch.addmm(onto.reshape(-1, len(last)), rows, last.t()).view(onto.shape)
 
     def _convolve(self, o: Tensors, site: Site, x: Tensor, b: int, onto: Tensor | None) -> Tensor:
@@ -208,5 +209,6 @@ def _first_sizes(t: Tensors) -> tuple[int, int]:
 
 def _mix(w1: Tensor, x: Tensor, b: int) -> Tensor:
     """(batch, b * k, ...) -> (batch, a * k, ...)."""
-    z = torch.bmm(w1.expand(len(x), *w1.shape), x.reshape(len(x), b, -1))
-    return z.reshape(len(x), -1, *x.shape[2:])
+    k = x.shape[1] // b
+    z = torch.bmm(w1.expand(len(x), *w1.shape), x.unflatten(1, (b, k)).flatten(2))
+    return z.reshape(len(x), len(w1) * k, *x.shape[2:])

@@ -85,8 +85,11 @@ class LoRA(Method):
         return (up @ down.flatten(1)).reshape(site.shape)
 
     def accumulate(self, total: Tensor, t: Tensors, site: Site, weight: Tensor | None, gain: float) -> None:
+        if total.ndim > 2 and not total.is_contiguous():  # channels_last: flattening it is a copy
+            return super().accumulate(total, t, site, weight, gain)
         up, down = self._pair(t)
         total.flatten(1).addmm_(up, down.flatten(1), alpha=gain)
+        return None
 
     def way(self, site: Site) -> Way:
         return Way(pair=True, linear=("up",))

@@ -33,17 +33,19 @@ def block_size(packed: int) -> int:
 def cayley(q: Tensor) -> Tensor:
     """(I - Q)(I + Q)⁻¹ of skew-symmetric blocks (..., b, b): exactly orthogonal."""
     eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-    return torch.linalg.solve_ex(eye + q, (eye - q), left=False).result
+    return 2 * torch.linalg.inv_ex(eye + q).inverse - eye  # its backward keeps the inverse alone, solve_ex three tensors
 
 
 def neumann(q: Tensor, terms: int) -> Tensor:
     """peft's polynomial for (I + Q)(I - Q)⁻¹, the transpose of `cayley`: I + 2Q + ... + 2Qⁿ⁻² + Qⁿ⁻¹ (n = terms), which
-    is orthogonal only for small Q (huggingface/peft tuners/oft/layer.py, `_cayley_batch`).
+    is orthogonal only for small Q. Of 2 terms it is I + 2Q, and 3 are 4 (huggingface/peft tuners/oft/layer.py,
+    `_cayley_batch`).
     """
     total = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device).expand_as(q)
+    last = {1: 0, 2: 1, 3: 3}.get(terms, terms - 1)
     power = q
-    for k in range(1, terms):
-        total = total + (2 if k < terms - 1 or k == 1 and terms == 2 else 1) * power
+    for k in range(1, last + 1):
+        total = total + (1 if k == last > 1 else 2) * power
         power = power @ q
     return total
 
@@ -64,10 +66,12 @@ def rotate(x: Tensor, blocks: Tensor, site: Site, onto: Tensor | None) -> Tensor
     """blocks (count, b, b) applied to the channels of an activation of the site; added to `onto` where given."""
     count, size = blocks.shape[:2]
     if site.kind == "conv":
-        z = torch.matmul(blocks, x.reshape(len(x), count, size, -1)).view(x.shape)
+        z = torch.matmul(blocks, x.unflatten(1, (count, size)).flatten(3)).reshape(x.shape)
         return z if onto is None else onto + z
     z = torch.bmm(x.reshape(-1, count, size).transpose(0, 1), blocks.transpose(1, 2)).transpose(0, 1)
-    return z.reshape(x.shape) if onto is None else (onto.reshape(z.shape) + z).view(x.shape)
+    if onto is not None and onto.is_contiguous():
+        return (onto.view(z.shape) + z).view(x.shape)
+    return z.reshape(x.shape) if onto is None else onto + z.reshape(x.shape)
 
 
 def rotate_rows(weight: Tensor, blocks: Tensor) -> Tensor:

@@ -1,0 +1,125 @@
+"""Status: what is on a model, as rows and as a table."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imgadapt.layer import AdapterLayer
+from imgadapt.live import slots
+from imgadapt.slot import Slot, Strength
+
+
+@dataclass(frozen=True)
+class Row:
+    """One adapter on one layer.
+
+    norm: Frobenius norm of what is added to the weight at strength 1, scale included. state: "merged", "live", "off"
+        (its strength is 0, or a swapped-in file does not have this layer) or "disabled".
+    requantised: relative error of storing the merged weight in the base's quantisation; None if it is plain.
+    """
+
+    layer: str
+    adapter: str
+    method: str
+    rank: int | None
+    scale: float
+    weight: Strength
+    norm: float
+    state: str
+    requantised: float | None
+
+
+@dataclass(frozen=True)
+class Status:
+    """All adapters on all layers; `print(status(model))` is a table of the adapters, `.rows` has every layer."""
+
+    rows: tuple[Row, ...]
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "no adapters"
+        head = ("adapter", "component", "method", "rank", "scale", "weight", "layers", "norm", "state")
+        lines = [head, *self._summed()]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+        return "\n".join("  ".join(f"{cell:{w}}" for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+    def _summed(self) -> list[tuple[str, ...]]:
+        """A line for each adapter and component."""
+        groups: dict[tuple[str, str], list[Row]] = {}
+        for row in self.rows:
+            groups.setdefault((row.adapter, row.layer.partition(".")[0]), []).append(row)
+        return [
+            (
+                adapter,
+                component,
+                _said([row.method for row in rows]),
+                _said([row.rank for row in rows if row.rank is not None] or ["-"]),
+                _said([row.scale for row in rows]),
+                _said(["per sample" if isinstance(row.weight, Tensor) else row.weight for row in rows]),
+                str(len(rows)),
+                f"{sum(row.norm**2 for row in rows) ** 0.5:.4g}",
+                _said([row.state for row in rows]),
+            )
+            for (adapter, component), rows in groups.items()
+        ]
+
+
+def _said(values: list[Any]) -> str:
+    """`8`, `4-16`, or `live, off`."""
+    several = sorted(set(values), key=lambda value: (isinstance(value, str), value))
+    if len(several) > 1 and not any(isinstance(value, str) for value in several):
+        return f"{several[0]:g}-{several[-1]:g}"
+    return ", ".join(value if isinstance(value, str) else f"{value:g}" for value in several)
+
+
+def status(model: Any) -> Status:
+    """Which adapters are on the model, where, how strong; norms are computed anew, from all tensors.
+
+    model: a diffusers pipeline, a mapping of component names to modules, or one module.
+    """
+    return Status(
+        tuple(
+            Row(
+                name,
+                slot.name,
+                slot.method.name,
+                slot.method.file_rank,
+                slot.method.scale,
+                slot.weight,
+                _norm(layer, slot),
+                _state(layer, slot),
+                layer.requantised if layer.merged else None,
+            )
+            for name, layer, slot in slots(model)
+        )
+    )
+
+
+def _state(layer: AdapterLayer, slot: Slot) -> str:
+    if not layer.enabled:
+        return "disabled"
+    if not slot.on:
+        return "off"
+    return "merged" if layer.merged else "live"
+
+
+@torch.no_grad()
+def _norm(layer: AdapterLayer, slot: Slot) -> float:
+    """‖scale * delta‖; of a pair from its two small Gram matrices: ‖UD‖² = ⟨UᵀU, DDᵀ⟩."""
+    t = slot.tensors(torch.float32)
+    weight = layer.pristine().float() if slot.method.needs_weight else None
+    if slot.way.pair and not slot.method.needs_weight and (pair := slot.method.pair(t, layer.site)) is not None:
+        up, down = (factor.double() for factor in pair)
+        square = ((up.t() @ up) * (down @ down.t())).sum().clamp(min=0)
+    else:
+        square = slot.method.delta(t, layer.site, weight).double().square().sum()
+    return slot.method.scale * float(square.sqrt())

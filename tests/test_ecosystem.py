@@ -1,0 +1,511 @@
+"""Adapters among what else acts on a model: offloading, casting, checkpointing, compiling, copies, several processes."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload, cpu_offload_with_hook
+from accelerate.hooks import remove_hook_from_submodules
+from diffusers import UNet2DConditionModel
+from diffusers.hooks import apply_group_offloading
+from diffusers.hooks.group_offloading import _GROUP_OFFLOADING
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from imgadapt import (
+    IA3,
+    OFT,
+    DoRA,
+    Full,
+    LoHa,
+    LoRA,
+    Norm,
+    attach,
+    collect,
+    detach,
+    merge,
+    parameters,
+    set_weights,
+    swap,
+    unmerge,
+)
+from imgadapt.errors import ConfigError, FormatError, StateError
+from imgadapt.methods import Method
+
+CPU = torch.device("cpu")
+
+WAYS: dict[str, Method] = {
+    "pair": LoRA(rank=3, alpha=2),
+    "dense": LoHa(rank=6, alpha=3),
+    "dense with bias": Full(),
+    "act": OFT(block_size=4),
+    "turn": IA3(axis="input"),
+    "pair and act": DoRA(LoRA(rank=3, alpha=2)),
+}
+every_way = pytest.mark.parametrize("method", WAYS.values(), ids=WAYS)
+
+
+class Net(nn.Module):
+    """A convolution, two linear layers and a norm, all called once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 8, 3, padding=1)
+        self.blocks = nn.ModuleList([nn.Linear(8, 12), nn.Linear(12, 8, bias=False)])
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv(x).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            h = block(h).sin()
+        return self.norm(h)
+
+
+def net() -> tuple[Any, Tensor]:
+    torch.manual_seed(0)
+    return Net(), torch.randn(3, 4, 5, 6)
+
+
+def filled(model: Any, name: str = "default", std: float = 0.2, seed: int = 1) -> None:
+    """Random values in every tensor of an adapter, as if trained."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters(model, name):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+def adapted(method: Method, model: Any, weight: float = 0.7) -> Any:
+    attach(model, method, targets="*", weight=weight, trainable=False)
+    filled(model)
+    return model
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def sequentially(model: nn.Module) -> None:
+    cpu_offload(model, CPU)
+
+
+def by_leaf(model: nn.Module) -> None:
+    apply_group_offloading(model, CPU, CPU, "leaf_level")
+
+
+def by_block(model: nn.Module) -> None:
+    apply_group_offloading(model, CPU, CPU, "block_level", num_blocks_per_group=1)
+
+
+def at_once(model: nn.Module) -> None:
+    cpu_offload_with_hook(model, CPU)
+
+
+def no_accelerate(model: nn.Module) -> None:
+    remove_hook_from_submodules(model)
+
+
+def no_groups(model: Any) -> None:
+    for module in model.modules():
+        if hasattr(module, "_diffusers_hook"):
+            module._diffusers_hook.remove_hook(_GROUP_OFFLOADING, recurse=False)
+
+
+Change = Callable[[nn.Module], None]
+every_offload = pytest.mark.parametrize(
+    ("offload", "remove"),
+    [(at_once, no_accelerate), (sequentially, no_accelerate), (by_leaf, no_groups), (by_block, no_groups)],
+    ids=["model", "sequential", "leaf group", "block group"],
+)
+with_norm = pytest.mark.parametrize("method", [*WAYS.values(), Norm()], ids=[*WAYS, "norm"])
+
+
+@with_norm
+@every_offload
+@pytest.mark.parametrize("before", [True, False], ids=["attached before", "attached after"])
+@torch.no_grad()
+def test_offloading_changes_no_value_and_goes_away_again(
+    method: Method, offload: Change, remove: Change, before: bool
+) -> None:
+    model, x = net()
+    base = model(x)
+    expected = adapted(method, copy.deepcopy(model))(x)
+    assert (expected - base).abs().max() > 1e-3
+    if before:
+        adapted(method, model)
+        offload(model)
+    else:
+        offload(model)
+        adapted(method, model)
+    offloaded = {p.device for p in model.blocks[0]._parameters.values()}
+    assert offloaded == {torch.device("meta" if offload is sequentially else "cpu")}
+    for _ in range(2):
+        close(model(x), expected)
+    set_weights(model, {"default": 0.0})
+    assert torch.equal(model(x), base)
+    set_weights(model, {"default": 0.7})
+    attach(model, LoRA(rank=2, alpha=3), name="later", targets="conv")
+    detach(model, "later")
+    close(model(x), expected)
+    twin = copy.deepcopy(collect(model))
+    detach(model)
+    assert torch.equal(model(x), base)
+    attach(model, twin, weight=0.7)
+    close(model(x), expected)
+    remove(model)
+    assert {p.device for p in model.parameters()} == {CPU}
+    close(model(x), expected)
+    merge(model)
+    close(model(x), expected)
+    detach(model)
+    assert torch.equal(model(x), base)
+    assert not any(hasattr(module, hook) for module in model.modules() for hook in ("_hf_hook", "_old_forward"))
+
+
+@every_way
+@pytest.mark.parametrize("before", [True, False], ids=["attached before", "attached after"])
+def test_a_merge_while_the_weights_are_offloaded_is_refused_and_changes_nothing(method: Method, before: bool) -> None:
+    model, x = net()
+    if before:
+        adapted(method, model)
+        sequentially(model)
+    else:
+        sequentially(model)
+        adapted(method, model)
+    live = model(x)
+    with pytest.raises(StateError, match="offloaded"):
+        merge(model)
+    assert torch.equal(model(x), live)
+    assert not any(layer.merged for layer in (model.conv, *model.blocks))
+
+
+@pytest.fixture(scope="session")
+def _tiny() -> Any:
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=12,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    ).requires_grad_(False)
+
+
+@pytest.fixture
+def unet(_tiny: Any) -> Any:
+    """A UNet of 8 and 16 channels of its own."""
+    return copy.deepcopy(_tiny)
+
+
+TARGETS = ["transformer", "convolution", "time_embedding.*"]
+
+
+def adapted_unet(method: Method, unet: Any, std: float = 0.1) -> Any:
+    attach(unet, method, targets=TARGETS, weight=0.7)
+    filled(unet, std=std)
+    return unet
+
+
+def run(unet: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    x, context = torch.randn(2, 4, 8, 12, generator=generator), torch.randn(2, 5, 12, generator=generator)
+    return unet(x.to(dtype), 500, context.to(dtype)).sample
+
+
+UNET_WAYS: dict[str, Method] = {
+    "pair": LoRA(rank=3, alpha=2),
+    "dense": LoHa(rank=4, alpha=3),
+    "act": OFT(block_size=4),
+    "pair and act": DoRA(LoRA(rank=3, alpha=2)),
+}
+every_unet_way = pytest.mark.parametrize("method", UNET_WAYS.values(), ids=UNET_WAYS)
+
+
+@every_unet_way
+@pytest.mark.parametrize("before", [True, False], ids=["attached before", "attached after"])
+@torch.no_grad()
+def test_weights_stored_as_fp8_act_as_bf16_and_adapters_stay_fp32(method: Method, before: bool, unet: Any) -> None:
+    unet = unet.bfloat16()
+    for module in unet.modules():  # values that fp8 has: storing them loses nothing
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            for parameter in module.parameters():
+                parameter.data = parameter.data.to(torch.float8_e4m3fn).to(torch.bfloat16)
+    base = run(unet, torch.bfloat16)
+    expected = run(adapted_unet(method, copy.deepcopy(unet)), torch.bfloat16)
+    assert (expected - base).abs().max() > 0.05
+    if before:
+        adapted_unet(method, unet)
+    unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
+    if not before:
+        adapted_unet(method, unet)
+        assert unet.mid_block.attentions[0].proj_in.weight.dtype == torch.bfloat16  # diffusers leaves it out
+        assert unet.mid_block.resnets[0].conv1.weight.dtype == torch.float8_e4m3fn
+    for _ in range(2):
+        out = run(unet, torch.bfloat16)
+        assert out.dtype == torch.bfloat16
+        close(out, expected, 0.05)
+        assert {tensor.dtype for tensor in parameters(unet)} == {torch.float32}
+
+
+@every_unet_way
+def test_a_checkpointed_unet_has_the_gradients_of_a_plain_one(method: Method, unet: Any) -> None:
+    unet = adapted_unet(method, unet).train()
+    run(unet).square().mean().backward()
+    plain = [tensor.grad for tensor in parameters(unet)]
+    for tensor in parameters(unet):
+        tensor.grad = None
+    unet.enable_gradient_checkpointing()
+    run(unet).square().mean().backward()
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in plain)
+    for gradient, tensor in zip(plain, parameters(unet), strict=True):
+        torch.testing.assert_close(tensor.grad, gradient, rtol=1e-5, atol=1e-8)
+
+
+@every_unet_way
+def test_autocast_of_a_unet_is_near_fp32_forward_and_backward(method: Method, unet: Any) -> None:
+    unet = adapted_unet(method, unet)
+    expected = run(unet)
+    expected.square().mean().backward()
+    exact = torch.cat([tensor.grad.flatten() for tensor in parameters(unet) if tensor.grad is not None])
+    for tensor in parameters(unet):
+        tensor.grad = None
+    with torch.autocast("cpu", torch.bfloat16):
+        out = run(unet)
+    assert out.dtype == torch.bfloat16
+    close(out.float(), expected, 0.06)
+    out.float().square().mean().backward()
+    assert {tensor.grad.dtype for tensor in parameters(unet) if tensor.grad is not None} == {torch.float32}
+    rough = torch.cat([tensor.grad.flatten() for tensor in parameters(unet) if tensor.grad is not None])
+    assert rough.shape == exact.shape
+    assert (rough - exact).norm() / exact.norm() < 0.05
+
+
+def retrained(method: Method, seed: int, targets: Any = "*") -> Any:
+    """A file of another training, for Net."""
+    model, _ = net()
+    attach(model, method, targets=targets)
+    filled(model, seed=seed)
+    return collect(model)
+
+
+SMALLER: dict[str, Method] = {
+    "pair": LoRA(rank=2, alpha=5),
+    "dense": LoHa(rank=5, alpha=1),
+    "dense with bias": Full(),
+    "act": OFT(block_size=4),
+    "turn": IA3(axis="input"),
+    "pair and act": DoRA(LoRA(rank=2, alpha=5)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("rank", ["same", "smaller"])
+def test_a_swapped_in_file_acts_as_one_freshly_attached(way: str, rank: str) -> None:
+    method = WAYS[way] if rank == "same" else SMALLER[way]
+    model, x = net()
+    base = model(x)
+    adapted(WAYS[way], model)
+    first = model(x)
+    file = retrained(method, 2)
+    fresh, _ = net()
+    attach(fresh, file, weight=0.7)
+    expected = fresh(x)
+    swap(model, file)
+    close(model(x), expected)
+    assert not torch.allclose(expected, first, atol=1e-3)
+    merge(model)
+    close(model(x), expected)
+    swap(model, retrained(WAYS[way], 1))  # while merged: as it was at first, merged
+    close(model(x), first)
+    unmerge(model)
+    close(model(x), first)
+    swap(model, retrained(method, 2, "blocks.0"))  # of fewer layers: the others are off
+    detach(fresh)
+    attach(fresh, retrained(method, 2, "blocks.0"), weight=0.7)
+    close(model(x), fresh(x))
+    assert list(collect(model).parts) == ["model.blocks.0"]
+    set_weights(model, {"default": 0.0})
+    assert torch.equal(model(x), base)
+    set_weights(model, {"default": 0.7})
+    swap(model, file)
+    close(model(x), expected)
+
+
+def _nan() -> Any:
+    file = retrained(LoRA(rank=3, alpha=2), 2)
+    file.parts["model.blocks.1"].tensors["up"][0, 0] = float("nan")
+    return file
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "a larger rank": (lambda: retrained(LoRA(rank=4, alpha=2), 2), StateError, "does not fit"),
+    "another method": (lambda: retrained(OFT(block_size=4), 2), StateError, "the file has oft, the adapter is lora"),
+    "DoRA": (lambda: retrained(DoRA(LoRA(rank=3, alpha=2)), 2), StateError, "the file has dora, the adapter is lora"),
+    "tucker": (lambda: retrained(LoRA(rank=3, alpha=2, tucker=True), 2), StateError, "does not fit"),
+    "NaN": (_nan, FormatError, "NaN"),
+}
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_swap_that_cannot_be_is_refused_and_all_is_as_before(case: str, merged: bool) -> None:
+    make, error, message = REFUSED[case]
+    model, x = net()
+    adapted(WAYS["pair"], model)
+    if merged:
+        merge(model)
+    live, before = model(x), collect(model)
+    with pytest.raises(error, match=message):
+        swap(model, make())
+    assert torch.equal(model(x), live)
+    after = collect(model)
+    assert all(torch.equal(t, after.parts[key].tensors[k]) for key, p in before.parts.items() for k, t in p.tensors.items())
+    assert [part.method for part in before.parts.values()] == [part.method for part in after.parts.values()]
+
+
+def test_a_swap_of_other_layers_or_into_nothing_is_refused() -> None:
+    model, x = net()
+    attach(model, WAYS["pair"], targets="blocks.*", weight=0.7)
+    filled(model)
+    live = model(x)
+    with pytest.raises(StateError, match=r"1 of the file's 3 layers are not in 'default' \(model.conv\)"):
+        swap(model, retrained(WAYS["pair"], 2))
+    with pytest.raises(StateError, match="no adapter other on this model"):
+        swap(model, retrained(WAYS["pair"], 2), name="other")
+    assert torch.equal(model(x), live)
+
+
+def test_a_swap_whose_merge_is_not_finite_leaves_the_old_one_merged() -> None:
+    model, x = net()
+    adapted(WAYS["pair"], model, weight=1e10)
+    filled(model, std=1e-11)
+    merge(model)
+    live = model(x)
+    file = retrained(WAYS["pair"], 2)
+    file.parts["model.blocks.1"].tensors["up"].mul_(1e30)  # finite, in the last layer only
+    with pytest.raises(StateError, match="NaN or infinity"):
+        swap(model, file)
+    assert torch.equal(model(x), live)
+    unmerge(model)
+    close(model(x), live)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_strength_and_no_swap_recompiles(way: str) -> None:
+    """Backend 'eager': what is tested is the tracing, in one graph, and its guards."""
+    torch.compiler.reset()
+    model, x = net()
+    attach(model, WAYS[way], targets="*")
+    filled(model)
+    compiled: Any = torch.compile(model, fullgraph=True, backend="eager")
+    compiled(x)
+    files = [retrained(SMALLER[way], 2), retrained(WAYS[way], 3), retrained(SMALLER[way], 4, "blocks.0")]
+    seen: list[Tensor] = []
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for file in files:
+            for weight in (0.5, 0.0, -2.0):
+                set_weights(model, {"default": weight})
+                close(compiled(x), model(x))
+            swap(compiled, file)
+            seen.append(compiled(x))
+            close(seen[-1], model(x))
+    assert not torch.allclose(seen[0], seen[1], atol=1e-3)
+    assert not torch.allclose(seen[0], seen[2], atol=1e-3)
+
+
+def test_inductors_code_takes_strengths_and_swaps_as_inputs() -> None:
+    torch.compiler.reset()
+    model, x = net()
+    adapted(WAYS["pair"], model)
+    compiled: Any = torch.compile(model, fullgraph=True)
+    close(compiled(x), model(x))
+    with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile"):
+        pass
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for weight in (0.0, -2.0):
+            set_weights(model, {"default": weight})
+            close(compiled(x), model(x))
+        swap(model, retrained(SMALLER["pair"], 2))
+        close(compiled(x), model(x))
+
+
+@every_unet_way
+def test_copies_and_pickles_of_an_adapted_unet_act_the_same_and_share_nothing(
+    method: Method, unet: Any, tmp_path: Path
+) -> None:
+    adapted_unet(method, unet)
+    expected = run(unet)
+    torch.save(unet, tmp_path / "unet.pt")
+    for twin in (copy.deepcopy(unet), torch.load(tmp_path / "unet.pt", weights_only=False)):
+        assert torch.equal(run(twin), expected)
+        detach(twin)
+        assert torch.equal(run(unet), expected)
+
+
+def test_an_adapted_unet_saves_exactly_its_base_and_from_pretrained_loads_it(unet: Any, tmp_path: Path) -> None:
+    base = {key: value.clone() for key, value in unet.state_dict().items()}
+    out = run(unet)
+    adapted_unet(LoRA(rank=3, alpha=2), unet)
+    unet.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    assert saved.keys() == base.keys()
+    assert all(torch.equal(saved[key], value) for key, value in base.items())
+    again: Any = UNet2DConditionModel.from_pretrained(tmp_path, local_files_only=True)
+    assert torch.equal(run(again), out)
+
+
+@every_unet_way
+def test_assigning_a_state_dict_gives_the_base_those_tensors_under_its_adapters(method: Method, unet: Any) -> None:
+    torch.manual_seed(5)
+    state = {key: torch.randn_like(value) * 0.1 for key, value in unet.state_dict().items()}
+    other = copy.deepcopy(unet)
+    other.load_state_dict(state, strict=True)
+    expected = run(adapted_unet(method, other))
+    for tensor in parameters(adapted_unet(method, unet)):
+        tensor.requires_grad_(False)  # operands are kept from one forward to the next
+    tensors = collect(other)  # DoRA's magnitudes are those of the other weights
+    run(unet)
+    swap(unet, tensors)
+    unet.load_state_dict(state, strict=True, assign=True)
+    close(run(unet), expected)
+    layer = unet.mid_block.attentions[0].proj_in
+    assert layer.weight.data_ptr() == state["mid_block.attentions.0.proj_in.weight"].data_ptr()
+    merge(unet)
+    with pytest.raises(StateError, match="unmerge first"):
+        unet.load_state_dict(state, strict=True, assign=True)
+    unmerge(unet)
+    close(run(unet), expected)
+
+
+def test_lora_attached_on_meta_equals_lora_attached_to_loaded_weights() -> None:
+    loaded, x = net()
+    state = {key: value.clone() for key, value in loaded.state_dict().items()}
+    with torch.device("meta"):
+        model = Net()
+    torch.manual_seed(7)
+    attach(model, LoRA(rank=3, alpha=2), targets="*", weight=0.7)
+    torch.manual_seed(7)
+    attach(loaded, LoRA(rank=3, alpha=2), targets="*", weight=0.7)
+    assert {tensor.device for tensor in parameters(model)} == {CPU}
+    assert all(torch.equal(a, b) for a, b in zip(parameters(model), parameters(loaded), strict=True))
+    model.load_state_dict(state, strict=True, assign=True)
+    filled(model)
+    filled(loaded)
+    assert torch.equal(model(x), loaded(x))
+    merge(model)
+    close(model(x), loaded(x))
+
+
+def test_dora_on_meta_asks_for_the_weights_first() -> None:
+    with torch.device("meta"):
+        model = Net()
+    with pytest.raises(StateError, match=r"model.conv: dora starts from the weight, but .* load them first"):
+        attach(model, DoRA(LoRA(rank=2)), targets="*")
+    assert type(model.conv) is nn.Conv2d
