@@ -103,10 +103,7 @@ def restore(module: nn.Module, original: Tensor, total: Tensor) -> tuple[nn.Para
     size = total.norm().clamp(min=torch.finfo(total.dtype).tiny)
     error = float(gap.norm() / size)
     if not math.isfinite(error):
-        raise StateError(
-            f"the merged weight, up to {float(total.abs().max()):.3g}, is beyond the range of its storage "
-            f"({type(original).__name__} of {original.dtype}): lower the strength, or keep the adapter live"
-        )
+        raise _beyond(original, total)
     return fresh, error
 
 
@@ -157,6 +154,13 @@ def _unwritable(what: str) -> StateError:
     return StateError(
         f"the weight is stored as {what}, which can be read here but not made: keep the adapter live (do not merge), "
         "or merge into the model before it is quantised"
+    )
+
+
+def _beyond(weight: Tensor, total: Tensor) -> StateError:
+    return StateError(
+        f"the merged weight, up to {float(total.abs().max()):.3g}, is beyond the range of its storage "
+        f"({type(weight).__name__} of {weight.dtype}): lower the strength, or keep the adapter live"
     )
 
 
@@ -298,6 +302,8 @@ def _read_float8(module: Any, weight: Any) -> Tensor:
 
 
 def _write_float8(module: Any, weight: Any, total: Tensor) -> Any:
+    if total.abs().max() > torch.finfo(weight.dtype).max:
+        raise _beyond(weight, total)  # which torch would cut off, or make NaN, by version and device
     return nn.Parameter(total.to(weight.dtype), requires_grad=False)
 
 

@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 from imgadapt.dequantize import follow, is_plain, restore, values_of, weight_of
 from imgadapt.errors import ShapeError, StateError
+from imgadapt.merging import Stored, add_up
 from imgadapt.sites import Site
 from imgadapt.slot import Ready, Slot
 
@@ -76,6 +77,12 @@ class AdapterLayer(nn.Module):
     def merged(self) -> bool:
         """Whether the base's weight holds the adapters now."""
         return bool(self.originals)
+
+    @property
+    def kept(self) -> Stored | None:
+        """Where the original weight waits while merged, if not in memory."""
+        original = self.originals.get(self.site.parameter)
+        return original if isinstance(original, Stored) else None
 
     def pristine(self) -> Tensor:
         """The base's own weight as methods see it, whether merged or not."""
@@ -258,22 +265,40 @@ class AdapterLayer(nn.Module):
         if self.merged:
             self._put(self.originals)
 
-    def merge(self) -> None:
+    def merge(self, kept: Stored | None = None) -> None:
         """Put weight + deltas in the base's place, summed in fp32 or better and rounded once; the original is kept.
 
+        kept: where the original weight waits; it is then changed in place. None: in memory.
+
         Raises:
-            StateError: the sum is not finite, or a strength differs from sample to sample; the base is untouched.
+            StateError: the sum is not finite, a strength differs from sample to sample, or the weight is not the one
+                that is kept; the base is untouched.
         """
-        if not self.merged:
-            names = [name for name in (self.site.parameter, self.site.bias) if name is not None]
-            originals = {name: self._parameters[name] for name in names}
-            self._put(originals)
-            self.__dict__["originals"] = originals
+        if self.merged:
+            return
+        names = [name for name in (self.site.parameter, self.site.bias) if name is not None]
+        originals: dict[str, Any] = {name: self._parameters[name] for name in names}
+        weight = originals[self.site.parameter]
+        if kept is not None:
+            if not is_plain(self.base, weight):
+                raise StateError("its weight is quantised and cannot be read back from a file: keep it in memory")
+            there = kept.read()
+            if there.dtype != weight.dtype or not torch.equal(there.to(weight.device), weight):
+                raise StateError(f"{kept.key} in {kept.file} is another weight ({there.dtype}, {tuple(there.shape)})")
+            originals[self.site.parameter] = kept
+        self._put(originals)
+        self.__dict__["originals"] = originals
 
     def _put(self, originals: dict[str, Any]) -> None:
         """The merged parameters in the place of the originals, stored as those are."""
         weight = originals[self.site.parameter]
-        if weight.is_meta or is_plain(self.base, weight):
+        if isinstance(weight, Stored):
+            current: Any = self._parameters[self.site.parameter]
+            made = self._sums({**originals, self.site.parameter: weight.read().to(current.device)})
+            current.data.copy_(made.pop(self.site.parameter))
+            originals = {name: value for name, value in originals.items() if name != self.site.parameter}
+            self.requantised = None
+        elif weight.is_meta or is_plain(self.base, weight):
             made, self.requantised = self._sums(originals), None
         else:
             made, self.requantised = self._requantised(originals)
@@ -291,44 +316,32 @@ class AdapterLayer(nn.Module):
     def _sums(self, originals: dict[str, Any]) -> dict[str, nn.Parameter]:
         """The merged parameters: the weight, and the bias if an adapter changes it."""
         parameter, bias = self.site.parameter, self.site.bias
-        original = originals[parameter]
-        if original.is_meta:
+        weight = originals[parameter]
+        if weight.is_meta:
             raise StateError("the weights are offloaded (on 'meta'): merge before offloading the model")
         if sampled := [slot.name for slot in self if slot.per_sample]:
             raise StateError(f"the strength of {sampled[0]} differs from sample to sample and cannot be merged")
-        wide = torch.promote_types(original.dtype, torch.float32)
-        weight = original.to(wide)
-        total = self.site.seen(weight.clone() if weight is original else weight)
-        pristine = self.site.seen(weight) if weight is original else None
-        made: dict[str, Tensor] = {}
+        made = {parameter: torch.empty_like(weight)}
+        add_up(weight, self.site, list(self), made[parameter])
         for slot in self:
-            if slot.on:
-                if pristine is None and slot.method.needs_weight:
-                    pristine = self.site.seen(original.to(wide))
-                t = slot.tensors(wide, total.device)
-                slot.method.accumulate(total, t, self.site, pristine, slot.strength)
-                change = slot.method.bias_delta(t)
-                if change is not None and bias is not None:
-                    made[bias] = made.get(bias, originals[bias].to(wide)) + slot.strength * change
-        made[parameter] = self.site.seen(total)
+            change = slot.method.bias_delta(slot.tensors()) if slot.on else None
+            if change is not None and bias is not None:
+                start = made.get(bias, originals[bias].float())
+                made[bias] = start + slot.strength * change.to(start.device, start.dtype)
         return {
-            name: nn.Parameter(
-                self._rounded(tensor, originals[name].dtype), requires_grad=originals[name].requires_grad
-            )
+            name: nn.Parameter(tensor.to(originals[name].dtype), originals[name].requires_grad)
             for name, tensor in made.items()
         }
 
-    def _rounded(self, total: Tensor, dtype: torch.dtype) -> Tensor:
-        total = total.to(dtype)
-        if not torch.isfinite(total.float() if dtype.itemsize == 1 else total).all():
-            names = ", ".join(slot.name for slot in self)
-            raise StateError(f"NaN or infinity in the weight merged with {names}; the base is left as it was")
-        return total
-
     def unmerge(self) -> None:
-        """Put the original parameters back, the very same tensors (moved, if the model was moved meanwhile)."""
+        """Put the original parameters back: the very same tensors (moved, if the model was moved meanwhile), or what
+        the file that keeps them has.
+        """
         for name, original in self.originals.items():
             current: Any = self._parameters[name]
+            if isinstance(original, Stored):
+                current.data.copy_(original.read())
+                continue
             follow(original, current)
             original.requires_grad_(current.requires_grad)
             self._parameters[name] = original

@@ -1,8 +1,10 @@
 """Adapters that are on a model: their strengths, merging, and taking them back as files."""
 
 import math
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,11 +15,16 @@ from imgadapt.errors import ConfigError, StateError, TargetError, first_few
 from imgadapt.file import AdapterFile
 from imgadapt.formats import Part
 from imgadapt.layer import AdapterLayer
+from imgadapt.merging import Stored, stored
 from imgadapt.slot import Slot, Strength
 
 Weight = Strength | Mapping[str, Strength]
 """An adapter's strength: one number; a tensor (batch,), one number for each sample of a batch (guidance, which doubles
 the batch, repeats it); or globs over full layer names to either (first match wins; none: 0)."""
+
+
+Places = str | PathLike[str] | Mapping[str, str | PathLike[str]]
+"""A checkpoint, or one for each component."""
 
 
 def set_weights(model: Any, weights: Mapping[str, Weight]) -> None:
@@ -27,8 +34,7 @@ def set_weights(model: Any, weights: Mapping[str, Weight]) -> None:
         StateError: a name is not on the model, or a merge is not finite (all strengths are then as before).
         ConfigError: a strength is not a finite number.
     """
-    require(model, weights)
-    rows = [row for row in slots(model) if row[2].name in weights]
+    rows = slots(model, *weights) if weights else []
     wanted = {
         name: strengths(weight, [n for n, _, slot in rows if slot.name == name]) for name, weight in weights.items()
     }
@@ -36,7 +42,8 @@ def set_weights(model: Any, weights: Mapping[str, Weight]) -> None:
     try:
         for layer_name, layer, slot in rows:
             slot.set(wanted[slot.name][layer_name])
-            layer.refresh()
+            if layer.merged:
+                layer.refresh()
     except BaseException:
         for (_, _, slot), strength in zip(rows, before, strict=True):
             slot.set(strength)
@@ -45,26 +52,58 @@ def set_weights(model: Any, weights: Mapping[str, Weight]) -> None:
         raise
 
 
-def merge(model: Any) -> None:
+def merge(model: Any, *, originals: Places | None = None) -> None:
     """Fold all attached adapters into the weights at their strengths; `unmerge` restores the weights bitwise.
 
+    originals: where the base's own weights wait. None: in memory, next to the merged ones. A checkpoint that they came
+        from (a pipeline's folder, a model's folder or a .safetensors file with the model's own keys; or a mapping of
+        component names to these): the weights are changed in place, and no copy is kept. They are compared with the
+        file first, to the bit.
+
     Raises:
-        StateError: NaN or infinity would result, or adapters are disabled; no layer is changed.
+        StateError: NaN or infinity would result, adapters are disabled, the strength differs from sample to sample,
+            or the checkpoint has other weights; no layer is changed.
         TargetError: nothing is attached.
     """
-    layers = _some(model)
-    if not all(layer.enabled for layer in layers):
+    parts = where.components(model)
+    layers = [(name, layer) for name, layer in where.adapted(parts)]
+    if not layers:
+        raise TargetError("nothing is attached to this model")
+    if not all(layer.enabled for _, layer in layers):
         raise StateError("adapters are disabled here; merge outside of `disabled`")
+    kept = {} if originals is None else _waiting(originals, [name for name, _ in layers])
     touched: list[AdapterLayer] = []
     try:
-        for layer in layers:
+        for name, layer in layers:
             if not layer.merged:
-                layer.merge()
+                layer.merge(_where(kept, name, layer) if kept else None)
                 touched.append(layer)
     except BaseException:
         for layer in touched:
             layer.unmerge()
         raise
+
+
+def _waiting(originals: Places, names: Sequence[str]) -> dict[str, Mapping[str, Stored]]:
+    """Component -> its weights in the checkpoint."""
+    components = list(dict.fromkeys(name.partition(".")[0] for name in names))
+    if isinstance(originals, Mapping):
+        places = {component: Path(originals[component]) for component in components if component in originals}
+    else:
+        root = Path(originals)
+        places = {c: root / c if (root / c).is_dir() else root for c in components}
+    if missing := [component for component in components if component not in places]:
+        raise StateError(f"originals= says nothing of {first_few(missing)}")
+    return {component: stored(place) for component, place in places.items()}
+
+
+def _where(kept: Mapping[str, Mapping[str, Stored]], name: str, layer: AdapterLayer) -> Stored:
+    component, _, path = name.partition(".")
+    key = f"{path.removesuffix('.in_proj') if layer.site.kind == 'fused' else path}.{layer.site.parameter}"
+    found = kept[component].get(key) or kept[component].get(f"text_model.{key}")
+    if found is None:
+        raise StateError(f"the checkpoint of {component} has no {key}; it has {first_few(list(kept[component]))}")
+    return found
 
 
 def unmerge(model: Any) -> None:
@@ -80,23 +119,23 @@ def unmerge(model: Any) -> None:
 @contextmanager
 def disabled(model: Any) -> Generator[None]:
     """Within the block the model acts as the base, merged or not; afterwards as before."""
-    states = [(layer, layer.merged, layer.enabled) for _, layer in where.adapted(where.components(model))]
-    for layer, _, _ in states:
+    states = [(layer, layer.merged, layer.kept, layer.enabled) for _, layer in where.adapted(where.components(model))]
+    for layer, *_ in states:
         layer.unmerge()
         layer.enabled = False
     try:
         yield
     finally:
-        for layer, _, enabled in states:
+        for layer, _, _, enabled in states:
             layer.enabled = enabled
-        for layer, merged, _ in states:
+        for layer, merged, kept, _ in states:
             if merged and layer.slots:
-                layer.merge()
+                layer.merge(kept)
 
 
 def adapters(model: Any) -> list[str]:
     """Names of the attached adapters, in the order they came."""
-    return list(dict.fromkeys(slot.name for _, _, slot in _every(model)))
+    return list(dict.fromkeys(slot.name for _, _, slot in slots(model)))
 
 
 def parameters(model: Any, name: str = "default") -> list[nn.Parameter]:
@@ -128,17 +167,20 @@ def slots(model: Any, *names: str) -> list[tuple[str, AdapterLayer, Slot]]:
     Raises:
         StateError: a name is not on the model.
     """
-    require(model, names)
-    return [row for row in _every(model) if not names or row[2].name in names]
+    rows = [(n, layer, slot) for n, layer in where.adapted(where.components(model)) for slot in layer]
+    _require(names, (slot.name for _, _, slot in rows))
+    return [row for row in rows if row[2].name in names] if names else rows
 
 
 def require(model: Any, names: Collection[str]) -> None:
     """Raises StateError unless the model has all these adapters."""
-    if names:
-        present = adapters(model)
-        if missing := [name for name in names if name not in present]:
-            has = ", ".join(present) or "none"
-            raise StateError(f"no adapter {first_few(missing)} on this model; it has: {has}")
+    _require(names, adapters(model))
+
+
+def _require(names: Collection[str], on: Iterable[str]) -> None:
+    present = dict.fromkeys(on)
+    if missing := [name for name in names if name not in present]:
+        raise StateError(f"no adapter {first_few(missing)} on this model; it has: {', '.join(present) or 'none'}")
 
 
 def strengths(weight: Weight, names: Sequence[str]) -> dict[str, Strength]:
@@ -166,12 +208,6 @@ def _checked(value: Any) -> Strength:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ConfigError(f"weight is {value!r}; it must be a finite number or a mapping of globs to such numbers")
     return float(value)
-
-
-def _every(model: Any) -> Iterator[tuple[str, AdapterLayer, Slot]]:
-    for name, layer in where.adapted(where.components(model)):
-        for slot in layer:
-            yield name, layer, slot
 
 
 def _some(model: Any) -> list[AdapterLayer]:

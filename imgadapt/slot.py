@@ -79,25 +79,28 @@ class Slot(nn.Module):
         # which compiled code takes as an input
         self.__dict__["gain"] = torch.zeros((), dtype=torch.float64)
         self.__dict__["_kept"] = None
+        self.settings = 0  # how often the strength was set
         self.set(weight)
 
     def set(self, weight: Strength) -> None:
         """Change the strength."""
-        self.weight = weight
-        self.per_sample = isinstance(weight, Tensor)
-        self.on = not self.absent and (self.per_sample or weight != 0)
-        gain = torch.as_tensor(weight, dtype=torch.float64).detach().cpu() * (0 if self.absent else self.method.scale)
-        if gain.shape == self.gain.shape:
-            self.gain.copy_(gain)
+        per_sample, scale = isinstance(weight, Tensor), 0.0 if self.absent else self.method.scale
+        # past nn.Module's own __setattr__, which looks for parameters: a model has thousands of slots
+        on = not self.absent and (per_sample or weight != 0)
+        self.__dict__.update(weight=weight, per_sample=per_sample, on=on, settings=self.settings + 1)
+        if not isinstance(weight, Tensor) and not self.gain.ndim:
+            self.gain.fill_(weight * scale)
         else:
-            self.__dict__["gain"] = gain.clone()
+            self.__dict__["gain"] = torch.as_tensor(weight, dtype=torch.float64).detach().cpu() * scale
 
     def fill(self, method: Method, tensors: Tensors) -> None:
         """Other tensors of the same shapes, in place."""
         with torch.no_grad():
             for key, tensor in tensors.items():
                 getattr(self, key).copy_(tensor)
-        self.method, self.absent = method, False
+        if method != self.method:  # compiled code guards which object it is
+            self.method = method
+        self.absent = False
         self.set(self.weight)
 
     def vacate(self) -> None:
@@ -158,7 +161,7 @@ class Slot(nn.Module):
         if any(t.is_inference() for t in tensors):
             return None  # they count no versions
         base = stamp if self.reads_weight else ()
-        return device, dtype, self.gain._version, self.per_sample, base, *((t.data_ptr(), t._version) for t in tensors)
+        return device, dtype, self.settings, base, *((t.data_ptr(), t._version) for t in tensors)
 
     def _ranks_left_out(self, t: Tensors) -> Tensors:
         made = dict(t)

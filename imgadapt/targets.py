@@ -171,21 +171,32 @@ def _walk(module: nn.Module, path: str, places: dict[int, list[tuple[nn.Module, 
             _walk(child, inside, places, named)
 
 
-def adapted(parts: Mapping[str, nn.Module]) -> Iterator[tuple[str, AdapterLayer]]:
-    """(name, wrapper) of every adapted layer; quick, for it looks at no site."""
+def adapted(parts: Mapping[str, nn.Module]) -> list[tuple[str, AdapterLayer]]:
+    """(name, wrapper) of every adapted layer; quick, for it looks at no site and spells only what it finds."""
+    rows: list[tuple[str, AdapterLayer]] = []
     for component, root in parts.items():
         seen: set[int] = set()
-        stack = [(root, component)]
+        stack: list[tuple[nn.Module, tuple[Any, ...]]] = [(root, (component,))]
         while stack:
             module, path = stack.pop()
             if isinstance(module, AdapterLayer):
                 if id(module) not in seen:
                     seen.add(id(module))
-                    yield (f"{path}.in_proj" if module.site.kind == "fused" else path), module
-                continue
-            for name, child in reversed(module._modules.items()):
-                if child is not None and child._modules or isinstance(child, AdapterLayer):
-                    stack.append((child, path if name == "_orig_mod" else f"{path}.{name}"))
+                    rows.append((_spelled(path, module), module))
+            else:
+                inner = reversed(module._modules.items())
+                stack += [(child, (path, name)) for name, child in inner if child is not None and child._modules]
+    return rows
+
+
+def _spelled(path: tuple[Any, ...], layer: AdapterLayer) -> str:
+    """component.path of nested (((component,), name), name)."""
+    names = ["in_proj"] if layer.site.kind == "fused" else []
+    while len(path) > 1:
+        path, name = path
+        if name != "_orig_mod":
+            names.append(name)
+    return ".".join([*path, *reversed(names)])
 
 
 def find(

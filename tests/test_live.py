@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import imgadapt
-from imgadapt import AdapterFile, LoRA
+from imgadapt import OFT, AdapterFile, Full, LoRA
 from imgadapt.errors import ConfigError, FormatError, ShapeError, StateError, TargetError
 from imgadapt.formats import Part
 from imgadapt.layer import AdapterLayer
@@ -321,3 +321,84 @@ def test_a_compiled_model_is_named_as_itself() -> None:
     imgadapt.attach({"unet": model}, LoRA(rank=1), targets="to_q")
     assert list(imgadapt.collect({"unet": model}).parts) == ["unet.to_q"]
     imgadapt.detach({"unet": model})
+
+
+@pytest.mark.parametrize("component", [False, True], ids=["one file", "a pipeline's folder"])
+def test_merging_in_place_keeps_no_copy_and_restores_from_the_checkpoint(tmp_path: Path, component: bool) -> None:
+    from safetensors.torch import save_file
+
+    model, x = Net().bfloat16(), torch.randn(5, 8).bfloat16()
+    place = tmp_path / "unet" / "model.safetensors" if component else tmp_path / "model.safetensors"
+    place.parent.mkdir(exist_ok=True)
+    save_file(model.state_dict(), place)
+    weight, kept, base = model.to_q.weight, model.to_q.weight.clone(), model(x)
+    imgadapt.attach({"unet": model}, {"to_q": LoRA(rank=2, alpha=3), "conv": OFT(2), "to_k": Full()})
+    filled({"unet": model})
+    live = model(x)
+    imgadapt.merge({"unet": model}, originals=tmp_path if component else place)
+    assert model.to_q.weight is weight
+    assert not torch.equal(weight, kept)
+    torch.testing.assert_close(model(x), live, rtol=0.05, atol=0.05)
+    imgadapt.set_weights({"unet": model}, {"default": 0.5})
+    assert not torch.equal(weight, kept)
+    with imgadapt.disabled({"unet": model}):
+        assert torch.equal(model(x), base)
+    imgadapt.detach({"unet": model})
+    assert torch.equal(weight, kept)
+    assert torch.equal(model(x), base)
+
+
+def test_a_checkpoint_of_other_weights_is_refused_before_anything_changes(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    model = Net()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    state["to_k.weight"][0, 0] += 1e-3
+    save_file(state, tmp_path / "x.safetensors")
+    imgadapt.attach(model, LoRA(rank=2), targets=["to_q", "to_k"])
+    filled(model)
+    kept = model.to_q.weight.clone()
+    with pytest.raises(StateError, match=r"to_k.weight in .* is another weight"):
+        imgadapt.merge(model, originals=tmp_path / "x.safetensors")
+    assert torch.equal(model.to_q.weight, kept)
+    assert not any(merged for merged, _, _ in states(model))
+    with pytest.raises(StateError, match="not a safetensors file"):
+        imgadapt.merge(model, originals=tmp_path / "none.safetensors")
+
+
+def test_ranks_methods_and_alphas_of_their_own_for_patterns() -> None:
+    model = Net()
+    imgadapt.attach(model, {"to_q": LoRA(rank=3, alpha=1), "to_*": LoRA(rank=1), "conv": OFT(2)})
+    file = imgadapt.collect(model)
+    methods = {name: part.method for name, part in file.parts.items()}
+    assert methods == {"model.to_q": LoRA(3, 1), "model.to_k": LoRA(1), "model.conv": OFT(2)}
+    with pytest.raises(TargetError, match="the methods for to_v match none"):
+        imgadapt.attach(model, {"to_q": LoRA(), "to_v": LoRA()}, name="b", targets="to_q")
+
+
+def test_a_status_says_what_is_where_and_how_strong() -> None:
+    model = Net()
+    imgadapt.attach(model, {"to_q": LoRA(rank=3, alpha=1), "conv": OFT(2)}, name="mine", weight={"to_q": 0.5})
+    filled(model, "mine")
+    rows = {row.layer: row for row in imgadapt.status(model)}
+    part = imgadapt.collect(model, "mine").parts["model.to_q"]
+    delta = part.method.scale * part.method.delta(part.tensors, _site(), None)
+    assert rows["model.to_q"].norm == pytest.approx(float(delta.norm()), rel=1e-5)
+    assert [(r.rank, r.weight, r.state) for r in rows.values()] == [(3, 0.5, "live"), (None, 0.0, "off")]
+    imgadapt.merge(model)
+    said = str(imgadapt.status(model)).splitlines()
+    assert said[0].split() == "adapter component method rank scale weight layers norm state".split()
+    assert said[1].split()[:5] == ["mine", "model", "lora,", "oft", "3"]
+    assert said[1].endswith("merged, off")
+    assert str(imgadapt.status(Net())) == "no adapters"
+
+
+def test_an_adapter_of_a_file_is_frozen_unless_it_is_to_be_trained() -> None:
+    model = Net()
+    imgadapt.attach(model, LoRA(rank=1), targets="to_q")
+    file = imgadapt.collect(model)
+    assert all(p.requires_grad for p in imgadapt.parameters(model))
+    imgadapt.attach(model, file, name="b")
+    imgadapt.attach(model, file, name="c", trainable=True)
+    assert not any(p.requires_grad for p in imgadapt.parameters(model, "b"))
+    assert all(p.requires_grad for p in imgadapt.parameters(model, "c"))

@@ -193,7 +193,8 @@ class LoKr(Method):
             return None  # of full rank
         w1, (c, e) = _first(t), self._second_sizes(t, site)
         o = self.operands(t, site, None)
-        up = torch.kron(torch.eye(len(w1), dtype=w1.dtype, device=w1.device), o["w2_a"].contiguous())
+        eye = torch.eye(len(w1), dtype=w1.dtype, device=w1.device)
+        up = (eye[:, None, :, None] * o["w2_a"][None, :, None]).flatten(2).flatten(0, 1)  # kron, which fails at rank 1
         thin = o["w2_b"].reshape(-1, e, math.prod(site.kernel))
         down = w1[:, None, :, None, None] * thin[None, :, None]
         return up, down.reshape(up.shape[1], -1)
