@@ -8,7 +8,7 @@ stands in for them: like them it can neither be dequantised by torchao nor made 
 import copy
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from imgadapt import OFT, DoRA, LoHa, LoKr, LoRA, adapters, attach, detach, merge, parameters, set_weights, unmerge
 from imgadapt import dequantize as storages
 from imgadapt import layer as layers
-from imgadapt.dequantize import restore, weight_of
+from imgadapt.dequantize import follow, restore, weight_of
 from imgadapt.errors import StateError
 from imgadapt.layer import AdapterLayer
 from imgadapt.methods import Method
@@ -205,6 +205,15 @@ def distance(a: Tensor, b: Tensor) -> float:
     """Relative to b."""
     a, b = a.detach().double(), b.detach().double()
     return float((a - b).norm() / b.norm())
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Several would wait for one another longer than these layers take."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -449,6 +458,15 @@ def test_a_base_in_eight_bits_is_itself_again_in_eval_mode() -> None:
     assert torch.equal(model(x), live)
     detach(model)
     assert torch.equal(model(x), base)
+
+
+def test_a_kept_torchao_weight_follows_the_model_in_place() -> None:
+    model, _ = build("torchao int8")
+    weight = model[0].weight
+    follow(weight, torch.empty(1, device="meta"))
+    assert model[0].weight is weight
+    assert isinstance(weight, nn.Parameter)
+    assert (weight.is_meta, weight.qdata.is_meta, weight.scale.is_meta) == (True, True, True)
 
 
 @pytest.mark.parametrize("method", [LoRA(rank=4, alpha=2), OFT(block_size=8), DoRA(LoRA(rank=3, alpha=2))], ids=str)

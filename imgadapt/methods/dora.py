@@ -141,8 +141,12 @@ class DoRA(Method):
             over = [0, *range(2, down.ndim)]
             cross = (rows * down).sum(over)
             square = (((up.t() @ up) @ down.flatten(1)).view(down.shape) * down).sum(over)
-        relative = base * (1 + (2 * cross + square) / base.square()).clamp(min=0).sqrt()  # exactly the base's when fresh
-        vanishing = torch.hypot(base, square.clamp(min=0).sqrt())  # of rows that are zero, as zero-initialised layers' are
+        relative = (
+            base * (1 + (2 * cross + square) / base.square()).clamp(min=0).sqrt()
+        )  # exactly the base's when fresh
+        vanishing = torch.hypot(
+            base, square.clamp(min=0).sqrt()
+        )  # of rows that are zero, as zero-initialised layers' are
         total = torch.where(base.square() > torch.finfo(base.dtype).tiny, relative, vanishing)
         return total.clamp(min=torch.finfo(total.dtype).tiny)
 

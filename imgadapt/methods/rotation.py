@@ -33,7 +33,9 @@ def block_size(packed: int) -> int:
 def cayley(q: Tensor) -> Tensor:
     """(I - Q)(I + Q)⁻¹ of skew-symmetric blocks (..., b, b): exactly orthogonal."""
     eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-    return 2 * torch.linalg.inv_ex(eye + q).inverse - eye  # its backward keeps the inverse alone, solve_ex three tensors
+    return (
+        2 * torch.linalg.inv_ex(eye + q).inverse - eye
+    )  # its backward keeps the inverse alone, solve_ex three tensors
 
 
 def neumann(q: Tensor, terms: int) -> Tensor:

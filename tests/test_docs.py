@@ -1,0 +1,44 @@
+"""What the pages show runs; what the README's tables list is what there is."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import imgadapt
+from imgadapt import LoRA
+from imgadapt.methods import METHODS
+
+ROOT = Path(__file__).parents[1]
+_BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/models.md", "docs/methods.md"])
+def test_every_snippet_of_a_page_runs(page: str, pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("demo_out").mkdir()
+    imgadapt.attach(pipe, LoRA(rank=2))
+    for path in ("demo_out/style.safetensors", "other.safetensors"):  # what the README says `make demo` made
+        imgadapt.save(imgadapt.collect(pipe), path)
+    imgadapt.detach(pipe)
+    monkeypatch.setattr(imgadapt.demo, "pipeline", lambda: pipe)
+    blocks = _BLOCK.findall((ROOT / page).read_text("utf-8"))
+    assert len(blocks) >= 3
+    names: dict[str, Any] = {"torch": torch, "unet": pipe.unet, "optimizer": None}
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)
+        if page == "README.md" and "saved" not in names and imgadapt.adapters(pipe):
+            imgadapt.detach(pipe)
+
+
+def test_the_readme_lists_every_method_once() -> None:
+    table = re.findall(r"^\| `(\w+)\(", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
+    assert list(dict.fromkeys(table)) == [method.__name__ for method in METHODS]
+
+
+def test_every_method_has_its_section() -> None:
+    page = (ROOT / "docs/methods.md").read_text("utf-8")
+    for method in METHODS:
+        assert re.search(rf"^## .*\b{method.__name__}\b", page, re.MULTILINE), method.__name__
