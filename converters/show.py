@@ -16,8 +16,10 @@ from imgadapt.cli import program
 from imgadapt.formats import Part
 
 
-def norm(part: Part) -> float:
-    """Frobenius norm of scale * up @ down, from the two small Gram matrices."""
+def norm(part: Part) -> float | None:
+    """Frobenius norm of scale * up @ down, from the two small Gram matrices; None where that is not the change."""
+    if set(part.tensors) != {"up", "down"}:
+        return None
     up, down = (part.tensors[key].flatten(1).double() for key in ("up", "down"))
     return part.method.scale * torch.sum((up.T @ up) * (down @ down.T)).clamp(min=0).sqrt().item()
 
@@ -37,14 +39,17 @@ def main(argv: Sequence[str]) -> None:
     for component, count in Counter(name.partition(".")[0] for name in parts).items():
         print(f"{component:<14}{count} layers")
     for (method, rank, scale), count in kinds.most_common():
-        print(f"{method:<14}rank {rank}, alpha {scale * rank:g} (scale {scale:g}): {count} layers")
+        said = "" if rank is None else f"rank {rank}, alpha {scale * rank:g} "
+        print(f"{method:<14}{said}(scale {scale:g}): {count} layers")
     print(f"parameters    {sum(t.numel() for t in tensors):,}, {', '.join(sorted({str(t.dtype) for t in tensors}))}")
-    norms = {name: norm(part) for name, part in parts.items()}
-    print("largest       " + ", ".join(f"{n} {norms[n]:.3g}" for n in sorted(norms, key=lambda n: -norms[n])[:3]))
+    norms = {name: value for name, part in parts.items() if (value := norm(part)) is not None}
+    if norms:
+        print("largest       " + ", ".join(f"{n} {norms[n]:.3g}" for n in sorted(norms, key=lambda n: -norms[n])[:3]))
     if args.layers:
         for name, part in parts.items():
             shapes = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in part.tensors.items())
-            print(f"  {name}: norm {norms[name]:.4g}, {shapes}")
+            said = f"norm {norms[name]:.4g}, " if name in norms else ""
+            print(f"  {name}: {said}{shapes}")
     for key, value in sorted(file.metadata.items()):
         print(f"metadata      {key} = {value if len(value) <= 80 else f'{value[:77]}...'}".replace("\n", " "))
     if file.unknown:

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from imgadapt.file import AdapterFile, load, save
     from imgadapt.live import adapters, collect, disabled, merge, parameters, set_weights, unmerge
     from imgadapt.methods import BOFT, IA3, METHODS, OFT, DoRA, Full, GLoRA, LoHa, LoKr, LoRA, Method, Norm
-    from imgadapt.slot import Dropout
     from imgadapt.overview import status
+    from imgadapt.slot import Dropout
 
 __version__ = "0.1.0"
 

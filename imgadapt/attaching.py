@@ -15,6 +15,7 @@ from imgadapt.formats import Part
 from imgadapt.layer import AdapterLayer
 from imgadapt.live import Weight, adapters, require, slots, strengths
 from imgadapt.methods import Method
+from imgadapt.sites import Kind
 from imgadapt.slot import Dropout, Slot
 from imgadapt.targets import Layer, Targets
 
@@ -163,7 +164,7 @@ def _fresh(
     methods: Mapping[str, Method] = {"*": adapter} if isinstance(adapter, Method) else adapter
     if targets is None:
         targets = "transformer" if isinstance(adapter, Method) else list(methods)
-    kinds = {kind for method in methods.values() for kind in method.kinds} - {"embedding"}
+    kinds: list[Kind] = [kind for method in methods.values() for kind in method.kinds if kind != "embedding"]
     found = where.find(parts, targets, kinds)
     if wrong := where.idle(list(methods), [layer.name for layer in found]):
         raise TargetError(f"the methods for {first_few(wrong)} match none of the {len(found)} targeted layers")

@@ -13,10 +13,10 @@
 | a tensor class with a `dequantize` of its own | any | yes | no |
 
 "Values" is what DoRA, dense changes and merging need; LoRA, LoHa, LoKr, OFT and BOFT act on activations where they can,
-and then on any storage. Where there is no merging adapters stay live. Values are those that the base's own forward
-computes with, up to its rounding to the dtype of the activation. A merge rounds the sum to the storage's
-grid and costs, of normal weights, 0.5 % (8-bit integers), 2.5 % (float8), 4 % (5 bits), 7 to 11 % (4 bits), more where
-a change has outliers; `restore` measures it. None of the libraries is imported here before a weight of its class comes.
+and then on any storage. Where there is no merging, adapters stay live. Values are those that the base's own forward
+computes with, up to its rounding to the dtype of the activation. A merge rounds the sum to the storage's grid and
+costs, of normal weights, 0.5 % (8-bit integers), 2.5 % (float8), 4 % (5 bits), 7 to 11 % (4 bits), more where a change
+has outliers; `restore` measures it. None of the libraries is imported here before a weight of its class comes.
 """
 
 import copy

@@ -16,7 +16,7 @@ from imgadapt.slot import Ready, Slot
 
 
 class _Source:
-    """A layer's own weight, for its slots (which must not hold the layer: offloading hooks move what they are given)."""
+    """A layer's weight, for its slots (which must not get the layer: offloading hooks move what they are given)."""
 
     def __init__(self, layer: "AdapterLayer") -> None:
         self._base, self._site = layer.base, layer.site
@@ -129,8 +129,10 @@ class AdapterLayer(nn.Module):
         return out
 
     def _ready(self, slots: list[Slot], x: Tensor) -> list[Ready]:
-        weight: Any = self._parameters["weight"] if "weight" in self._parameters else None
+        weight: Any = self._parameters.get("weight", None)
         dtype = x.dtype if x.is_floating_point() else weight.dtype
+        if dtype.itemsize == 1:
+            dtype = self.base(x).dtype  # an embedding that is stored as fp8 or quantised
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
         return [slot.ready(slot(self.site, _Source(self), x.device, dtype), self.site, len(x)) for slot in slots]

@@ -50,7 +50,9 @@ class Status:
         head = ("adapter", "component", "method", "rank", "scale", "weight", "layers", "norm", "state")
         lines = [head, *self._summed()]
         widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-        return "\n".join("  ".join(f"{cell:{w}}" for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+        return "\n".join(
+            "  ".join(f"{cell:{w}}" for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines
+        )
 
     def _summed(self) -> list[tuple[str, ...]]:
         """A line for each adapter and component."""

@@ -61,7 +61,7 @@ class Site:
         if isinstance(module, nn.MultiheadAttention):
             if module._parameters.get("in_proj_weight") is None:
                 return None  # three projections of unequal width
-            bias = None if module.in_proj_bias is None else "in_proj_bias"
+            bias = None if module._parameters.get("in_proj_bias") is None else "in_proj_bias"
             return cls(tuple(module.in_proj_weight.shape), "fused", parameter="in_proj_weight", bias=bias)
         weight = module._parameters.get("weight")
         if type(module).__name__.endswith("Norm") and weight is not None and weight.ndim == 1:

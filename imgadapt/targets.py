@@ -71,8 +71,8 @@ def components(model: Any) -> dict[str, nn.Module]:
 
 def _bare(model: nn.Module) -> nn.Module:
     """The model inside torch.compile's and data-parallel wrappers."""
-    model = getattr(model, "_orig_mod", model)
-    return _bare(model.module) if type(model).__name__ in ("DataParallel", "DistributedDataParallel") else model
+    inner: Any = getattr(model, "_orig_mod", model)
+    return _bare(inner.module) if type(inner).__name__ in ("DataParallel", "DistributedDataParallel") else inner
 
 
 def _kind(module: nn.Module) -> str:

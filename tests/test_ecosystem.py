@@ -539,29 +539,28 @@ Results = dict[str, dict[str, list[Tensor]]]
 
 
 @pytest.fixture(scope="session")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Results]:
-    """What tests/two_processes.py made in one process, and in each of two."""
+def processes(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
+    """What tests/two_processes.py made in each of two."""
     folder = tmp_path_factory.mktemp("processes")
     program = Path(__file__).with_name("two_processes.py")
-    runs = [("0", "1"), ("0", "2"), ("1", "2")]
-    started = [subprocess.Popen([sys.executable, "-W", "ignore", program, *run, folder]) for run in runs]
+    started = [subprocess.Popen([sys.executable, "-W", "ignore", program, str(rank), folder]) for rank in range(2)]
     try:
-        assert [process.wait(60) for process in started] == [0, 0, 0]
+        assert [process.wait(60) for process in started] == [0, 0]
     finally:
         for process in started:
             process.kill()
-    return {f"{n}-{rank}": torch.load(folder / f"{n}-{rank}.pt") for rank, n in runs}
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
 @pytest.mark.parametrize("method", ["lora", "oft", "dora"])
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
 def test_two_processes_on_half_batches_train_as_one_on_the_whole(
-    wrapper: str, method: str, processes: dict[str, Results]
+    wrapper: str, method: str, processes: list[Results]
 ) -> None:
-    alone = processes["1-0"][f"alone {method}"]
+    alone = processes[0][f"alone {method}"]
     assert all((a - b).abs().max() > 1e-3 for a, b in zip(alone["before"], alone["after"], strict=True))
-    for run in ("2-0", "2-1"):
-        made = processes[run][f"{wrapper} {method}"]
+    for results in processes:
+        made = results[f"{wrapper} {method}"]
         for what in ("before", "after", "out"):
             assert len(made[what]) == len(alone[what]) > 0
             for ours, theirs in zip(made[what], alone[what], strict=True):
@@ -571,10 +570,10 @@ def test_two_processes_on_half_batches_train_as_one_on_the_whole(
 @pytest.mark.parametrize("method", ["lora", "oft", "dora"])
 @pytest.mark.parametrize("wrapper", ["ddp", pytest.param("fsdp", marks=pytest.mark.xfail(strict=True))])
 def test_collect_gives_whole_plain_tensors_in_every_process(
-    wrapper: str, method: str, processes: dict[str, Results]
+    wrapper: str, method: str, processes: list[Results]
 ) -> None:
-    for run in ("2-0", "2-1"):
-        made = processes[run][f"{wrapper} {method}"]
+    for results in processes:
+        made = results[f"{wrapper} {method}"]
         assert len(made["collected"]) == len(made["after"])
         for ours, theirs in zip(made["collected"], made["after"], strict=True):
             close(ours, theirs)
@@ -723,7 +722,7 @@ def test_a_hundred_rounds_of_attaching_merging_and_detaching_leak_nothing(pipe: 
 
 def test_a_tied_embedding_of_t5_is_adapted_where_it_is_called() -> None:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 4, "num_heads": 4, "d_ff": 24, "num_layers": 2}
+    sizes: dict[str, Any] = {"vocab_size": 32, "d_model": 16, "d_kv": 4, "num_heads": 4, "d_ff": 24, "num_layers": 2}
     model: Any = T5EncoderModel(T5Config(**sizes, feed_forward_proj="gated-gelu")).eval().requires_grad_(False)
     ids = torch.randint(0, 32, (2, 7))
     kept, modules = {k: v.clone() for k, v in model.state_dict().items()}, list(model.modules())

@@ -195,6 +195,7 @@ def test_oft_equals_pefts(layer: str, kind: str) -> None:
     theirs_only, ours_only = OFTS[kind]
     theirs, t = wrapped(base, "OFTConfig", r=0, oft_block_size=4, init_weights=False, **theirs_only)
     t = {name: tensor.clone() for name, tensor in t.items()}  # its COFT projects its tensors in place
+    assert OFT.infer(t, None) == OFT(4, "input", shared="shared" in kind)
     out = theirs(x) if layer != "conv" else None
     theirs.merge()
     merged = theirs.get_base_layer()
@@ -246,7 +247,8 @@ def test_ia3_equals_pefts(layer: str, axis: Any) -> None:
     same(base, IA3(axis, absolute=True), t, x, change - base.weight, out)
 
 
-# peft's GLoRA is another method: W + W * A + B and bias terms, of five factors that may each be a vector or a constant.
+# peft's GLoRA is another method: W + W * A + B elementwise, and three terms of the bias, each a matrix, a vector or one
+# number.
 
 
 # LyCORIS

@@ -465,8 +465,8 @@ def test_a_kept_torchao_weight_follows_the_model_in_place() -> None:
     weight = model[0].weight
     follow(weight, torch.empty(1, device="meta"))
     assert model[0].weight is weight
-    assert isinstance(weight, nn.Parameter)
     assert (weight.is_meta, weight.qdata.is_meta, weight.scale.is_meta) == (True, True, True)
+    assert isinstance(weight, nn.Parameter)
 
 
 @pytest.mark.parametrize("method", [LoRA(rank=4, alpha=2), OFT(block_size=8), DoRA(LoRA(rank=3, alpha=2))], ids=str)

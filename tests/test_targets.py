@@ -98,7 +98,7 @@ def test_transformer_names_the_39_layers_of_a_dits_blocks_and_nothing_around_the
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     }
     ends = {name.removeprefix(f"{single}.") for name in found if name.startswith(single)}
-    assert ends == {"attn.to_q", "attn.to_k", "attn.to_v", "proj_out"}
+    assert ends == {"attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out"}
     assert found.isdisjoint({"transformer.proj_out", "transformer.x_embedder", f"{block}.norm1.linear"})
     assert len(named(components(flux), "*")) == 54
 

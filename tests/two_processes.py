@@ -1,6 +1,6 @@
-"""Trains small adapted models in one process, or in two that split every batch; test_ecosystem.py runs and compares.
+"""Trains small adapted models alone and in two processes that split every batch; test_ecosystem.py compares.
 
-python tests/two_processes.py RANK PROCESSES FOLDER
+python tests/two_processes.py RANK FOLDER  # 0 and 1, at the same time
 """
 
 import sys
@@ -73,18 +73,18 @@ def trained(method: Method, wrap: Callable[[Any], Any], rank: int, processes: in
     return {**made, "collected": [tensor for tensor in file if type(tensor) is Tensor]}
 
 
-def main(rank: int, processes: int, folder: str) -> None:
+def main(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    wraps: dict[str, Callable[[Any], Any]] = {"alone": lambda model: model}
-    if processes == 2:
-        wraps = {"ddp": DistributedDataParallel, "fsdp": sharded}
-        store = f"file://{folder}/store"
-        distributed.init_process_group("gloo", store, timedelta(seconds=60), rank=rank, world_size=2)
-    made = {f"{w} {m}": trained(METHODS[m], wraps[w], rank, processes) for w in wraps for m in METHODS}
-    torch.save(made, f"{folder}/{processes}-{rank}.pt")
-    if processes == 2:
-        distributed.destroy_process_group()
+    made = {f"alone {name}": trained(method, lambda model: model, 0, 1) for name, method in METHODS.items()}
+    store = f"file://{folder}/store"
+    distributed.init_process_group("gloo", store, timedelta(seconds=60), rank=rank, world_size=2)
+    wraps: dict[str, Callable[[Any], Any]] = {"ddp": DistributedDataParallel, "fsdp": sharded}
+    for wrapper, wrap in wraps.items():
+        for name, method in METHODS.items():
+            made[f"{wrapper} {name}"] = trained(method, wrap, rank, 2)
+    torch.save(made, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    main(int(sys.argv[1]), sys.argv[2])

@@ -27,7 +27,7 @@ class DoRA(Method):
         ConfigError: inner is not additive, or an axis that is neither.
     """
 
-    inner: Method = LoRA()
+    inner: Method = LoRA()  # noqa: RUF009  frozen, so one for all
     axis: Literal["output", "input"] = "output"
 
     name = "dora"

@@ -15,8 +15,8 @@ from imgadapt.sites import Site
 
 @dataclass(frozen=True)
 class GLoRA(Method):
-    """delta = W @ a1 @ a2 + b1 @ b2, with a1 (in / groups, rank, *1), a2 (rank, in / groups, *1), b1 (out, rank, *1) and
-    b2 (rank, in / groups, *kernel) (KohakuBlueleaf/LyCORIS modules/glora.py).
+    """delta = W @ a1 @ a2 + b1 @ b2, with a1 (in / groups, rank, *1), a2 (rank, in / groups, *1), b1 (out, rank, *1)
+    and b2 (rank, in / groups, *kernel) (KohakuBlueleaf/LyCORIS modules/glora.py).
 
     alpha: the delta is multiplied by alpha / rank; None means rank.
 

@@ -22,7 +22,7 @@ class LoHa(Method):
         (rank, rank, *kernel) stand between (KohakuBlueleaf/LyCORIS modules/loha.py).
     rank_stabilised: alpha / sqrt(rank) instead.
 
-    Acts as one low-rank pair of rank²: (A₁B₁)∘(A₂B₂) = (A₁•A₂)(B₁∗B₂), with row- and column-wise Khatri-Rao products.
+    Acts as one low-rank pair of rank²: (A₁B₁)∘(A₂B₂) = (A₁•A₂)(B₁⊙B₂), with row- and column-wise Khatri-Rao products.
     Where that would cost more than the layer itself, the delta is built.
 
     Raises:

@@ -191,7 +191,7 @@ class LoKr(Method):
     def pair(self, t: Tensors, site: Site) -> tuple[Tensor, Tensor] | None:
         if "w2" in t:
             return None  # of full rank
-        w1, (c, e) = _first(t), self._second_sizes(t, site)
+        w1, (_, e) = _first(t), self._second_sizes(t, site)
         o = self.operands(t, site, None)
         eye = torch.eye(len(w1), dtype=w1.dtype, device=w1.device)
         up = (eye[:, None, :, None] * o["w2_a"][None, :, None]).flatten(2).flatten(0, 1)  # kron, which fails at rank 1

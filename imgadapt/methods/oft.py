@@ -132,7 +132,7 @@ class OFT(Method):
             size = rotation.block_size(t["packed"].shape[-1]) if t["packed"].ndim == 2 else 0
             if size < 2:
                 raise ShapeError(f"packed is {tuple(t['packed'].shape)}, which is no (count, b * (b - 1) / 2)")
-            return cls(size, "input", rescaled)
+            return cls(size, "input", rescaled, shared=len(t["packed"]) == 1)
         blocks = tuple(t["blocks"].shape)
         if len(blocks) != 3 or blocks[1] != blocks[2]:
             raise ShapeError(f"blocks is {blocks}, wanted (count, b, b)")
