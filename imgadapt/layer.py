@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from imgadapt.dequantize import follow, is_plain, restore, values_of, weight_of
 from imgadapt.errors import ShapeError, StateError
-from imgadapt.merging import Stored, add_up
+from imgadapt.merging import Stored, add_up, check_finite
 from imgadapt.sites import Site
 from imgadapt.slot import Ready, Slot
 
@@ -33,7 +33,8 @@ class AdapterLayer(nn.Module):
     """A layer with adapters: base(x) + sum of weight * scale * op(x, delta).
 
     It takes the base's place in the model and *shares its parameter and buffer dictionaries*, so the state dict is that
-    of the base alone and moves reach both; the base itself, with its hooks, is what is called.
+    of the base alone and moves reach both; the base itself, with its hooks, is what is called (accelerate's hook, which
+    brings the weights, comes to stand on the wrapper).
     Every delta is taken against the pristine base weight, so the order of adapters does not matter.
     """
 
@@ -87,7 +88,10 @@ class AdapterLayer(nn.Module):
     def pristine(self) -> Tensor:
         """The base's own weight as methods see it, whether merged or not."""
         parameter = self.site.parameter
-        return self.site.seen(self.originals[parameter] if self.merged else weight_of(self, parameter))
+        original = self.originals.get(parameter)
+        if original is None:
+            return self.site.seen(weight_of(self, parameter))
+        return self.site.seen(original.read() if isinstance(original, Stored) else values_of(self.base, original))
 
     def slot(self, name: str) -> Slot | None:
         """The adapter `name` of this layer, if it has it."""
@@ -106,6 +110,8 @@ class AdapterLayer(nn.Module):
             first = next(iter(kwargs))  # `input`, or as the layer calls it
             args = (kwargs.pop(first),)
         x, *rest = args
+        if self.site.kind == "conv" and x.ndim == len(self.site.shape) - 1:  # one picture, without a batch
+            return self.forward(x[None], *rest, **kwargs)[0]
         ready = self._ready(slots, x)
 
         turned = x
@@ -135,7 +141,7 @@ class AdapterLayer(nn.Module):
             dtype = self.base(x).dtype  # an embedding that is stored as fp8 or quantised
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
-        return [slot.ready(slot(self.site, _Source(self), x.device, dtype), self.site, len(x)) for slot in slots]
+        return [slot.ready(slot(self.site, _Source(self), x.device, dtype), self.site, len(x) if x.ndim else 1) for slot in slots]
 
     def _foldable(self, ready: list[Ready], x: Tensor) -> bool:
         """Whether dense changes may go into the weight of the one call of the base: all read its plain input."""
@@ -171,8 +177,9 @@ class AdapterLayer(nn.Module):
         return self._call_with(self._changed(ready), args, kwargs)
 
     def _without_bias(self, out: Tensor) -> Tensor:
-        bias = self._parameters.get("bias")
-        return out if bias is None else out - self.site.along(bias.to(out.device, out.dtype))
+        if self._parameters.get("bias") is None:
+            return out
+        return out - self.site.along(weight_of(self.base, "bias").to(out.device, out.dtype))
 
     def _add_pairs(self, pairs: list[Ready], x: Tensor, out: Tensor) -> Tensor:
         """All low-rank changes that read the same input, in one product down and one up."""
@@ -265,7 +272,13 @@ class AdapterLayer(nn.Module):
             StateError: the sum is not finite, or a strength differs from sample to sample.
         """
         if self.merged:
+            self._here()
             self._put(self.originals)
+
+    def _here(self) -> None:
+        """Raises StateError if the merged weights were offloaded: the hooks hold them, and would bring them back."""
+        if any(parameter is not None and parameter.is_meta for parameter in self._parameters.values()):
+            raise StateError("the model was offloaded while merged; remove the offloading hooks first")
 
     def merge(self, kept: Stored | None = None) -> None:
         """Put weight + deltas in the base's place, summed in fp32 or better and rounded once; the original is kept.
@@ -297,7 +310,8 @@ class AdapterLayer(nn.Module):
         if isinstance(weight, Stored):
             current: Any = self._parameters[self.site.parameter]
             made = self._sums({**originals, self.site.parameter: weight.read().to(current.device)})
-            current.data.copy_(made.pop(self.site.parameter))
+            with torch.no_grad():
+                current.copy_(made.pop(self.site.parameter))
             originals = {name: value for name, value in originals.items() if name != self.site.parameter}
             self.requantised = None
         elif weight.is_meta or is_plain(self.base, weight):
@@ -330,6 +344,7 @@ class AdapterLayer(nn.Module):
             if change is not None and bias is not None:
                 start = made.get(bias, originals[bias].float())
                 made[bias] = start + slot.strength * change.to(start.device, start.dtype)
+                check_finite(made[bias], originals[bias].dtype, list(self))
         return {
             name: nn.Parameter(tensor.to(originals[name].dtype), originals[name].requires_grad)
             for name, tensor in made.items()
@@ -339,10 +354,13 @@ class AdapterLayer(nn.Module):
         """Put the original parameters back: the very same tensors (moved, if the model was moved meanwhile), or what
         the file that keeps them has.
         """
+        if self.merged:
+            self._here()
         for name, original in self.originals.items():
             current: Any = self._parameters[name]
             if isinstance(original, Stored):
-                current.data.copy_(original.read())
+                with torch.no_grad():
+                    current.copy_(original.read())
                 continue
             follow(original, current)
             original.requires_grad_(current.requires_grad)

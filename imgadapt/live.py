@@ -150,15 +150,22 @@ def parameters(model: Any, name: str = "default") -> list[nn.Parameter]:
 def collect(model: Any, name: str = "default") -> AdapterFile:
     """The adapter `name` as a file in memory; its tensors are copies, on the CPU, in their own dtype.
 
+    Under FSDP2 the shards are gathered: every process must call it.
+
     Raises:
         StateError: it is not on the model.
     """
     parts = {
-        canonical(layer_name): Part(slot.method, {k: v.detach().cpu().clone() for k, v in slot.tensors().items()})
+        canonical(layer_name): Part(slot.method, {key: _whole(tensor) for key, tensor in slot.tensors().items()})
         for layer_name, _, slot in slots(model, name)
         if not slot.absent
     }
     return AdapterFile(parts)
+
+
+def _whole(tensor: Any) -> Tensor:
+    gathered = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # FSDP2's DTensor
+    return gathered.detach().cpu().clone()
 
 
 def slots(model: Any, *names: str) -> list[tuple[str, AdapterLayer, Slot]]:

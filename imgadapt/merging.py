@@ -70,7 +70,10 @@ def add_up(original: Tensor, site: Site, slots: Sequence[Slot], out: Tensor) -> 
         up, down = torch.cat(ups, 1), torch.cat([p[1] for p in pairs if p is not None])
         if site.kind == "embedding":  # stored transposed: rows are entries
             up, down = down.t(), up.t()
-        limits = _add_blocks(original.flatten(1), up, down, out.flatten(1), wide)
+        flat = out.flatten(1)
+        limits = _add_blocks(original.flatten(1), up, down, flat, wide)
+        if flat.data_ptr() != out.data_ptr():  # channels last: what was flattened is a copy
+            out.copy_(flat.view(out.shape))
     else:
         weight = original.to(wide)
         total = site.seen(weight.clone() if weight is original else weight)
@@ -79,7 +82,12 @@ def add_up(original: Tensor, site: Site, slots: Sequence[Slot], out: Tensor) -> 
             slot.method.accumulate(total, t, site, pristine, slot.strength)
         limits = torch.stack(torch.aminmax(total))
         out.copy_(site.seen(total))
-    if not bool((limits.abs() <= torch.finfo(out.dtype).max).all()):
+    check_finite(limits, out.dtype, slots)
+
+
+def check_finite(values: Tensor, dtype: torch.dtype, slots: Sequence[Slot]) -> None:
+    """Raises StateError where a value is NaN, or beyond what `dtype` holds."""
+    if not bool((values.abs() <= torch.finfo(dtype).max).all()):
         names = first_few([slot.name for slot in slots])
         raise StateError(f"NaN or infinity in the weight merged with {names}; the base is left as it was")
 

@@ -60,8 +60,6 @@ class Slot(nn.Module):
     weight: Strength
     per_sample: bool
     on: bool
-
-    weight: Strength
     gain: Tensor
     _kept: tuple[Any, Tensors] | None
 
@@ -85,7 +83,8 @@ class Slot(nn.Module):
         self.keys = tuple(tensors)
         # strength * scale in double precision, changed in place: a plain CPU tensor, which moves and casts pass by and
         # which compiled code takes as an input
-        self.__dict__["gain"] = torch.zeros((), dtype=torch.float64)
+        with torch.inference_mode(False):
+            self.__dict__["gain"] = torch.zeros((), dtype=torch.float64)
         self.__dict__["_kept"] = None
         self.settings = 0  # how often the strength was set
         self.set(weight)
@@ -99,7 +98,8 @@ class Slot(nn.Module):
         if not isinstance(weight, Tensor) and not self.gain.ndim:
             self.gain.fill_(weight * scale)
         else:
-            self.__dict__["gain"] = torch.as_tensor(weight, dtype=torch.float64).detach().cpu() * scale
+            with torch.inference_mode(False):
+                self.__dict__["gain"] = torch.as_tensor(weight, dtype=torch.float64).detach().cpu().clone() * scale
 
     def fill(self, method: Method, tensors: Tensors) -> None:
         """Other tensors of the same shapes, in place."""
@@ -169,7 +169,7 @@ class Slot(nn.Module):
         if any(t.is_inference() for t in tensors):
             return None  # they count no versions
         base = stamp if self.reads_weight else ()
-        return device, dtype, self.settings, base, *((t.data_ptr(), t._version) for t in tensors)
+        return torch.is_inference_mode_enabled(), device, dtype, self.settings, base, *((t.data_ptr(), t._version) for t in tensors)
 
     def _ranks_left_out(self, t: Tensors) -> Tensors:
         made = dict(t)
@@ -190,10 +190,10 @@ class Slot(nn.Module):
         """
         gain = None
         if self.per_sample:
-            if batch % len(self.gain):
+            if batch not in (len(self.gain), 2 * len(self.gain), 3 * len(self.gain)):
                 raise StateError(
-                    f"{self.name} has weights for {len(self.gain)} samples, and the batch is {batch}; "
-                    "it must be a multiple (guidance doubles it)"
+                    f"{self.name} has weights for {len(self.gain)} samples, and this layer gets {batch}; "
+                    "it must be that number, or two or three times that (guidance)"
                 )
             gain = self.gain.repeat(batch // len(self.gain))
             if self.training and self.dropout.module:

@@ -133,7 +133,7 @@ class Layer:
 
 
 def layers(parts: Mapping[str, nn.Module]) -> Iterator[Layer]:
-    """Every layer that has a site. One that stands at two places (T5's embedding) is yielded once, by its first name.
+    """Every layer that has a site. One that stands at two places is yielded once, by its first name.
 
     What is inside nn.TransformerEncoderLayer is left out, and so is the out-projection of nn.MultiheadAttention: their
     fused kernels read those weights themselves and would never call an adapter.

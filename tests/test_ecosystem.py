@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
 from accelerate.hooks import remove_hook_from_submodules
 from diffusers import UNet2DConditionModel
-from diffusers.hooks import apply_group_offloading
+from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 from diffusers.hooks.group_offloading import _GROUP_OFFLOADING
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ from imgadapt import (
     attach,
     collect,
     detach,
+    disabled,
     load,
     merge,
     parameters,
@@ -43,6 +45,7 @@ from imgadapt import (
 )
 from imgadapt.errors import ConfigError, FormatError, StateError
 from imgadapt.methods import Method
+from imgadapt.sites import Site
 
 CPU = torch.device("cpu")
 
@@ -104,6 +107,21 @@ def adapted(method: Method, model: Any, weight: float = 0.7) -> Any:
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+class Tokens(nn.Module):
+    """An embedding and two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 8)
+        self.blocks = nn.ModuleList([nn.Linear(8, 12), nn.Linear(12, 8)])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.embed(ids)
+        for block in self.blocks:
+            h = block(h).sin()
+        return h
 
 
 def sequentially(model: nn.Module) -> None:
@@ -181,6 +199,28 @@ def test_offloading_changes_no_value_and_goes_away_again(
     detach(model)
     assert torch.equal(model(x), base)
     assert not any(hasattr(module, hook) for module in model.modules() for hook in ("_hf_hook", "_old_forward"))
+
+
+UNDOING: dict[str, Callable[[Any], Any]] = {
+    "unmerge": unmerge,
+    "strength": lambda model: set_weights(model, {"default": 0.0}),
+    "detach": detach,
+    "disabled": lambda model: disabled(model).__enter__(),
+}
+
+
+@pytest.mark.parametrize("what", UNDOING)
+def test_a_model_offloaded_while_merged_is_not_unmerged_but_asks_for_its_weights(what: str) -> None:
+    model, x = net()
+    adapted(WAYS["pair"], model)
+    merge(model)
+    sequentially(model)
+    merged = model(x)
+    with pytest.raises(StateError, match="offload"):
+        UNDOING[what](model)
+    assert torch.equal(model(x), merged)
+    no_accelerate(model)
+    assert torch.equal(model(x), merged)
 
 
 @every_way
@@ -270,6 +310,39 @@ def test_weights_stored_as_fp8_act_as_bf16_and_adapters_stay_fp32(method: Method
         assert out.dtype == torch.bfloat16
         close(out, expected, 0.03)
         assert {tensor.dtype for tensor in parameters(unet)} == {torch.float32}
+
+
+def as_fp8(model: nn.Module) -> None:
+    apply_layerwise_casting(model, torch.float8_e4m3fn, torch.bfloat16)
+
+
+@every_way
+@pytest.mark.parametrize("offload", [sequentially, by_leaf])
+@torch.no_grad()
+def test_casting_and_offloading_go_together_in_any_order(method: Method, offload: Change) -> None:
+    model, ids = Tokens().bfloat16(), torch.randint(0, 9, (3, 4))
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(torch.float8_e4m3fn))
+
+    def attached(model: nn.Module) -> None:
+        embedding = ["embed"] if method.check(Site((8, 9), "embedding")) is None else []
+        attach(model, method, targets=["blocks.*", *embedding], trainable=False)
+        filled(model, std=0.3)
+
+    base, twin = model(ids), copy.deepcopy(model)
+    attached(twin)
+    expected = twin(ids)
+    assert (expected - base).abs().max() > 0.1
+    for order in permutations([as_fp8, offload, attached]):
+        twin = copy.deepcopy(model)
+        for change in order:
+            change(twin)
+        for _ in range(2):
+            close(twin(ids), expected, 0.02)
+        set_weights(twin, {"default": 0.0})
+        assert torch.equal(twin(ids), base)
+        detach(twin)
+        assert torch.equal(twin(ids), base)
 
 
 @every_unet_way
@@ -568,7 +641,7 @@ def test_two_processes_on_half_batches_train_as_one_on_the_whole(
 
 
 @pytest.mark.parametrize("method", ["lora", "oft", "dora"])
-@pytest.mark.parametrize("wrapper", ["ddp", pytest.param("fsdp", marks=pytest.mark.xfail(strict=True))])
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
 def test_collect_gives_whole_plain_tensors_in_every_process(
     wrapper: str, method: str, processes: list[Results]
 ) -> None:
@@ -592,7 +665,7 @@ def test_each_sample_has_its_own_strength(method: Method) -> None:
     set_weights(model, {"default": numbers})
     out = model(x)
     doubled = model(torch.cat([x, x.flip(1)]))
-    with pytest.raises(StateError, match="weights for 3 samples, and the batch is 4"):
+    with pytest.raises(StateError, match="weights for 3 samples, and this layer gets 4"):
         model(torch.cat([x, x[:1]]))
     with pytest.raises(StateError, match="differs from sample to sample"):
         merge(model)

@@ -33,9 +33,8 @@ def block_size(packed: int) -> int:
 def cayley(q: Tensor) -> Tensor:
     """(I - Q)(I + Q)⁻¹ of skew-symmetric blocks (..., b, b): exactly orthogonal."""
     eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-    return (
-        2 * torch.linalg.inv_ex(eye + q).inverse - eye
-    )  # its backward keeps the inverse alone, solve_ex three tensors
+    inverse = torch.linalg.inv_ex(eye + q).inverse  # its backward keeps that alone, that of solve_ex three tensors
+    return 2 * inverse - (eye + 0 * q)  # infinity, which would invert to 0, gives NaN
 
 
 def neumann(q: Tensor, terms: int) -> Tensor:
