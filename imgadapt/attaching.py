@@ -1,6 +1,8 @@
 """Putting adapters on a model and taking them off: attach, detach, swap."""
 
-from collections.abc import Mapping, Sequence
+import gc
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from imgadapt.layer import AdapterLayer
 from imgadapt.live import Weight, adapters, require, slots, strengths
 from imgadapt.methods import Method
 from imgadapt.sites import Kind
-from imgadapt.slot import Dropout, Slot
+from imgadapt.slot import Dropout, Slot, Strength
 from imgadapt.targets import Layer, Targets
 
 
@@ -66,15 +68,33 @@ def attach(
     by_layer = strengths(weight, [layer.name for layer, _ in chosen])
     learns = not isinstance(adapter, AdapterFile) if trainable is None else trainable
     try:
-        for layer, part in chosen:
-            wrapper = layer.module if isinstance(layer.module, AdapterLayer) else AdapterLayer(layer.module, layer.site)
-            slot = Slot(name, part.method, layer.site, part.tensors, by_layer[layer.name], left_out)
-            wrapper.add(slot.requires_grad_(learns))
-            if wrapper is not layer.module:
-                layer.replace(wrapper)
+        with _uncollected():
+            _put_on(chosen, name, by_layer, left_out, learns)
     except BaseException:  # whatever it was (no memory, NaN in a merged layer): nothing stays half attached
         _take_off(parts, [name])
         raise
+
+
+def _put_on(
+    chosen: Sequence["Row"], name: str, by_layer: Mapping[str, Strength], dropout: Dropout, learns: bool
+) -> None:
+    for layer, part in chosen:
+        wrapper = layer.module if isinstance(layer.module, AdapterLayer) else AdapterLayer(layer.module, layer.site)
+        wrapper.add(Slot(name, part.method, layer.site, part.tensors, by_layer[layer.name], dropout, learns))
+        if wrapper is not layer.module:
+            layer.replace(wrapper)
+
+
+@contextmanager
+def _uncollected() -> Generator[None]:
+    """Thousands of new modules would set off the collector, which looks at every object there is, and free nothing."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 def detach(model: Any, *names: str) -> None:

@@ -10,9 +10,10 @@ from torch.func import functional_call
 
 from imgadapt.dequantize import follow, is_plain, restore, values_of, weight_of
 from imgadapt.errors import ShapeError, StateError
-from imgadapt.merging import Stored, add_up, check_finite
+from imgadapt.merging import add_up, check_finite
 from imgadapt.sites import Site
 from imgadapt.slot import Ready, Slot
+from imgadapt.stored import Stored
 
 
 class _Source:
@@ -141,7 +142,10 @@ class AdapterLayer(nn.Module):
             dtype = self.base(x).dtype  # an embedding that is stored as fp8 or quantised
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
-        return [slot.ready(slot(self.site, _Source(self), x.device, dtype), self.site, len(x) if x.ndim else 1) for slot in slots]
+        return [
+            slot.ready(slot(self.site, _Source(self), x.device, dtype), self.site, len(x) if x.ndim else 1)
+            for slot in slots
+        ]
 
     def _foldable(self, ready: list[Ready], x: Tensor) -> bool:
         """Whether dense changes may go into the weight of the one call of the base: all read its plain input."""
@@ -244,6 +248,7 @@ class AdapterLayer(nn.Module):
             self.refresh()
         except BaseException:
             self.slots = nn.ModuleList(list(self)[:-1])
+            self._again()
             raise
         _move_hook(self.base, self)
 
@@ -263,7 +268,13 @@ class AdapterLayer(nn.Module):
                 _move_hook(self, self.base)
         except BaseException:
             self.slots = before
+            self._again()
             raise
+
+    def _again(self) -> None:
+        """After a failure in place, which left the original: what was merged before."""
+        if self.kept is not None:
+            self.refresh()
 
     def refresh(self) -> None:
         """Merge anew, from the original weight, if this layer is merged; on failure it stays as it is merged now.
@@ -286,20 +297,15 @@ class AdapterLayer(nn.Module):
         kept: where the original weight waits; it is then changed in place. None: in memory.
 
         Raises:
-            StateError: the sum is not finite, a strength differs from sample to sample, or the weight is not the one
-                that is kept; the base is untouched.
+            StateError: the sum is not finite, or a strength differs from sample to sample; the base is untouched.
         """
         if self.merged:
             return
         names = [name for name in (self.site.parameter, self.site.bias) if name is not None]
         originals: dict[str, Any] = {name: self._parameters[name] for name in names}
-        weight = originals[self.site.parameter]
         if kept is not None:
-            if not is_plain(self.base, weight):
+            if not is_plain(self.base, originals[self.site.parameter]):
                 raise StateError("its weight is quantised and cannot be read back from a file: keep it in memory")
-            there = kept.read()
-            if there.dtype != weight.dtype or not torch.equal(there.to(weight.device), weight):
-                raise StateError(f"{kept.key} in {kept.file} is another weight ({there.dtype}, {tuple(there.shape)})")
             originals[self.site.parameter] = kept
         self._put(originals)
         self.__dict__["originals"] = originals
@@ -308,17 +314,28 @@ class AdapterLayer(nn.Module):
         """The merged parameters in the place of the originals, stored as those are."""
         weight = originals[self.site.parameter]
         if isinstance(weight, Stored):
-            current: Any = self._parameters[self.site.parameter]
-            made = self._sums({**originals, self.site.parameter: weight.read().to(current.device)})
-            with torch.no_grad():
-                current.copy_(made.pop(self.site.parameter))
-            originals = {name: value for name, value in originals.items() if name != self.site.parameter}
-            self.requantised = None
-        elif weight.is_meta or is_plain(self.base, weight):
+            self._put_in_place(weight, originals)
+            return
+        if weight.is_meta or is_plain(self.base, weight):
             made, self.requantised = self._sums(originals), None
         else:
             made, self.requantised = self._requantised(originals)
         self._parameters.update({**originals, **made})
+
+    def _put_in_place(self, kept: Stored, originals: dict[str, Any]) -> None:
+        """The same where the original waits in a file; when that fails the weight is the original."""
+        parameter = self.site.parameter
+        current: Any = self._parameters[parameter]
+        if self.merged:
+            kept.fill(current)
+        try:
+            made = self._sums({**originals, parameter: current}, in_place=True)
+        except BaseException:
+            kept.fill(current)
+            raise
+        others = {name: value for name, value in originals.items() if name != parameter}
+        self._parameters.update({**others, **made})
+        self.requantised = None
 
     def _requantised(self, originals: dict[str, Any]) -> tuple[dict[str, nn.Parameter], float]:
         """`_sums` of dequantised weights, stored as the originals are, and the greatest relative error of that."""
@@ -329,20 +346,21 @@ class AdapterLayer(nn.Module):
         return {name: parameter for name, (parameter, _) in made.items()}, max(errors)
 
     @torch.no_grad()
-    def _sums(self, originals: dict[str, Any]) -> dict[str, nn.Parameter]:
-        """The merged parameters: the weight, and the bias if an adapter changes it."""
+    def _sums(self, originals: dict[str, Any], *, in_place: bool = False) -> dict[str, nn.Parameter]:
+        """The merged parameters: the weight (unless it is changed in place), and the bias if an adapter changes it."""
         parameter, bias = self.site.parameter, self.site.bias
         weight = originals[parameter]
         if weight.is_meta:
             raise StateError("the weights are offloaded (on 'meta'): merge before offloading the model")
         if sampled := [slot.name for slot in self if slot.per_sample]:
             raise StateError(f"the strength of {sampled[0]} differs from sample to sample and cannot be merged")
-        made = {parameter: torch.empty_like(weight)}
-        add_up(weight, self.site, list(self), made[parameter])
+        total: Tensor = weight if in_place else torch.empty_like(weight)
+        add_up(weight, self.site, list(self), total)
+        made: dict[str, Tensor] = {} if in_place else {parameter: total}
         for slot in self:
             change = slot.method.bias_delta(slot.tensors()) if slot.on else None
             if change is not None and bias is not None:
-                start = made.get(bias, originals[bias].float())
+                start: Tensor = made.get(bias, originals[bias].float())
                 made[bias] = start + slot.strength * change.to(start.device, start.dtype)
                 check_finite(made[bias], originals[bias].dtype, list(self))
         return {
@@ -359,8 +377,7 @@ class AdapterLayer(nn.Module):
         for name, original in self.originals.items():
             current: Any = self._parameters[name]
             if isinstance(original, Stored):
-                with torch.no_grad():
-                    current.copy_(original.read())
+                original.fill(current)
                 continue
             follow(original, current)
             original.requires_grad_(current.requires_grad)

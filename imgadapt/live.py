@@ -15,8 +15,8 @@ from imgadapt.errors import ConfigError, StateError, TargetError, first_few
 from imgadapt.file import AdapterFile
 from imgadapt.formats import Part
 from imgadapt.layer import AdapterLayer
-from imgadapt.merging import Stored, stored
 from imgadapt.slot import Slot, Strength
+from imgadapt.stored import Stored, in_parallel, stored
 
 Weight = Strength | Mapping[str, Strength]
 """An adapter's strength: one number; a tensor (batch,), one number for each sample of a batch (guidance, which doubles
@@ -34,20 +34,27 @@ def set_weights(model: Any, weights: Mapping[str, Weight]) -> None:
         StateError: a name is not on the model, or a merge is not finite (all strengths are then as before).
         ConfigError: a strength is not a finite number.
     """
-    rows = slots(model, *weights) if weights else []
-    wanted = {
-        name: strengths(weight, [n for n, _, slot in rows if slot.name == name]) for name, weight in weights.items()
-    }
-    before = [slot.weight for _, _, slot in rows]
+    rows = [(layer, slot) for _, layer in where.wrappers(where.components(model)) for slot in layer]
+    _require(weights, (slot.name for _, slot in rows))
+    wanted: dict[Slot, Strength] = {}
+    for name, weight in weights.items():
+        if isinstance(weight, Mapping):
+            named = [(layer_name, slot) for layer_name, _, slot in slots(model, name)]
+            by_layer = strengths(weight, [layer_name for layer_name, _ in named])
+            wanted |= {slot: by_layer[layer_name] for layer_name, slot in named}
+        else:
+            wanted |= dict.fromkeys((slot for _, slot in rows if slot.name == name), _checked(weight))
+    before = {slot: slot.weight for slot in wanted}
+    merged = [layer for layer, slot in rows if slot in wanted and layer.merged]
     try:
-        for layer_name, layer, slot in rows:
-            slot.set(wanted[slot.name][layer_name])
-            if layer.merged:
-                layer.refresh()
-    except BaseException:
-        for (_, _, slot), strength in zip(rows, before, strict=True):
+        for slot, strength in wanted.items():
             slot.set(strength)
-        for _, layer, _ in rows:
+        for layer in merged:
+            layer.refresh()
+    except BaseException:
+        for slot, strength in before.items():
+            slot.set(strength)
+        for layer in merged:
             layer.refresh()
         raise
 
@@ -71,22 +78,21 @@ def merge(model: Any, *, originals: Places | None = None) -> None:
         raise TargetError("nothing is attached to this model")
     if not all(layer.enabled for _, layer in layers):
         raise StateError("adapters are disabled here; merge outside of `disabled`")
-    kept = {} if originals is None else _waiting(originals, [name for name, _ in layers])
+    bare = [(name, layer) for name, layer in layers if not layer.merged]
+    kept = {} if originals is None else _waiting(originals, bare)
     touched: list[AdapterLayer] = []
     try:
-        for name, layer in layers:
-            if not layer.merged:
-                layer.merge(_where(kept, name, layer) if kept else None)
-                touched.append(layer)
+        for name, layer in bare:
+            layer.merge(kept.get(name))
+            touched.append(layer)
     except BaseException:
-        for layer in touched:
-            layer.unmerge()
+        _unmerge(touched)
         raise
 
 
-def _waiting(originals: Places, names: Sequence[str]) -> dict[str, Mapping[str, Stored]]:
-    """Component -> its weights in the checkpoint."""
-    components = list(dict.fromkeys(name.partition(".")[0] for name in names))
+def _waiting(originals: Places, layers: Sequence[tuple[str, AdapterLayer]]) -> dict[str, Stored]:
+    """Layer -> its weight in the checkpoint, which is this very weight."""
+    components = list(dict.fromkeys(name.partition(".")[0] for name, _ in layers))
     if isinstance(originals, Mapping):
         places = {component: Path(originals[component]) for component in components if component in originals}
     else:
@@ -94,15 +100,23 @@ def _waiting(originals: Places, names: Sequence[str]) -> dict[str, Mapping[str, 
         places = {c: root / c if (root / c).is_dir() else root for c in components}
     if missing := [component for component in components if component not in places]:
         raise StateError(f"originals= says nothing of {first_few(missing)}")
-    return {component: stored(place) for component, place in places.items()}
+    files = {component: stored(place) for component, place in places.items()}
+    kept = {name: _where(files, name, layer) for name, layer in layers}
+
+    def other(row: tuple[str, AdapterLayer]) -> bool:
+        return not kept[row[0]].matches(row[1]._parameters[row[1].site.parameter])  # pyright: ignore[reportArgumentType] # a layer's parameter is there
+
+    if wrong := [name for (name, _), is_other in zip(layers, in_parallel(other, layers), strict=True) if is_other]:
+        raise StateError(f"{kept[wrong[0]].file} has other weights for {len(wrong)} layers: {first_few(wrong)}")
+    return kept
 
 
-def _where(kept: Mapping[str, Mapping[str, Stored]], name: str, layer: AdapterLayer) -> Stored:
+def _where(files: Mapping[str, Mapping[str, Stored]], name: str, layer: AdapterLayer) -> Stored:
     component, _, path = name.partition(".")
     key = f"{path.removesuffix('.in_proj') if layer.site.kind == 'fused' else path}.{layer.site.parameter}"
-    found = kept[component].get(key) or kept[component].get(f"text_model.{key}")
+    found = files[component].get(key) or files[component].get(f"text_model.{key}")
     if found is None:
-        raise StateError(f"the checkpoint of {component} has no {key}; it has {first_few(list(kept[component]))}")
+        raise StateError(f"the checkpoint of {component} has no {key}; it has {first_few(list(files[component]))}")
     return found
 
 
@@ -112,8 +126,11 @@ def unmerge(model: Any) -> None:
     Raises:
         TargetError: nothing is attached.
     """
-    for layer in _some(model):
-        layer.unmerge()
+    _unmerge(_some(model))
+
+
+def _unmerge(layers: Sequence[AdapterLayer]) -> None:
+    in_parallel(AdapterLayer.unmerge, layers) if any(layer.kept for layer in layers) else [x.unmerge() for x in layers]
 
 
 @contextmanager

@@ -60,6 +60,13 @@ class Slot(nn.Module):
     weight: Strength
     per_sample: bool
     on: bool
+    name: str
+    method: Method
+    way: Way
+    dropout: Dropout
+    absent: bool
+    keys: tuple[str, ...]
+    settings: int
     gain: Tensor
     _kept: tuple[Any, Tensors] | None
 
@@ -71,22 +78,19 @@ class Slot(nn.Module):
         tensors: Tensors,
         weight: Strength = 1.0,
         dropout: Dropout = Dropout(),
+        trainable: bool = True,
     ) -> None:
         super().__init__()
-        self.name = name
-        self.method = method
-        self.way = Way() if site.kind in ("fused", "norm") else method.way(site)
-        self.dropout = dropout
-        self.absent = False
+        # past nn.Module's own __setattr__, which looks for parameters: a model has thousands of slots
+        way = Way() if site.kind in ("fused", "norm") else method.way(site)
+        self.__dict__.update(name=name, method=method, way=way, dropout=dropout, absent=False, keys=tuple(tensors))
         for key, tensor in tensors.items():
-            self.register_parameter(key, nn.Parameter(tensor))
-        self.keys = tuple(tensors)
+            self._parameters[key] = nn.Parameter(tensor, trainable)
         # strength * scale in double precision, changed in place: a plain CPU tensor, which moves and casts pass by and
         # which compiled code takes as an input
         with torch.inference_mode(False):
             self.__dict__["gain"] = torch.zeros((), dtype=torch.float64)
-        self.__dict__["_kept"] = None
-        self.settings = 0  # how often the strength was set
+        self.__dict__.update(_kept=None, settings=0)  # settings: how often the strength was set
         self.set(weight)
 
     def set(self, weight: Strength) -> None:
@@ -169,7 +173,14 @@ class Slot(nn.Module):
         if any(t.is_inference() for t in tensors):
             return None  # they count no versions
         base = stamp if self.reads_weight else ()
-        return torch.is_inference_mode_enabled(), device, dtype, self.settings, base, *((t.data_ptr(), t._version) for t in tensors)
+        return (
+            torch.is_inference_mode_enabled(),
+            device,
+            dtype,
+            self.settings,
+            base,
+            *((t.data_ptr(), t._version) for t in tensors),
+        )
 
     def _ranks_left_out(self, t: Tensors) -> Tensors:
         made = dict(t)

@@ -172,8 +172,13 @@ def _walk(module: nn.Module, path: str, places: dict[int, list[tuple[nn.Module, 
 
 
 def adapted(parts: Mapping[str, nn.Module]) -> list[tuple[str, AdapterLayer]]:
-    """(name, wrapper) of every adapted layer; quick, for it looks at no site and spells only what it finds."""
-    rows: list[tuple[str, AdapterLayer]] = []
+    """(name, wrapper) of every adapted layer."""
+    return [(_spelled(path, layer), layer) for path, layer in wrappers(parts)]
+
+
+def wrappers(parts: Mapping[str, nn.Module]) -> list[tuple[tuple[Any, ...], AdapterLayer]]:
+    """(path, wrapper) of every adapted layer, quickly: no name is spelled, no site looked at."""
+    rows: list[tuple[tuple[Any, ...], AdapterLayer]] = []
     for component, root in parts.items():
         seen: set[int] = set()
         stack: list[tuple[nn.Module, tuple[Any, ...]]] = [(root, (component,))]
@@ -182,7 +187,7 @@ def adapted(parts: Mapping[str, nn.Module]) -> list[tuple[str, AdapterLayer]]:
             if isinstance(module, AdapterLayer):
                 if id(module) not in seen:
                     seen.add(id(module))
-                    rows.append((_spelled(path, module), module))
+                    rows.append((path, module))
             else:
                 inner = reversed(module._modules.items())
                 stack += [(child, (path, name)) for name, child in inner if child is not None and child._modules]
