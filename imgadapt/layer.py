@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from imgadapt.dequantize import follow, is_plain, restore, values_of, weight_of
+from imgadapt.dequantize import follow, is_plain, values_of, weight_of
 from imgadapt.errors import ShapeError, StateError
-from imgadapt.merging import add_up, check_finite
+from imgadapt.merging import merged, sums
+from imgadapt.ready import Ready, add_pairs
 from imgadapt.sites import Site
-from imgadapt.slot import Ready, Slot
+from imgadapt.slot import Slot
 from imgadapt.stored import Stored
 
 
@@ -127,7 +128,7 @@ class AdapterLayer(nn.Module):
             out = self.base(turned, *rest, **kwargs)
         y = self._without_bias(out if turned is x else self.base(x, *rest, **kwargs)) if _reads_output(ready) else None
 
-        out = self._add_pairs([adapter for adapter in ready if adapter.way.pair], x, out)
+        out = add_pairs(self.site, [adapter for adapter in ready if adapter.way.pair], x, out)
         for adapter in ready:
             if adapter.way.act:
                 out = adapter.act(x, y, out)
@@ -184,34 +185,6 @@ class AdapterLayer(nn.Module):
         if self._parameters.get("bias") is None:
             return out
         return out - self.site.along(weight_of(self.base, "bias").to(out.device, out.dtype))
-
-    def _add_pairs(self, pairs: list[Ready], x: Tensor, out: Tensor) -> Tensor:
-        """All low-rank changes that read the same input, in one product down and one up."""
-        while pairs:
-            together = [adapter for adapter in pairs if not adapter.dropped] or pairs[:1]
-            pairs = [adapter for adapter in pairs if adapter not in together]
-            down = _joined([adapter.operands["down"] for adapter in together], 0)
-            up = _joined([adapter.operands["up"] for adapter in together], 1)
-            h = self.site.spread(together[0].read(x), down)
-            if any(adapter.gain is not None for adapter in together):
-                ranks = [adapter.operands["up"].shape[1] for adapter in together]
-                gains = [
-                    (h.new_ones(1) if adapter.gain is None else adapter.gain.to(h.dtype))[:, None].expand(-1, rank)
-                    for adapter, rank in zip(together, ranks, strict=True)
-                ]
-                gains = torch.cat([gain.expand(len(h), -1) for gain in gains], 1).repeat(1, self.site.groups)
-                trailing = h.ndim - 2
-                shape = (
-                    (len(h), -1, *(1,) * trailing)
-                    if self.site.kind == "conv"
-                    else (len(h), *(1,) * trailing, gains.shape[1])
-                )
-                h = h * gains.reshape(shape)
-            if h.dtype != out.dtype and not torch.is_autocast_enabled(h.device.type):
-                out = out + self.site.mix(h, up, None).to(out.dtype)
-            else:
-                out = self.site.mix(h, up, out)
-        return out
 
     def _add_dense(self, adapter: Ready, x: Tensor, out: Tensor) -> Tensor:
         """A dense change apart from the base, for bases that are quantised, dropout, and strengths per sample."""
@@ -316,10 +289,7 @@ class AdapterLayer(nn.Module):
         if isinstance(weight, Stored):
             self._put_in_place(weight, originals)
             return
-        if weight.is_meta or is_plain(self.base, weight):
-            made, self.requantised = self._sums(originals), None
-        else:
-            made, self.requantised = self._requantised(originals)
+        made, self.requantised = merged(self.base, self.site, list(self), originals)
         self._parameters.update({**originals, **made})
 
     def _put_in_place(self, kept: Stored, originals: dict[str, Any]) -> None:
@@ -329,44 +299,13 @@ class AdapterLayer(nn.Module):
         if self.merged:
             kept.fill(current)
         try:
-            made = self._sums({**originals, parameter: current}, in_place=True)
+            made = sums(self.site, list(self), {**originals, parameter: current}, in_place=True)
         except BaseException:
             kept.fill(current)
             raise
         others = {name: value for name, value in originals.items() if name != parameter}
         self._parameters.update({**others, **made})
         self.requantised = None
-
-    def _requantised(self, originals: dict[str, Any]) -> tuple[dict[str, nn.Parameter], float]:
-        """`_sums` of dequantised weights, stored as the originals are, and the greatest relative error of that."""
-        values = {name: values_of(self.base, original).detach().float() for name, original in originals.items()}
-        totals = self._sums({name: nn.Parameter(value, requires_grad=False) for name, value in values.items()})
-        made = {name: restore(self.base, originals[name], total.detach()) for name, total in totals.items()}
-        errors = [error for _, error in made.values() if error is not None]
-        return {name: parameter for name, (parameter, _) in made.items()}, max(errors)
-
-    @torch.no_grad()
-    def _sums(self, originals: dict[str, Any], *, in_place: bool = False) -> dict[str, nn.Parameter]:
-        """The merged parameters: the weight (unless it is changed in place), and the bias if an adapter changes it."""
-        parameter, bias = self.site.parameter, self.site.bias
-        weight = originals[parameter]
-        if weight.is_meta:
-            raise StateError("the weights are offloaded (on 'meta'): merge before offloading the model")
-        if sampled := [slot.name for slot in self if slot.per_sample]:
-            raise StateError(f"the strength of {sampled[0]} differs from sample to sample and cannot be merged")
-        total: Tensor = weight if in_place else torch.empty_like(weight)
-        add_up(weight, self.site, list(self), total)
-        made: dict[str, Tensor] = {} if in_place else {parameter: total}
-        for slot in self:
-            change = slot.method.bias_delta(slot.tensors()) if slot.on else None
-            if change is not None and bias is not None:
-                start: Tensor = made.get(bias, originals[bias].float())
-                made[bias] = start + slot.strength * change.to(start.device, start.dtype)
-                check_finite(made[bias], originals[bias].dtype, list(self))
-        return {
-            name: nn.Parameter(tensor.to(originals[name].dtype), originals[name].requires_grad)
-            for name, tensor in made.items()
-        }
 
     def unmerge(self) -> None:
         """Put the original parameters back: the very same tensors (moved, if the model was moved meanwhile), or what
@@ -421,7 +360,3 @@ def _move_hook(source: nn.Module, target: nn.Module) -> None:
 
 def _reads_output(ready: list[Ready]) -> bool:
     return any(adapter.way.output for adapter in ready)
-
-
-def _joined(tensors: list[Tensor], axis: int) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, axis)

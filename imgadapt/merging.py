@@ -1,15 +1,66 @@
 """The sum of a weight and its adapters."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from imgadapt.dequantize import is_plain, restore, values_of
 from imgadapt.errors import StateError, first_few
 from imgadapt.sites import Site
 from imgadapt.slot import Slot
 
 _BLOCK = 2**18  # elements summed at a time on the CPU: 1 MB in fp32, which stays in a core's cache
+
+
+def merged(
+    base: nn.Module, site: Site, slots: Sequence[Slot], originals: Mapping[str, Any]
+) -> tuple[dict[str, nn.Parameter], float | None]:
+    """The merged parameters, stored as the originals are, and the relative error of that where they are quantised.
+
+    Raises:
+        StateError: there are no weights to merge, their sum is not finite, a strength differs from sample to sample, or
+            the storage cannot be written.
+    """
+    weight = originals[site.parameter]
+    if weight.is_meta or is_plain(base, weight):
+        return sums(site, slots, originals), None
+    values = {name: values_of(base, original).detach().float() for name, original in originals.items()}
+    totals = sums(site, slots, {name: nn.Parameter(value, requires_grad=False) for name, value in values.items()})
+    made = {name: restore(base, originals[name], total.detach()) for name, total in totals.items()}
+    errors = [error for _, error in made.values() if error is not None]
+    return {name: parameter for name, (parameter, _) in made.items()}, max(errors)
+
+
+@torch.no_grad()
+def sums(
+    site: Site, slots: Sequence[Slot], originals: Mapping[str, Any], *, in_place: bool = False
+) -> dict[str, nn.Parameter]:
+    """`merged` for plain parameters: the weight (unless it is changed in place), and the bias if an adapter changes it.
+
+    Raises:
+        StateError: as `merged`.
+    """
+    parameter, bias = site.parameter, site.bias
+    weight: Any = originals[parameter]
+    if weight.is_meta:
+        raise StateError("the weights are offloaded (on 'meta'): merge before offloading the model")
+    if sampled := [slot.name for slot in slots if slot.per_sample]:
+        raise StateError(f"the strength of {sampled[0]} differs from sample to sample and cannot be merged")
+    total: Tensor = weight if in_place else torch.empty_like(weight)
+    add_up(weight, site, slots, total)
+    made: dict[str, Tensor] = {} if in_place else {parameter: total}
+    for slot in slots:
+        change = slot.method.bias_delta(slot.tensors()) if slot.on else None
+        if change is not None and bias is not None:
+            start = made[bias] if bias in made else originals[bias].float()
+            made[bias] = start + slot.strength * change.to(start.device, start.dtype)
+            check_finite(made[bias], originals[bias].dtype, slots)
+    return {
+        name: nn.Parameter(tensor.to(originals[name].dtype), originals[name].requires_grad)
+        for name, tensor in made.items()
+    }
 
 
 @torch.no_grad()

@@ -1,14 +1,14 @@
-"""Slot: one adapter on one layer, with its strength and dropout, made ready for one forward."""
+"""Slot: one adapter on one layer, with its strength and dropout."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from imgadapt.errors import ConfigError, StateError
 from imgadapt.methods.base import Method, Tensors, Way
+from imgadapt.ready import Ready
 from imgadapt.sites import Site
 
 
@@ -193,7 +193,7 @@ class Slot(nn.Module):
                 made[name] = made[name] * kept
         return made
 
-    def ready(self, operands: Tensors, site: Site, batch: int) -> "Ready":
+    def ready(self, operands: Tensors, site: Site, batch: int) -> Ready:
         """This adapter for one forward over `batch` samples.
 
         Raises:
@@ -219,52 +219,3 @@ class Slot(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}
-
-
-@dataclass(eq=False)
-class Ready:
-    """One adapter in one forward: operands with the strength in them, or `gain` (batch,) where it is per sample."""
-
-    method: Method
-    way: Way
-    site: Site
-    operands: Tensors
-    gain: Tensor | None
-    dropped: float
-
-    def read(self, x: Tensor) -> Tensor:
-        """The activation as this adapter reads it."""
-        return F.dropout(x, self.dropped) if self.dropped and x.is_floating_point() else x
-
-    def scaled(self, change: Tensor) -> Tensor:
-        if self.gain is None:
-            return change
-        gain = self.gain.to(change.device, change.dtype)
-        return change * gain.reshape(-1, *(1 for _ in change.shape[1:]))
-
-    def turn(self, x: Tensor, onto: Tensor) -> Tensor:
-        """onto + the change of the input."""
-        if self.gain is None:
-            return self.method.turn(self.operands, self.site, self.read(x), onto)
-        return onto + self.scaled(self.method.turn(self.operands, self.site, self.read(x), None))
-
-    def act(self, x: Tensor, y: Tensor | None, out: Tensor) -> Tensor:
-        """out + the change of the output."""
-        if self.way.input:
-            x = self.read(x)
-        elif y is not None and not (self.way.pair or self.way.turn):
-            y = self.read(y)  # it reads nothing but the base's output
-        if self.gain is None and (self.dtype == out.dtype or torch.is_autocast_enabled(out.device.type)):
-            return self.method.act(self.operands, self.site, x, y, out)
-        return out + self.scaled(self.method.act(self.operands, self.site, x, y, None)).to(out.dtype)
-
-    def delta(self) -> Tensor:
-        """The dense change of the weight."""
-        return self.operands["delta"]
-
-    def bias_delta(self) -> Tensor | None:
-        return self.operands.get("bias")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(iter(self.operands.values())).dtype

@@ -1,5 +1,6 @@
 """Fixtures that several files share."""
 
+import os
 import runpy
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,6 +11,10 @@ import torch
 from PIL import Image
 
 from imgadapt import adapters, cli, demo, detach
+
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs that tests start
+torch.set_num_threads(1)  # tensors are tiny here: threads would only wait for one another
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import imgadapt
-from imgadapt import OFT, AdapterFile, Full, LoRA
+from imgadapt import OFT, AdapterFile, Full, LoRA, layer
 from imgadapt.errors import ConfigError, FormatError, ShapeError, StateError, TargetError
 from imgadapt.formats import Part
 from imgadapt.layer import AdapterLayer
@@ -226,15 +226,15 @@ def test_any_error_in_the_middle_rolls_back(monkeypatch: pytest.MonkeyPatch) -> 
     model = Net()
     imgadapt.attach(model, LoRA(rank=2), targets="*")
     calls: list[int] = []
-    whole = AdapterLayer._sums
+    whole = layer.merged
 
-    def third_fails(self: AdapterLayer, originals: dict[str, Any]) -> dict[str, nn.Parameter]:
+    def third_fails(*args: Any) -> Any:
         calls.append(1)
         if len(calls) == 3:
             raise MemoryError
-        return whole(self, originals)
+        return whole(*args)
 
-    monkeypatch.setattr(AdapterLayer, "_sums", third_fails)
+    monkeypatch.setattr(layer, "merged", third_fails)
     with pytest.raises(MemoryError):
         imgadapt.merge(model)
     assert not any(merged for merged, _, _ in states(model))
