@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from os import PathLike
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from imgadapt.live import Weight, adapters, require, slots, strengths
 from imgadapt.methods import Method
 from imgadapt.sites import Kind
 from imgadapt.slot import Dropout, Slot, Strength
+from imgadapt.stored import Stored
 from imgadapt.targets import Layer, Targets
 
 
@@ -56,6 +58,7 @@ def attach(
         StateError: the name is taken, or the method needs the base's weights and they are not there.
         ConfigError: a weight or a dropout that cannot be.
     """
+    _check_kind(adapter)
     parts = where.components(model)
     if any(layer.slot(name) is not None for _, layer in where.adapted(parts)):
         raise StateError(f"the name '{name}' is taken: detach(model, '{name}') first, or choose another name=")
@@ -73,6 +76,15 @@ def attach(
     except BaseException:  # whatever it was (no memory, NaN in a merged layer): nothing stays half attached
         _take_off(parts, [name])
         raise
+
+
+def _check_kind(adapter: Any) -> None:
+    methods = list(adapter.values()) if isinstance(adapter, Mapping) else [adapter]
+    if wrong := [one for one in methods if not isinstance(one, Method | AdapterFile)]:
+        hint = ": imgadapt.load(path) reads a file" if isinstance(wrong[0], str | PathLike) else ""
+        raise ConfigError(f"{wrong[0]!r} is no adapter; wanted a method such as LoRA(rank=8), or a loaded file{hint}")
+    if not methods:
+        raise ConfigError("an empty mapping is no adapter; wanted targets and methods: {'attention': LoRA(rank=8)}")
 
 
 def _put_on(
@@ -118,6 +130,8 @@ def swap(model: Any, file: AdapterFile, *, name: str = "default") -> None:
             the old adapter is as it was.
         FormatError: a tensor of the file is not finite.
     """
+    if not isinstance(file, AdapterFile):
+        raise ConfigError(f"{file!r} is no loaded file; wanted imgadapt.load(path)")
     own = {canonical(layer_name): (layer, slot) for layer_name, layer, slot in slots(model, name)}
     if strange := [key for key in file.parts if key not in own]:
         raise StateError(
@@ -168,11 +182,24 @@ def _padded(tensor: Tensor, into: Tensor | None, rank: int | None, larger: int |
 
 
 def _take_off(parts: Mapping[str, nn.Module], names: Sequence[str]) -> None:
-    for layer in list(where.layers(parts)):
-        if isinstance(wrapper := layer.module, AdapterLayer):
+    """Adapters off, all or none: a layer whose others cannot be merged anew leaves every layer as it was."""
+    rows = [(layer, wrapper) for layer in where.layers(parts) if isinstance(wrapper := layer.module, AdapterLayer)]
+    done: list[tuple[AdapterLayer, nn.ModuleList, bool, Stored | None]] = []
+    try:
+        for _, wrapper in rows:
+            before = wrapper.slots, wrapper.merged, wrapper.kept
             wrapper.remove(names)
-            if not wrapper.slots:
-                layer.replace(wrapper.base)
+            done.append((wrapper, *before))
+    except BaseException:
+        for wrapper, slots_before, merged, kept in done:
+            wrapper.slots = slots_before
+            if merged:
+                wrapper.refresh()
+                wrapper.merge(kept)
+        raise
+    for layer, wrapper in rows:
+        if not wrapper.slots:
+            layer.replace(wrapper.release())
 
 
 Row = tuple[Layer, Part]
@@ -182,10 +209,16 @@ def _fresh(
     parts: Mapping[str, nn.Module], adapter: Method | Mapping[str, Method], targets: Targets | None
 ) -> list[Row]:
     methods: Mapping[str, Method] = {"*": adapter} if isinstance(adapter, Method) else adapter
+    default = targets is None
     if targets is None:
         targets = "transformer" if isinstance(adapter, Method) else list(methods)
     kinds: list[Kind] = [kind for method in methods.values() for kind in method.kinds if kind != "embedding"]
-    found = where.find(parts, targets, kinds)
+    try:
+        found = where.find(parts, targets, kinds)
+    except TargetError as error:
+        if not default:
+            raise
+        raise TargetError(f"without targets= it is {targets!r}: {error}") from error
     if wrong := where.idle(list(methods), [layer.name for layer in found]):
         raise TargetError(f"the methods for {first_few(wrong)} match none of the {len(found)} targeted layers")
     rows: list[Row] = []
@@ -222,6 +255,8 @@ def _weight(layer: Layer, method: Method) -> Tensor | None:
 def _from_file(parts: Mapping[str, nn.Module], file: AdapterFile, targets: Targets | None) -> list[Row]:
     live = {canonical(layer.name): layer for layer in where.layers(parts)}
     wanted = {k: part for k, part in file.parts.items() if targets is None or where.matches(k, targets)}
+    if not file.parts:
+        raise TargetError("the file has no layers")
     if not wanted or (targets is not None and where.idle(targets, list(file.parts))):
         raise TargetError(
             f"the file has no layer that matches targets={targets!r}; it has {first_few(list(file.parts))}"
@@ -245,6 +280,8 @@ def _from_file(parts: Mapping[str, nn.Module], file: AdapterFile, targets: Targe
 
 def _finite(name: str, part: Part) -> None:
     for key, tensor in part.tensors.items():
+        if not tensor.is_floating_point() or tensor.is_meta or tensor.layout != torch.strided:
+            raise FormatError(f"{name}: {key} is {tensor.dtype} on {tensor.device}; wanted floating-point numbers")
         # one pass, for NaN and infinity go through a sum; what is only too large for it is looked at closely
         if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor.float()).all():
             raise FormatError(f"{name}: {key} has NaN or infinity; the training that made it diverged")

@@ -15,7 +15,7 @@ from torch import Tensor
 from imgadapt.arch import architectures
 from imgadapt.atomic import atomically
 from imgadapt.errors import ConfigError, FormatError, first_few
-from imgadapt.formats import FORMATS, Parts, read, write
+from imgadapt.formats import DIFFUSERS, FORMATS, Parts, read, write
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,12 @@ def load(path: str | PathLike[str], *, strict: bool = True) -> AdapterFile:
 
 
 def save(
-    file: AdapterFile, path: str | PathLike[str], *, format: str = "diffusers", dtype: torch.dtype | None = None
+    file: AdapterFile, path: str | PathLike[str], *, format: str | None = None, dtype: torch.dtype | None = None
 ) -> Path:
     """Write an adapter in a tool's format; the file is whole or, on any failure, as before. Returns its path.
 
-    format: a name of `imgadapt.formats.FORMATS`. dtype: cast the tensors (None: keep theirs).
+    format: a name of `imgadapt.formats.FORMATS`; None: "diffusers" where that has a word for all of it (LoRA), else
+        "imgadapt". dtype: cast the tensors (None: keep theirs).
     The same adapter gives the same bytes.
 
     Raises:
@@ -63,6 +64,12 @@ def save(
         FormatError: the format cannot say what the adapter holds, or that is not finite (in `dtype`).
         OutputError: the file cannot be written.
     """
+    if not isinstance(file, AdapterFile):
+        raise ConfigError(
+            f"{type(file).__name__} is no adapter; wanted what `load` or `collect` gave, and then the path"
+        )
+    if format is None:
+        format = "diffusers" if all(DIFFUSERS.says(part) for part in file.parts.values()) else "imgadapt"
     form = next((f for f in FORMATS if f.name == format), None)
     if form is None:
         raise ConfigError(f"no format '{format}'; there are: {', '.join(f.name for f in FORMATS)}")

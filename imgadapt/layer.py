@@ -221,7 +221,6 @@ class AdapterLayer(nn.Module):
             self.refresh()
         except BaseException:
             self.slots = nn.ModuleList(list(self)[:-1])
-            self._again()
             raise
         _move_hook(self.base, self)
 
@@ -238,19 +237,18 @@ class AdapterLayer(nn.Module):
                 self.refresh()
             else:
                 self.unmerge()
-                _move_hook(self, self.base)
         except BaseException:
             self.slots = before
-            self._again()
             raise
 
-    def _again(self) -> None:
-        """After a failure in place, which left the original: what was merged before."""
-        if self.kept is not None:
-            self.refresh()
+    def release(self) -> nn.Module:
+        """The base, with the offloading hook that this layer had meanwhile, to be put back in its place."""
+        _move_hook(self, self.base)
+        return self.base
 
     def refresh(self) -> None:
-        """Merge anew, from the original weight, if this layer is merged; on failure it stays as it is merged now.
+        """Merge anew, from the original weight, if this layer is merged; on failure it stays as it is merged now, or,
+        where the original waits in a file, it is live.
 
         Raises:
             StateError: the sum is not finite, or a strength differs from sample to sample.
@@ -300,8 +298,10 @@ class AdapterLayer(nn.Module):
             kept.fill(current)
         try:
             made = sums(self.site, list(self), {**originals, parameter: current}, in_place=True)
-        except BaseException:
+        except BaseException:  # then it is live, honestly
             kept.fill(current)
+            self._parameters.update({name: value for name, value in originals.items() if name != parameter})
+            self.__dict__["originals"] = {}
             raise
         others = {name: value for name, value in originals.items() if name != parameter}
         self._parameters.update({**others, **made})

@@ -1,8 +1,9 @@
 """Adapters that are on a model: their strengths, merging, and taking them back as files."""
 
-import math
+from collections import Counter
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ def set_weights(model: Any, weights: Mapping[str, Weight]) -> None:
         StateError: a name is not on the model, or a merge is not finite (all strengths are then as before).
         ConfigError: a strength is not a finite number.
     """
+    if not isinstance(weights, Mapping):
+        raise ConfigError(f"weights is {weights!r}; it maps names of adapters to strengths: {{'default': 0.5}}")
     rows = [(layer, slot) for _, layer in where.wrappers(where.components(model)) for slot in layer]
     _require(weights, (slot.name for _, slot in rows))
     wanted: dict[Slot, Strength] = {}
@@ -78,8 +81,12 @@ def merge(model: Any, *, originals: Places | None = None) -> None:
         raise TargetError("nothing is attached to this model")
     if not all(layer.enabled for _, layer in layers):
         raise StateError("adapters are disabled here; merge outside of `disabled`")
+    if originals is not None and any(layer.merged and layer.kept is None for _, layer in layers):
+        raise StateError("already merged, with the originals in memory: unmerge first")
     bare = [(name, layer) for name, layer in layers if not layer.merged]
     kept = {} if originals is None else _waiting(originals, bare)
+    if kept:
+        _untied(parts, bare)
     touched: list[AdapterLayer] = []
     try:
         for name, layer in bare:
@@ -99,7 +106,7 @@ def _waiting(originals: Places, layers: Sequence[tuple[str, AdapterLayer]]) -> d
         root = Path(originals)
         places = {c: root / c if (root / c).is_dir() else root for c in components}
     if missing := [component for component in components if component not in places]:
-        raise StateError(f"originals= says nothing of {first_few(missing)}")
+        raise StateError(f"originals= says nothing of {first_few(missing)}: give each component its file or folder")
     files = {component: stored(place) for component, place in places.items()}
     kept = {name: _where(files, name, layer) for name, layer in layers}
 
@@ -109,6 +116,14 @@ def _waiting(originals: Places, layers: Sequence[tuple[str, AdapterLayer]]) -> d
     if wrong := [name for (name, _), is_other in zip(layers, in_parallel(other, layers), strict=True) if is_other]:
         raise StateError(f"{kept[wrong[0]].file} has other weights for {len(wrong)} layers: {first_few(wrong)}")
     return kept
+
+
+def _untied(parts: Mapping[str, nn.Module], layers: Sequence[tuple[str, AdapterLayer]]) -> None:
+    """Raises StateError where a weight that would change in place is another layer's, too."""
+    modules = {id(module): module for part in parts.values() for module in part.modules()}
+    uses = Counter(id(p) for module in modules.values() for p in module._parameters.values() if p is not None)
+    if tied := [name for name, layer in layers if uses[id(layer._parameters[layer.site.parameter])] > 1]:
+        raise StateError(f"{first_few(tied)} share their weight with other layers: merge without originals=")
 
 
 def _where(files: Mapping[str, Mapping[str, Stored]], name: str, layer: AdapterLayer) -> Stored:
@@ -121,24 +136,33 @@ def _where(files: Mapping[str, Mapping[str, Stored]], name: str, layer: AdapterL
 
 
 def unmerge(model: Any) -> None:
-    """Undo `merge`: every weight is the very tensor it was.
+    """Undo `merge`: every weight is the very tensor it was, or has its values from the checkpoint that keeps them.
 
     Raises:
         TargetError: nothing is attached.
+        StateError: that checkpoint is gone or has changed; nothing is unmerged.
     """
     _unmerge(_some(model))
 
 
 def _unmerge(layers: Sequence[AdapterLayer]) -> None:
-    in_parallel(AdapterLayer.unmerge, layers) if any(layer.kept for layer in layers) else [x.unmerge() for x in layers]
+    waiting = [layer for layer in layers if layer.kept is not None]
+    for layer in waiting:
+        assert layer.kept is not None
+        layer.kept.check()
+    in_parallel(AdapterLayer.unmerge, waiting)
+    for layer in layers:
+        layer.unmerge()
 
 
 @contextmanager
 def disabled(model: Any) -> Generator[None]:
-    """Within the block the model acts as the base, merged or not; afterwards as before."""
+    """Within the block the model acts as the base, merged or not; afterwards as before. Adapters that are attached
+    within it act.
+    """
     states = [(layer, layer.merged, layer.kept, layer.enabled) for _, layer in where.adapted(where.components(model))]
+    _unmerge([layer for layer, *_ in states])
     for layer, *_ in states:
-        layer.unmerge()
         layer.enabled = False
     try:
         yield
@@ -215,6 +239,8 @@ def strengths(weight: Weight, names: Sequence[str]) -> dict[str, Strength]:
     """
     by_glob: Mapping[str, Strength] = weight if isinstance(weight, Mapping) else {"*": weight}
     checked = {glob: _checked(value) for glob, value in by_glob.items()}
+    if not checked:
+        raise ConfigError("weight is an empty mapping; 0 turns an adapter off")
     if list(checked) == ["*"]:
         return dict.fromkeys(names, checked["*"])
     if wrong := where.idle(list(checked), names):
@@ -223,15 +249,18 @@ def strengths(weight: Weight, names: Sequence[str]) -> dict[str, Strength]:
 
 
 def _checked(value: Any) -> Strength:
-    if isinstance(value, Tensor):
-        if value.ndim == 1 and len(value) and value.is_floating_point() and value.isfinite().all():
-            return value
+    if isinstance(value, Tensor) and value.ndim:
+        if value.ndim == 1 and len(value) and not value.is_complex() and value.isfinite().all():
+            return value.detach().clone()
         raise ConfigError(
             f"weight is a tensor {tuple(value.shape)}; one for each sample is (batch,), of finite numbers"
         )
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ConfigError(f"weight is {value!r}; it must be a finite number or a mapping of globs to such numbers")
-    return float(value)
+    number: Any = value if isinstance(value, Real) and not isinstance(value, bool) else None  # (numpy's, too)
+    if number is not None and abs(number) < 1e300:  # NaN is not
+        return float(number)
+    raise ConfigError(
+        f"weight is {value!r}; it must be a finite number, a tensor (batch,) or a mapping of globs to these"
+    )
 
 
 def _some(model: Any) -> list[AdapterLayer]:

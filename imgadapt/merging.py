@@ -101,7 +101,10 @@ def check_finite(values: Tensor, dtype: torch.dtype, slots: Sequence[Slot]) -> N
     """Raises StateError where a value is NaN, or beyond what `dtype` holds."""
     if not bool((values.abs() <= torch.finfo(dtype).max).all()):
         names = first_few([slot.name for slot in slots])
-        raise StateError(f"NaN or infinity in the weight merged with {names}; the base is left as it was")
+        raise StateError(
+            f"NaN or infinity in the weight merged with {names}; the base is left as it was: "
+            "lower a strength, or detach it"
+        )
 
 
 def _add_blocks(original: Tensor, up: Tensor, down: Tensor, out: Tensor, wide: torch.dtype, measure: bool) -> Tensor:

@@ -1,6 +1,6 @@
 """Status: what is on a model, as rows and as a table."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,10 +49,11 @@ class Status:
             return "no adapters"
         head = ("adapter", "component", "method", "rank", "scale", "weight", "layers", "norm", "state")
         lines = [head, *self._summed()]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-        return "\n".join(
-            "  ".join(f"{cell:{w}}" for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines
-        )
+        if costs := [row.requantised for row in self.rows if row.requantised is not None]:
+            return (
+                f"{_table(lines)}\nmerged into quantised weights: up to {max(costs):.1%} of a weight lost to their grid"
+            )
+        return _table(lines)
 
     def _summed(self) -> list[tuple[str, ...]]:
         """A line for each adapter and component."""
@@ -73,6 +74,12 @@ class Status:
             )
             for (adapter, component), rows in groups.items()
         ]
+
+
+def _table(lines: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = ("  ".join(f"{cell:{w}}" for cell, w in zip(line, widths, strict=True)) for line in lines)
+    return "\n".join(line.rstrip() for line in padded)
 
 
 def _said(values: list[Any]) -> str:

@@ -24,7 +24,9 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor's bytes are: dtype in safetensors' spelling, start and end within the file."""
+    """Where a tensor's bytes are: dtype in safetensors' spelling, start and end within the file, whose size and time of
+    change (`stamp`) tell whether it is still the same.
+    """
 
     file: Path
     key: str
@@ -32,12 +34,13 @@ class Stored:
     shape: tuple[int, ...]
     start: int
     end: int
+    stamp: tuple[int, int]
 
     def matches(self, tensor: Tensor) -> bool:
         """Whether the file has this very tensor, to the bit.
 
         Raises:
-            StateError: the file is gone or shorter than it was.
+            StateError: the file is gone or has changed.
         """
         if (self.dtype, self.shape) != (_NAMES.get(tensor.dtype), tuple(tensor.shape)):
             return False
@@ -53,13 +56,14 @@ class Stored:
 
     @torch.no_grad()
     def fill(self, tensor: Tensor) -> None:
-        """Read it into a tensor of its dtype and shape, in place.
+        """Read it into a tensor of its shape, in place, cast if the model was moved to another dtype meanwhile.
 
         Raises:
-            StateError: the file is gone or shorter than it was.
+            StateError: the file is gone or has changed.
         """
-        direct = tensor.device.type == "cpu" and tensor.is_contiguous()
-        into = tensor.detach() if direct else torch.empty(self.shape, dtype=tensor.dtype)
+        dtype = next(dtype for dtype, name in _NAMES.items() if name == self.dtype)
+        direct = tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.dtype == dtype
+        into = tensor.detach() if direct else torch.empty(self.shape, dtype=dtype)
         with self._open() as file:
             self._read(file.fileno(), _bytes(into), 0)
         if direct:
@@ -74,11 +78,19 @@ class Stored:
         self.fill(made)
         return made
 
+    def check(self) -> None:
+        """Raises StateError unless the file is there, as it was."""
+        self._open().close()
+
     def _open(self) -> Any:
         try:
-            return self.file.open("rb", buffering=0)
+            file = self.file.open("rb", buffering=0)
         except OSError as error:
             raise StateError(f"{self.file}, which keeps {self.key}, cannot be read: {error}; put it back") from error
+        if _stamp(os.fstat(file.fileno())) != self.stamp:
+            file.close()
+            raise StateError(f"{self.file}, which keeps {self.key}, has changed since the merge; load the model anew")
+        return file
 
     def _read(self, descriptor: int, into: "np.ndarray[Any, np.dtype[np.uint8]]", place: int) -> None:
         done = 0
@@ -87,6 +99,10 @@ class Stored:
             if not got:
                 raise StateError(f"{self.file}, which keeps {self.key}, has become shorter; put it back")
             done += got
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
 
 
 def _bytes(tensor: Tensor) -> "np.ndarray[Any, np.dtype[np.uint8]]":
@@ -110,12 +126,13 @@ def stored(place: Path) -> dict[str, Stored]:
 def _index(path: Path) -> Iterator[Stored]:
     try:
         with path.open("rb") as file:
+            stamp = _stamp(os.fstat(file.fileno()))
             (size,) = struct.unpack("<Q", file.read(8))
             header: dict[str, Any] = json.loads(file.read(min(size, path.stat().st_size)))
         for key, row in header.items():
             if key != "__metadata__":
                 start, end = (8 + size + offset for offset in row["data_offsets"])
-                yield Stored(path, key, row["dtype"], tuple(row["shape"]), start, end)
+                yield Stored(path, key, row["dtype"], tuple(row["shape"]), start, end, stamp)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise StateError(f"{path}: not a safetensors file to restore weights from ({error})") from error
 

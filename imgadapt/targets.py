@@ -221,7 +221,12 @@ def find(
     ]
     wrong = idle(targets, names)
     if wrong or not found:
-        near = [m for t in wrong for m in get_close_matches(t, PRESETS, n=1)]
+        if not wrong and (passed := [layer for layer in every if matches(layer.name, targets)]):
+            raise TargetError(
+                f"targets={targets!r} takes in other kinds of layer only ({passed[0].name} is {passed[0].site.kind}); "
+                f"wanted {' or '.join(dict.fromkeys(kinds))}. Name others by their own ends"
+            )
+        near = [m for t in wrong if t not in PRESETS for m in get_close_matches(t, PRESETS, n=1)]
         hint = f" (did you mean '{near[0]}'?)" if near else ""
         raise TargetError(
             f"no layer matches targets={wrong or targets!r}{hint}; "

@@ -12,7 +12,6 @@ from PIL import Image
 
 from imgadapt import adapters, cli, demo, detach
 
-
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs that tests start
 torch.set_num_threads(1)  # tensors are tiny here: threads would only wait for one another
 

@@ -2,19 +2,23 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from imgadapt import (
     BOFT,
     IA3,
     OFT,
+    AdapterFile,
     DoRA,
     Full,
     GLoRA,
+    ImgadaptError,
     LoHa,
     LoKr,
     LoRA,
@@ -24,6 +28,8 @@ from imgadapt import (
     parameters,
     unmerge,
 )
+from imgadapt.errors import ConfigError, ShapeError, StateError, TargetError
+from imgadapt.formats import Part
 from imgadapt.sites import Site
 
 LAST = torch.channels_last
@@ -183,3 +189,82 @@ def test_half_precision_agrees_with_double(method: str, dtype: torch.dtype) -> N
         expected = model(x.double())
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), expected, rtol=0.01, atol=0.01 if dtype == torch.float16 else 0.06)
+
+
+MISFITS: dict[str, tuple[Method, dict[str, tuple[int, ...]]]] = {
+    "a core that the method does not have": (LoRA(2), {"down": (2, 16), "up": (24, 2), "mid": (2, 2)}),
+    "a factor that the method does not have": (OFT(4, "input"), {"packed": (4, 6), "rescale": (24,)}),
+    "blocks that leave rows over": (OFT(5), {"blocks": (4, 5, 5)}),
+    "stages that leave rows over": (BOFT(4, 3), {"stages": (3, 6, 4, 4)}),
+    "another rank": (LoKr(100, alpha=1), {"w1": (4, 4), "w2_a": (6, 2), "w2_b": (2, 4)}),
+    "two ranks": (LoKr(2), {"w1": (4, 4), "w2_a": (6, 3), "w2_b": (2, 4)}),
+    "no rank": (LoKr(None), {"w1": (4, 4), "w2_a": (6, 2), "w2_b": (2, 4)}),
+    "half of it": (LoKr(2), {"w1": (4, 4)}),
+    "twice the first factor": (LoKr(None), {"w1": (4, 4), "w1_a": (4, 2), "w1_b": (2, 4), "w2": (6, 4)}),
+    "a vector": (LoKr(None), {"w1": (4,), "w2": (6, 4)}),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_tensors_that_are_not_the_methods_own_are_refused(case: str) -> None:
+    method, shapes = MISFITS[case]
+    model: Any = nn.Sequential(nn.Linear(16, 24))
+    part = Part(method, {name: torch.randn(shape) for name, shape in shapes.items()})
+    with pytest.raises(ShapeError, match=r"model\.0"):
+        attach(model, AdapterFile({"model.0": part}))
+    assert type(model[0]) is nn.Linear
+
+
+NONSENSE: dict[str, tuple[Callable[[], Method], type[ImgadaptError]]] = {
+    "alpha of text": (lambda: LoRA(4, "1"), ConfigError),  # pyright: ignore[reportArgumentType] # that is the test
+    "alpha of 400 digits": (lambda: LoRA(4, 10**400), ConfigError),
+    "half a term": (lambda: OFT(8, neumann=2.5), ConfigError),  # pyright: ignore[reportArgumentType] # that is the test
+    "constraint of text": (lambda: BOFT(8, constraint="3"), ConfigError),  # pyright: ignore[reportArgumentType] # that is the test
+    "DoRA of nothing": (lambda: DoRA(None), ConfigError),  # pyright: ignore[reportArgumentType] # that is the test
+    "a billion stages": (lambda: BOFT(2, 10**9), TargetError),
+}
+
+
+@pytest.mark.parametrize("case", NONSENSE)
+def test_settings_that_cannot_be_are_refused(case: str) -> None:
+    make, error = NONSENSE[case]
+    with pytest.raises(error):
+        attach(nn.Sequential(nn.Linear(16, 24)), make(), targets="0")
+
+
+def test_a_block_larger_than_the_layer_is_cut_to_it_at_once() -> None:
+    assert BOFT(10**9, 1).at(site_of(nn.Linear(16, 24))).block_size == 24
+
+
+def test_dora_over_full_changes_the_bias() -> None:
+    model: Any = nn.Sequential(nn.Linear(16, 24)).requires_grad_(False)
+    x = torch.randn(3, 16)
+    before = model(x)
+    attach(model, DoRA(Full()), targets="0", weight=0.5)
+    with torch.no_grad():
+        next(iter(model[0])).diff_b.fill_(3)
+    torch.testing.assert_close(model(x), before + 1.5)
+    merge(model)
+    torch.testing.assert_close(model(x), before + 1.5)
+
+
+def test_unmerge_from_a_checkpoint_casts_to_the_dtype_the_model_was_moved_to(tmp_path: Path) -> None:
+    model: Any = nn.Sequential(nn.Linear(16, 24)).requires_grad_(False)
+    save_file(dict(model.state_dict()), tmp_path / "base.safetensors")
+    wanted = model[0].weight.half()
+    attach(model, LoRA(2), targets="0")
+    merge(model, originals=tmp_path / "base.safetensors")
+    model.half()
+    unmerge(model)
+    assert torch.equal(model[0].weight, wanted)
+
+
+def test_unmerge_refuses_a_checkpoint_that_has_changed(tmp_path: Path) -> None:
+    model: Any = nn.Sequential(nn.Linear(16, 24)).requires_grad_(False)
+    save_file(dict(model.state_dict()), tmp_path / "base.safetensors")
+    attach(model, LoRA(2), targets="0")
+    merge(model, originals=tmp_path / "base.safetensors")
+    save_file({key: tensor + 1 for key, tensor in model.state_dict().items()}, tmp_path / "base.safetensors")
+    with pytest.raises(StateError, match="has changed since the merge"):
+        unmerge(model)
+    assert model[0].merged

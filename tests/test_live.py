@@ -74,7 +74,7 @@ def test_unknown_names_are_refused_by_name() -> None:
         imgadapt.merge(Net())
 
 
-@pytest.mark.parametrize("weight", [float("nan"), float("inf"), "1", None, True])
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), 10**400, "1", None, True, {}])
 def test_a_weight_must_be_a_finite_number(weight: Any) -> None:
     model = Net()
     with pytest.raises(ConfigError, match="weight is"):
@@ -402,3 +402,72 @@ def test_an_adapter_of_a_file_is_frozen_unless_it_is_to_be_trained() -> None:
     imgadapt.attach(model, file, name="c", trainable=True)
     assert not any(p.requires_grad for p in imgadapt.parameters(model, "b"))
     assert all(p.requires_grad for p in imgadapt.parameters(model, "c"))
+
+
+def test_a_detach_that_cannot_merge_the_rest_anew_leaves_every_layer_as_it_was() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(3, 4)
+    imgadapt.attach(model, LoRA(rank=2), name="a", targets="*")
+    imgadapt.attach(model, Full(), name="b", targets="*")
+    filled(model, "a")
+    imgadapt.merge(model)
+    out = model(x)
+    with torch.no_grad():
+        imgadapt.parameters(model, "b")[2].fill_(torch.inf)  # of the second layer, unseen by the merge so far
+    with pytest.raises(StateError, match="lower a strength, or detach it"):
+        imgadapt.detach(model, "a")
+    assert states(model) == [(True, True, ("a", "b"))] * 2
+    assert torch.equal(model(x), out)
+
+
+def test_a_merge_in_place_that_fails_is_live_and_says_so(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    model = Net()
+    save_file(model.state_dict(), tmp_path / "x.safetensors")
+    kept = model.to_k.weight.clone()
+    imgadapt.attach(model, LoRA(rank=2), targets=["to_q", "to_k"])
+    filled(model)
+    imgadapt.merge(model, originals=tmp_path / "x.safetensors")
+    with torch.no_grad():
+        imgadapt.parameters(model)[3].fill_(torch.nan)
+    with pytest.raises(StateError, match="NaN or infinity"):
+        imgadapt.set_weights(model, {"default": 0.5})
+    assert [row.state for row in imgadapt.status(model)] == ["merged", "live"]
+    assert [row.weight for row in imgadapt.status(model)] == [1.0, 1.0]
+    assert torch.equal(model.to_k.weight, kept)
+
+
+def test_a_checkpoint_that_changed_meanwhile_unmerges_nothing(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    model, x = Net(), torch.randn(5, 8)
+    save_file(model.state_dict(), tmp_path / "x.safetensors")
+    imgadapt.attach(model, LoRA(rank=2), targets=["to_q", "to_k"])
+    filled(model)
+    imgadapt.merge(model, originals=tmp_path / "x.safetensors")
+    out = model(x)
+    (tmp_path / "x.safetensors").write_bytes(b"short")
+    for call in (imgadapt.unmerge, lambda m: imgadapt.disabled(m).__enter__(), imgadapt.detach):
+        with pytest.raises(StateError, match="has changed since the merge"):
+            call(model)
+        assert torch.equal(model(x), out)
+        assert states(model) == [(True, True, ("default",))] * 2
+
+
+def test_tied_weights_are_not_merged_in_place(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    save_file({key: value.clone() for key, value in model.state_dict().items()}, tmp_path / "x.safetensors")
+    imgadapt.attach(model, LoRA(rank=2), targets="0")
+    with pytest.raises(StateError, match=r"model\.0 share their weight with other layers"):
+        imgadapt.merge(model, originals=tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("adapter", [LoRA, None, "x.safetensors", {}, {"to_q": 3}])
+def test_what_is_no_adapter_is_refused_by_name(adapter: Any) -> None:
+    with pytest.raises(ConfigError, match="is no adapter; wanted"):
+        imgadapt.attach(Net(), adapter)
+    with pytest.raises(ConfigError, match="it maps names of adapters to strengths"):
+        imgadapt.set_weights(Net(), 0.5)  # pyright: ignore[reportArgumentType] # what a user might write

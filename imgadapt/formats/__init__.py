@@ -8,4 +8,4 @@ from imgadapt.formats.table import Format, Reading, read, write
 
 FORMATS: tuple[Format, ...] = (KOHYA, DIFFUSERS, OWN)
 
-__all__ = ["FORMATS", "Format", "Part", "Parts", "Reading", "read", "write"]
+__all__ = ["DIFFUSERS", "FORMATS", "Format", "Part", "Parts", "Reading", "read", "write"]

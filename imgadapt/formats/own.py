@@ -42,6 +42,8 @@ def _values(row: Mapping[str, Any]) -> Settings:
     kind = next((m for m in METHODS if m.name == row["method"]), None)
     if kind is None or {field.name for field in fields(kind)} != set(row) - {"method"}:
         raise ValueError(f"no method {row}")
+    if wrong := [f.name for f in fields(kind) if f.type is bool and not isinstance(row[f.name], bool)]:
+        raise ValueError(f"{wrong[0]} is {row[wrong[0]]!r}, wanted true or false")
     return {name: _made(value) for name, value in row.items() if name != "method"}
 
 

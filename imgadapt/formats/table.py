@@ -54,6 +54,10 @@ class Format:
         prefix = self.prefixes_of.get(architecture or "", self.prefixes).get(component)
         return None if prefix is None else prefix + path.replace(".", self.separator)
 
+    def says(self, part: Part) -> bool:
+        """Whether it has a word for the part's method and each of its tensors."""
+        return set(part.tensors) <= set(self.spelling.get(part.method.name, {}))
+
     @property
     def ends(self) -> dict[str, str]:
         """Key end -> our tensor name, over all methods, and alpha."""

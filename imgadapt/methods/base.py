@@ -1,5 +1,6 @@
 """Method: what every adapter method is."""
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -140,12 +141,14 @@ class Method(ABC):
 
     def fits(self, t: Tensors, site: Site) -> str | None:
         """What is wrong with these tensors for this site, as 'down is (16, 640), ...'; None if they fit."""
-        for name, wanted in self.shapes(site).items():
+        shapes = self.shapes(site)
+        for name, wanted in shapes.items():
             if name not in t:
                 return f"{name} is missing, this layer takes {wanted}"
             if tuple(t[name].shape) != wanted:
                 return f"{name} is {tuple(t[name].shape)}, this layer takes {wanted}"
-        return None
+        strange = [name for name in t if name not in shapes]
+        return f"{', '.join(strange)} is there, which {self} does not have" if strange else None
 
     @classmethod
     @abstractmethod
@@ -166,3 +169,10 @@ def positive(name: str, value: int) -> None:
     """Raises ConfigError unless value is a whole number of 1 or more."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{name} is {value!r}; it must be a whole number, 1 or more")
+
+
+def above_zero(name: str, value: float | None, absent: str) -> None:
+    """Raises ConfigError unless value is None (which means `absent`) or a finite number above 0."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is not None and not (number and 0 < value <= sys.float_info.max):
+        raise ConfigError(f"{name} is {value!r}; it must be a finite number above 0, or None for {absent}")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from imgadapt.errors import ConfigError, ShapeError
 from imgadapt.methods import rotation
-from imgadapt.methods.base import Method, Tensors, Way, positive
+from imgadapt.methods.base import Method, Tensors, Way, above_zero, positive
 from imgadapt.sites import Site
 
 _WIDEST = 64  # a product of stages that mixes no more channels than this is one block-diagonal matrix
@@ -53,8 +53,7 @@ class BOFT(Method):
         rotation.check_side(self.side)
         if self.block_size % 2:
             raise ConfigError(f"block_size is {self.block_size}; a butterfly's blocks are of even size")
-        if self.constraint is not None and not (math.isfinite(self.constraint) and self.constraint > 0):
-            raise ConfigError(f"constraint is {self.constraint}; it must be above 0, or None for none")
+        above_zero("constraint", self.constraint, "none")
 
     @property
     def ranked(self) -> dict[str, int]:
@@ -71,7 +70,10 @@ class BOFT(Method):
         return f"no even block of up to {self.block_size} makes {self.factors} butterfly stages over {size}"
 
     def _block(self, size: int) -> int:
-        return next((b for b in range(self.block_size, 1, -2) if size % (b * 2 ** (self.factors - 1)) == 0), 0)
+        if self.factors > size.bit_length():
+            return 0  # before 2 ** factors is a number that takes minutes
+        most = min(self.block_size, size // 2 * 2)
+        return next((b for b in range(most, 1, -2) if size % (b * 2 ** (self.factors - 1)) == 0), 0)
 
     def at(self, site: Site) -> Self:
         return replace(self, block_size=self._block(rotation.rotated_size(site, self.side)))
@@ -185,6 +187,11 @@ class BOFT(Method):
         gathered = z.permute(1, 3, 0, 2, 4)  # (high, mid, n, bits, low)
         turned = torch.bmm(gathered.reshape(len(factor), len(z), -1), factor.transpose(1, 2)).view(gathered.shape)
         return turned.permute(2, 0, 3, 1, 4).reshape(x.shape)
+
+    def fits(self, t: Tensors, site: Site) -> str | None:
+        size = site.rows if self.side == "output" else site.fan_in
+        undivided = f"{self.factors} stages of blocks of {self.block_size} do not divide its {size} {self.side}s"
+        return super().fits(t, site) or (undivided if size % (self.block_size * 2 ** (self.factors - 1)) else None)
 
     @classmethod
     def infer(cls, t: Tensors, alpha: float | None) -> Self:

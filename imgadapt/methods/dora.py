@@ -18,7 +18,7 @@ class DoRA(Method):
 
     axis "output": a norm and a `magnitude` (out,) for each output, as the paper, peft and LyCORIS' `wd_on_out` have it.
     axis "input": for each input channel, (in / groups,): the norm is over outputs and kernel (LyCORIS without it).
-    inner: LoRA, LoHa or LoKr, whose alpha / rank is applied within V.
+    inner: LoRA, LoHa, LoKr, whose alpha / rank is applied within V, or Full, whose change of the bias is added too.
 
     The norm is a constant to the gradient (section 4.3 of the paper). Strength interpolates: W + strength * (W' - W).
     The norm comes from W and the low-rank factors, without W + delta, where inner is a low-rank pair.
@@ -35,8 +35,8 @@ class DoRA(Method):
     needs_weight = True
 
     def __post_init__(self) -> None:
-        if self.inner.needs_weight or self.inner.scale == 0:
-            raise ConfigError(f"DoRA({self.inner.name}): it works over additive methods: LoRA, LoHa, LoKr, Full")
+        if not isinstance(self.inner, Method) or self.inner.needs_weight or self.inner.scale == 0:  # pyright: ignore[reportUnnecessaryIsInstance] # a file's metadata may say anything
+            raise ConfigError(f"DoRA({self.inner}): it works over additive methods: LoRA, LoHa, LoKr, Full")
         if self.axis not in ("output", "input"):
             raise ConfigError(f"axis is {self.axis!r}; it must be 'output' (peft) or 'input' (LyCORIS' default)")
 
@@ -78,6 +78,9 @@ class DoRA(Method):
         whole = weight + self.inner.scale * self.inner.delta(t, site, weight)
         c = t["magnitude"] / self._norm(whole.detach())
         return whole * self._along(c, whole) - weight
+
+    def bias_delta(self, t: Tensors) -> Tensor | None:
+        return self.inner.bias_delta(t)
 
     def way(self, site: Site) -> Way:
         inner = self.inner.way(site)

@@ -165,6 +165,14 @@ class LoKr(Method):
 
     def fits(self, t: Tensors, site: Site) -> str | None:
         """Any factorisation that multiplies to the layer fits: files have others than `split` gives."""
+        if not self.recognises(set(t)) or any(tensor.ndim < 2 for tensor in t.values()):
+            return f"{', '.join(f'{k} {tuple(v.shape)}' for k, v in t.items())} are no two factors"
+        ranks = {t[name].shape[0] for name in ("w1_b", "w2_b") if name in t}
+        ranks |= {t[name].shape[1] for name in ("w1_a", "w2_a") if name in t and not (name == "w2_a" and "t2" in t)}
+        if "t2" in t:
+            ranks |= {t["w2_a"].shape[0], *t["t2"].shape[:2]}
+        if ranks != {self.rank} - {None}:
+            return f"its factors are of rank {', '.join(map(str, ranks)) or 'None'}, and {self} of {self.rank}"
         (a, b), kernel = _first_sizes(t), math.prod(site.kernel)
         shapes = {name: tuple(tensor.shape) for name, tensor in t.items()}
         if "w2" in t:

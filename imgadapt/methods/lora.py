@@ -7,8 +7,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from imgadapt.errors import ConfigError, ShapeError
-from imgadapt.methods.base import Method, Tensors, Way, positive
+from imgadapt.errors import ShapeError
+from imgadapt.methods.base import Method, Tensors, Way, above_zero, positive
 from imgadapt.sites import Site
 
 
@@ -19,8 +19,7 @@ def scale_of(alpha: float | None, rank: int, *, stabilised: bool = False) -> flo
 
 def check_alpha(alpha: float | None) -> None:
     """Raises ConfigError unless alpha is None or a finite number above 0."""
-    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
-        raise ConfigError(f"alpha is {alpha}; it must be a finite number above 0, or None for alpha = rank")
+    above_zero("alpha", alpha, "alpha = rank")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from imgadapt.errors import ConfigError, ShapeError
 from imgadapt.methods import rotation
-from imgadapt.methods.base import Method, Tensors, Way, positive
+from imgadapt.methods.base import Method, Tensors, Way, above_zero, positive
 from imgadapt.sites import Site
 
 
@@ -50,12 +50,11 @@ class OFT(Method):
     def __post_init__(self) -> None:
         positive("block_size", self.block_size)
         rotation.check_side(self.side)
-        if self.constraint is not None and not (math.isfinite(self.constraint) and self.constraint > 0):
-            raise ConfigError(f"constraint is {self.constraint}; it must be above 0, or None for none")
+        above_zero("constraint", self.constraint, "none")
         if self.shared and self.side == "output":
             raise ConfigError("a shared block is for side='input'")
-        if self.neumann < 0:
-            raise ConfigError(f"neumann is {self.neumann}; it is a number of terms, 0 for the exact rotation")
+        if self.neumann != 0:
+            positive("neumann (or 0, for the exact rotation)", self.neumann)
 
     @classmethod
     def recognises(cls, names: set[str]) -> bool:
@@ -124,6 +123,11 @@ class OFT(Method):
                 q = rotation.limited_each(q, self.constraint / math.sqrt(len(q)))
         c = rotation.neumann(q, self.neumann) if self.neumann else rotation.cayley(q)
         return c.expand(site.fan_in // c.shape[-1], -1, -1) if self.shared else c
+
+    def fits(self, t: Tensors, site: Site) -> str | None:
+        size = site.rows if self.side == "output" else site.fan_in
+        undivided = f"blocks of {self.block_size} do not divide its {size} {self.side}s"
+        return undivided if size % self.block_size else super().fits(t, site)
 
     @classmethod
     def infer(cls, t: Tensors, alpha: float | None) -> Self:
