@@ -63,9 +63,8 @@ class AdapterLayer(nn.Module):
             return getattr(self.__dict__["base"], name)
 
     def __iter__(self) -> Iterator[Slot]:
-        for slot in self.slots:
-            assert isinstance(slot, Slot)
-            yield slot
+        slots: Any = self._modules["slots"]  # past nn.Module's __getattr__: a model has thousands of slots
+        yield from slots._modules.values()
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """Without the slots: accelerate.cpu_offload, which asks, would look for their tensors in the state dict. They
@@ -213,9 +212,9 @@ class AdapterLayer(nn.Module):
         if wrong := slot.method.fits(slot.tensors(), self.site):
             raise ShapeError(wrong)
         weight: Any = self._parameters[self.site.parameter]
-        slot.train(self.training)
-        if not weight.is_meta:  # offloaded, or not loaded yet: it is moved when it is used
-            slot.to(weight.device)
+        slot.training = self.training
+        if not weight.is_meta and any(p.device != weight.device for p in slot.parameters()):
+            slot.to(weight.device)  # one that is offloaded, or not loaded yet, is moved when it is used
         self.slots.append(slot)
         try:
             self.refresh()
