@@ -268,3 +268,8 @@ def test_unmerge_refuses_a_checkpoint_that_has_changed(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="has changed since the merge"):
         unmerge(model)
     assert model[0].merged
+
+
+def test_a_polynomial_of_a_thousand_million_terms_is_refused() -> None:
+    with pytest.raises(ConfigError, match="64 at most"):
+        OFT(4, "input", neumann=10**9)

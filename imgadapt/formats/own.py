@@ -31,7 +31,9 @@ def _contents(text: str) -> tuple[list[Settings], dict[str, int]]:
     try:
         said = cast("dict[str, Any]", json.loads(text))
         methods = [_values(row) for row in said["methods"]]
-        layers = {str(name): methods[place] and place for name, place in said["layers"].items()}
+        layers = {str(name): int(place) for name, place in said["layers"].items()}
+        if any(not 0 <= place < len(methods) for place in layers.values()):
+            raise ValueError("a layer's method is not in the list")
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise FormatError(f"the metadata '{_KEY}' is not what imgadapt writes: {error!r}") from error
     return methods, layers

@@ -55,6 +55,8 @@ class OFT(Method):
             raise ConfigError("a shared block is for side='input'")
         if self.neumann != 0:
             positive("neumann (or 0, for the exact rotation)", self.neumann)
+            if self.neumann > 64:  # a file may say anything, and each term is a product
+                raise ConfigError(f"neumann is {self.neumann}; it is a number of terms, 64 at most (peft has 5)")
 
     @classmethod
     def recognises(cls, names: set[str]) -> bool:
