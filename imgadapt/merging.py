@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from imgadapt.dequantize import is_plain, restore, values_of
 from imgadapt.errors import StateError, first_few
+from imgadapt.pages import roomy_like
 from imgadapt.sites import Site
 from imgadapt.slot import Slot
 
@@ -48,7 +49,7 @@ def sums(
         raise StateError("the weights are offloaded (on 'meta'): merge before offloading the model")
     if sampled := [slot.name for slot in slots if slot.per_sample]:
         raise StateError(f"the strength of {sampled[0]} differs from sample to sample and cannot be merged")
-    total: Tensor = weight if in_place else torch.empty_like(weight)
+    total: Tensor = weight if in_place else roomy_like(weight)
     add_up(weight, site, slots, total)
     made: dict[str, Tensor] = {} if in_place else {parameter: total}
     for slot in slots:
@@ -107,8 +108,24 @@ def check_finite(values: Tensor, dtype: torch.dtype, slots: Sequence[Slot]) -> N
         )
 
 
+def _rounds_once(dtype: torch.dtype) -> bool:
+    """Whether this processor's products of matrices sum up in fp32 or better, and are rounded to `dtype` at the end."""
+    return dtype.itemsize > 2 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _halved(up: Tensor, down: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """up @ down in a narrow dtype to twice its digits: each is a high and a low half, and low times low is left out."""
+    high_up, high_down = up.to(dtype), down.to(dtype)
+    low_up, low_down = (up - high_up).to(dtype), (down - high_down).to(dtype)
+    return torch.cat([high_up, low_up, high_up], 1), torch.cat([high_down, high_down, low_down])
+
+
 def _add_blocks(original: Tensor, up: Tensor, down: Tensor, out: Tensor, wide: torch.dtype, measure: bool) -> Tensor:
-    """out = original + up @ down, some rows at a time; the least and the greatest of each block, if they are wanted."""
+    """out = original + up @ down; the least and the greatest of each block of rows, if they are wanted."""
+    if not measure and original.device.type == "cpu" and original.dtype == out.dtype and _rounds_once(out.dtype):
+        pair = (up, down) if out.dtype == wide else _halved(up, down, out.dtype)
+        torch.addmm(original, *pair, out=out)
+        return out.new_zeros(())
     rows = max(1, _BLOCK // original.shape[1]) if original.device.type == "cpu" else len(original)
     buffer = torch.empty(min(rows, len(original)), original.shape[1], dtype=wide, device=original.device)
     limits = [buffer.new_zeros(())]

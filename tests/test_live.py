@@ -471,3 +471,20 @@ def test_what_is_no_adapter_is_refused_by_name(adapter: Any) -> None:
         imgadapt.attach(Net(), adapter)
     with pytest.raises(ConfigError, match="it maps names of adapters to strengths"):
         imgadapt.set_weights(Net(), 0.5)  # pyright: ignore[reportArgumentType] # what a user might write
+
+
+def test_a_large_bf16_weight_is_merged_as_if_in_fp32_and_rounded_once() -> None:
+    """Products in bf16 of a high and a low half each; the merged weight lies in pages of its own (over 4 MB)."""
+    model = nn.Sequential(nn.Linear(1100, 2100)).to(torch.bfloat16).requires_grad_(False)
+    for name, rank in (("a", 4), ("b", 16)):
+        imgadapt.attach(model, LoRA(rank=rank, alpha=3), name=name, targets="*")
+        filled(model, name)
+    weight: Any = model[0].weight
+    layer: Any = model[0]
+    exact = weight.float() + sum(0.7 * slot.method.scale * slot.up @ slot.down for slot in layer)
+    imgadapt.set_weights(model, {"a": 0.7, "b": 0.7})
+    imgadapt.merge(model)
+    once = (exact.to(torch.bfloat16).float() - exact).norm()
+    assert (layer.weight.float() - exact).norm() <= 1.001 * once
+    imgadapt.unmerge(model)
+    assert model[0].weight is weight
