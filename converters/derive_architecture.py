@@ -4,8 +4,8 @@
     python converters/derive_architecture.py flux sd3
 
 What the model's own code calls a layer comes from diffusers' checkpoint converters: tensors whose values say "row r of
-module m" go in under the own names (converters/native_names.json: module -> rows), and are read back where they come out,
-fused, split or swapped as they may be. For developers; the data is committed, and a test derives some of it anew.
+module m" go in under the own names (converters/native_names.json: module -> rows), and are read back where they come
+out, fused, split or swapped as they may be. For developers; the data is committed, and a test derives some of it anew.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from imgadapt.targets import layers
 
 HERE = Path(__file__).parent
 ARCH = HERE.parent / "imgadapt" / "arch"
+_NOTHING = torch.full((1, 1), -1, dtype=torch.float64)  # for what a converter asks for and no layer has
 _SHIFT = 2**20  # tag = module * _SHIFT + row, in float64, which holds it exactly
 
 CLIP_L: dict[str, Any] = {
@@ -41,7 +42,8 @@ CLIP_H: dict[str, Any] = {
     "num_attention_heads": 16,
 }
 CLIP_G: dict[str, Any] = {
-    "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20, "projection_dim": 1280,
+    "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
+    "projection_dim": 1280,
 }  # fmt: skip
 T5_XXL: dict[str, Any] = {
     "vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
@@ -143,7 +145,7 @@ ARCHITECTURES: dict[str, Row] = {  # diffusers' class, config (rest: its default
         },
         "ldm_unet",
         {},
-    ),  # fmt: skip
+    ),
     "flux": ("FluxTransformer2DModel", {"guidance_embeds": True}, "flux_transformer_checkpoint", _FLUX_TEXT),
     "flux2": ("Flux2Transformer2DModel", {}, "flux2_transformer_checkpoint", {}),
     "flux2_klein_4b": (
@@ -177,7 +179,7 @@ ARCHITECTURES: dict[str, Row] = {  # diffusers' class, config (rest: its default
     "auraflow": ("AuraFlowTransformer2DModel", {}, "auraflow_transformer_checkpoint", {}),
     "ltx": ("LTXVideoTransformer3DModel", {}, "ltx_transformer_checkpoint", {}),
     "hunyuandit": ("HunyuanDiT2DModel", _HUNYUAN, None, {}),
-    "hunyuanimage": ("HunyuanImageTransformer2DModel", {}, None, {}),
+    "hunyuanimage": ("HunyuanImageTransformer2DModel", {}, "hunyuan_video_transformer", {}),
     "pixart": ("PixArtTransformer2DModel", {}, None, T5_ONLY),
     "sana": ("SanaTransformer2DModel", {}, None, {}),
     "cogview4": ("CogView4Transformer2DModel", {}, None, {}),
@@ -185,9 +187,13 @@ ARCHITECTURES: dict[str, Row] = {  # diffusers' class, config (rest: its default
 
 
 def native(name: str, model: Any, converter: str) -> dict[str, list[list[Any]]]:
-    """Module of diffusers -> [[module of the model's own code, first row, rows], ...]."""
+    """Module of diffusers -> [[module of the model's own code, first row, rows], ...].
+
+    A third number in native_names.json is how many rows the converter, written for a sibling of the model, counts on.
+    """
     listed = json.loads((HERE / "native_names.json").read_text("utf-8"))[name]
-    rows = {module: count for pattern, count in listed for module in _every(pattern)}
+    real = {module: count for pattern, count, *_ in listed for module in _every(pattern)}
+    rows = {module: counts[-1] for pattern, *counts in listed for module in _every(pattern)}
     names = list(rows)
     tagged: dict[str, Tensor] = {}
     for k, module in enumerate(names):
@@ -206,6 +212,8 @@ def native(name: str, model: Any, converter: str) -> dict[str, list[list[Any]]]:
         if not key.endswith(".weight") or not isinstance(tensor, Tensor):
             continue
         tags = tensor.reshape(len(tensor), -1)[:, 0].long()
+        if bool((tags < 0).any()):
+            continue
         runs: list[list[Any]] = []
         for tag in tags.tolist():
             module, row = names[tag // _SHIFT], tag % _SHIFT
@@ -213,7 +221,8 @@ def native(name: str, model: Any, converter: str) -> dict[str, list[list[Any]]]:
                 runs[-1][2] += 1
             else:
                 runs.append([module, row, 1])
-        found[key.removesuffix(".weight")] = runs
+        scaled = [[m, first * real[m] // rows[m], count * real[m] // rows[m]] for m, first, count in runs]
+        found[key.removesuffix(".weight")] = scaled
     return found
 
 
@@ -221,10 +230,10 @@ class _Forgiving(dict[str, Tensor]):
     """Converters ask for tensors that are no layers' weights (embeddings of positions, norms): a dummy for those."""
 
     def __missing__(self, key: str) -> Tensor:
-        return torch.zeros(1, 1, dtype=torch.float64)
+        return _NOTHING.clone()
 
     def pop(self, key: str, *default: Any) -> Any:
-        return super().pop(key, *(default or (torch.zeros(1, 1, dtype=torch.float64),)))
+        return super().pop(key, *(default or (_NOTHING.clone(),)))
 
 
 def _every(pattern: str) -> list[str]:
@@ -250,7 +259,9 @@ def derive(name: str) -> dict[str, Any]:
     for layer in layers(parts):
         component, _, path = canonical(layer.name).partition(".")
         shape, own = list(layer.site.shape), mapped.get(path) if component == denoiser else None
-        if own is not None and (sum(count for *_, count in own) != shape[0] or own == [[path, 0, shape[0]]]):
+        if own is not None and sum(count for *_, count in own) != shape[0]:
+            raise ValueError(f"{name}: {path} has {shape[0]} rows, and {own} came out of the converter")
+        if own == [[path, 0, shape[0]]]:
             own = None
         rows[component].append((path, shape, own))
     source = f"diffusers {diffusers.__version__} {kind}({json.dumps(config)})"
