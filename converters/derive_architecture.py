@@ -11,6 +11,7 @@ out, fused, split or swapped as they may be. For developers; the data is committ
 import argparse
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,7 @@ _SDXL_TEXT: dict[str, Callable[[], nn.Module]] = {
     "text_encoder": lambda: _clip(CLIP_L),
     "text_encoder_2": lambda: _clip_projected(CLIP_G),
 }
+_KLEIN = {"guidance_embeds": False}  # sizes: Klein4BParams, Klein9BParams of flux2/model.py, black-forest-labs/flux2
 _HIDREAM = {
     "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 16, "num_single_layers": 32,
     "attention_head_dim": 128, "num_attention_heads": 20, "caption_channels": [4096, 4096], "text_emb_dim": 2048,
@@ -150,13 +152,13 @@ ARCHITECTURES: dict[str, Row] = {  # diffusers' class, config (rest: its default
     "flux2": ("Flux2Transformer2DModel", {}, "flux2_transformer_checkpoint", {}),
     "flux2_klein_4b": (
         "Flux2Transformer2DModel",
-        {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680},
+        {**_KLEIN, "num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680},
         "flux2_transformer_checkpoint",
         {},
     ),
     "flux2_klein_9b": (
         "Flux2Transformer2DModel",
-        {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288},
+        {**_KLEIN, "num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288},
         "flux2_transformer_checkpoint",
         {},
     ),
@@ -203,6 +205,7 @@ def native(name: str, model: Any, converter: str) -> dict[str, list[list[Any]]]:
         )  # by which it knows a checkpoint of all parts
         tagged[f"{start}{module}.weight"] = tags[:, None]
         tagged[f"{start}{module}.bias"] = tags.clone()
+        tagged[f"{start}{module}.scale"] = tags.clone()  # what Flux and its kin call the weight of a norm
     convert = getattr(single_file_utils, f"convert_{converter}_to_diffusers", None) or getattr(
         single_file_utils, f"convert_{converter}_checkpoint"
     )
@@ -223,6 +226,9 @@ def native(name: str, model: Any, converter: str) -> dict[str, list[list[Any]]]:
                 runs.append([module, row, 1])
         scaled = [[m, first * real[m] // rows[m], count * real[m] // rows[m]] for m, first, count in runs]
         found[key.removesuffix(".weight")] = scaled
+    got = Counter(module for runs in found.values() for module, _, count in runs for _ in range(count))
+    if lost := [module for module, count in real.items() if got[module] != count]:
+        raise ValueError(f"{name}: not all rows of {len(lost)} modules came out of the converter, the first {lost[:3]}")
     return found
 
 
