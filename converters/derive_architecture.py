@@ -116,6 +116,7 @@ _HUNYUAN = {
     "num_attention_heads": 16, "attention_head_dim": 88, "in_channels": 4, "patch_size": 2, "sample_size": 128,
     "hidden_size": 1408, "num_layers": 40, "mlp_ratio": 4.3637, "activation_fn": "gelu-approximate",
 }  # fmt: skip
+_WAN_5B = {"in_channels": 48, "out_channels": 48, "num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30}
 _ANIMA = {
     "in_channels": 16, "num_attention_heads": 16, "attention_head_dim": 128, "num_layers": 28, "text_embed_dim": 1024,
     "adaln_lora_dim": 256, "concat_padding_mask": True, "extra_pos_embed_type": None,
@@ -175,6 +176,13 @@ ARCHITECTURES: dict[str, Row] = {  # diffusers' class, config (rest: its default
         "wan_transformer",
         {},
     ),
+    "wan_i2v": (  # Wan 2.1 with an image's embedding; 2.2's has the layers of "wan"
+        "WanTransformer3DModel",
+        {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
+        "wan_transformer",
+        {},
+    ),
+    "wan22_5b": ("WanTransformer3DModel", _WAN_5B, "wan_transformer", {}),
     "anima": ("CosmosTransformer3DModel", _ANIMA, "cosmos_transformer_checkpoint", {}),
     "lumina2": ("Lumina2Transformer2DModel", _LUMINA, "lumina2", {}),
     "hidream": ("HiDreamImageTransformer2DModel", _HIDREAM, None, {}),
