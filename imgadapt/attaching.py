@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from imgadapt import targets as where
+from imgadapt import tokens
 from imgadapt.arch import canonical
 from imgadapt.dequantize import weight_of
 from imgadapt.errors import ConfigError, FormatError, ShapeError, StateError, TargetError, first_few
@@ -22,6 +23,7 @@ from imgadapt.sites import Kind
 from imgadapt.slot import Dropout, Slot, Strength
 from imgadapt.stored import Stored
 from imgadapt.targets import Layer, Targets
+from imgadapt.whole import settled
 
 
 def attach(
@@ -47,6 +49,7 @@ def attach(
     dropout: what training leaves out, see `Dropout`; a number is the share of the input.
     trainable: whether its tensors require gradients; None: those of a fresh one do, those of a file do not.
 
+    Words that a file brings (embeddings) go into the pipeline's tokenizers and text encoders, at full strength.
     A fresh adapter changes nothing until it is trained; its tensors are fp32 and come from torch's global generator.
     Freeze the base yourself (`unet.requires_grad_(False)`) before training: attach leaves it as it is.
 
@@ -60,19 +63,22 @@ def attach(
     """
     _check_kind(adapter)
     parts = where.components(model)
-    if any(layer.slot(name) is not None for _, layer in where.adapted(parts)):
+    if any(layer.slot(name) is not None for _, layer in where.adapted(parts)) or name in tokens.names(model):
         raise StateError(f"the name '{name}' is taken: detach(model, '{name}') first, or choose another name=")
+    words = adapter.embeddings if isinstance(adapter, AdapterFile) else {}
     if isinstance(adapter, AdapterFile):
-        chosen = _from_file(parts, adapter, targets)
+        chosen = _from_file(parts, adapter, targets) if adapter.parts or not words else []
     else:
         chosen = _fresh(parts, adapter, targets)
     left_out = dropout if isinstance(dropout, Dropout) else Dropout(input=dropout)
     _check_dropout(left_out, chosen)
-    by_layer = strengths(weight, [layer.name for layer, _ in chosen])
+    by_layer = strengths(weight, [layer.name for layer, _ in chosen]) if chosen else {}
     learns = not isinstance(adapter, AdapterFile) if trainable is None else trainable
     try:
         with _uncollected():
             _put_on(chosen, name, by_layer, left_out, learns)
+            if words:
+                tokens.add(model, words, name)
     except BaseException:  # whatever it was (no memory, NaN in a merged layer): nothing stays half attached
         _take_off(parts, [name])
         raise
@@ -116,7 +122,9 @@ def detach(model: Any, *names: str) -> None:
         StateError: a name is not on the model.
     """
     require(model, names)
-    _take_off(where.components(model), names or adapters(model))
+    gone = names or adapters(model)
+    _take_off(where.components(model), gone)
+    tokens.remove(model, gone)
 
 
 def swap(model: Any, file: AdapterFile, *, name: str = "default") -> None:
@@ -243,13 +251,26 @@ def _weight(layer: Layer, method: Method) -> Tensor | None:
     """The pristine weight, for methods that start from it."""
     if not method.needs_weight:
         return None
-    module = layer.module
     try:
-        if isinstance(module, AdapterLayer):
-            return module.pristine()
-        return layer.site.seen(weight_of(module, layer.site.parameter))
+        return _pristine(layer)
     except StateError as error:
         raise StateError(f"{layer.name}: {method.name} starts from the weight, but {error}") from error
+
+
+def _pristine(layer: Layer) -> Tensor:
+    if isinstance(layer.module, AdapterLayer):
+        return layer.module.pristine()
+    return layer.site.seen(weight_of(layer.module, layer.site.parameter))
+
+
+def _pristine_bias(layer: Layer) -> Tensor | None:
+    """Of a layer as it is without adapters; None if it has none."""
+    if layer.site.bias is None:
+        return None
+    if isinstance(layer.module, AdapterLayer) and layer.module.merged:
+        original: Any = layer.module.originals.get(layer.site.bias)
+        return original if isinstance(original, Tensor) else weight_of(layer.module, layer.site.bias)
+    return weight_of(layer.module, layer.site.bias)
 
 
 def _from_file(parts: Mapping[str, nn.Module], file: AdapterFile, targets: Targets | None) -> list[Row]:
@@ -261,10 +282,14 @@ def _from_file(parts: Mapping[str, nn.Module], file: AdapterFile, targets: Targe
         raise TargetError(
             f"the file has no layer that matches targets={targets!r}; it has {first_few(list(file.parts))}"
         )
+    wanted = settled(
+        wanted, live, lambda name: (_pristine(live[name]), live[name].site), lambda name: _pristine_bias(live[name])
+    )
     if unknown := [name for name in wanted if name not in live]:
+        whose = f"the file is for {file.architecture}, " if file.architecture else ""
         raise TargetError(
-            f"{len(unknown)} of the file's {len(wanted)} layers are not in this model ({first_few(unknown)}); "
-            f"the model has {', '.join(parts)}. Is it for another base? targets= can choose a part of a file."
+            f"{len(unknown)} of the file's {len(wanted)} layers are not in this model ({first_few(unknown)}): "
+            f"{whose}the model has {', '.join(parts)}. Is it for another base? targets= can choose a part of a file."
         )
     rows: list[Row] = []
     for key, part in wanted.items():

@@ -12,52 +12,100 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from imgadapt.arch import architectures
+from imgadapt.arch import Architecture, architectures
 from imgadapt.atomic import atomically
+from imgadapt.embeddings import Embedding, read_embeddings, read_pickle, write_embeddings
 from imgadapt.errors import ConfigError, FormatError, first_few
-from imgadapt.formats import DIFFUSERS, FORMATS, Parts, read, write
+from imgadapt.formats import DIFFUSERS, FORMATS, Format, Parts, Step, Writer, architecture_of, exact_alpha, read, write
+from imgadapt.formats.kohya import HASHES
+from imgadapt.formats.peft_config import PEFT_KEY
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter: its layers under canonical names, and its metadata.
+    """An adapter: its layers under canonical names, its embeddings by their tokens, and its metadata.
 
     format, architecture: the tables that knew the file it came from; None for one that was never in a file, or whose
         architecture has no table.
-    unknown: keys that no table knew and that a `load(..., strict=False)` left out.
+    unknown: keys that a `load(..., strict=False)` left out, and why ("": no table knows them).
     """
 
     parts: Parts
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
     format: str | None = None
     architecture: str | None = None
-    unknown: tuple[str, ...] = ()
+    unknown: Mapping[str, str] = field(default_factory=dict[str, str])
+    embeddings: Mapping[str, Embedding] = field(default_factory=dict[str, Embedding])
 
 
 def load(path: str | PathLike[str], *, strict: bool = True) -> AdapterFile:
-    """Read an adapter that any known tool wrote.
+    """Read an adapter that any known tool wrote: a .safetensors file, a .bin or .pt of tensors only, a picture with an
+    embedding in it, or a folder of peft's. Tensors stay in the file until they are used.
 
-    strict: keys that no table knows are an error; else they are listed in `unknown`.
+    strict: what no table knows is an error; else it is listed in `unknown`.
 
     Raises:
-        FormatError: there is no such file, it is not safetensors, or it is not an adapter that imgadapt knows.
+        FormatError: there is no such file, it is not whole, or it is not an adapter that imgadapt knows.
     """
-    tensors, metadata = read_tensors(path)
+    path = Path(path)
+    tensors, metadata = _contents(path)
     try:
-        reading = read(tensors, metadata, FORMATS, architectures(), strict=strict)
+        embeddings, keys = read_embeddings(tensors, metadata, path.stem)
+        rest = {key: tensor for key, tensor in tensors.items() if key not in set(keys)}
+        if embeddings and not rest:
+            return AdapterFile({}, metadata, "embedding", None, {}, embeddings)
+        reading = read(rest, metadata, architectures(), strict=strict)
     except FormatError as error:
         raise FormatError(f"{path}: {error}") from error
-    return AdapterFile(reading.parts, metadata, reading.format, reading.architecture, reading.unknown)
+    return AdapterFile(reading.parts, metadata, reading.format, reading.architecture, reading.unknown, embeddings)
+
+
+def _contents(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file, or of a folder that peft wrote."""
+    if path.is_dir():
+        config = path / "adapter_config.json"
+        files = [
+            path / f"adapter_model.{end}" for end in ("safetensors", "bin") if (path / f"adapter_model.{end}").is_file()
+        ]
+        if not config.is_file() or not files:
+            raise FormatError(
+                f"{path}: a folder without adapter_config.json and adapter_model.safetensors, as peft writes"
+            )
+        tensors, metadata = _contents(files[0])
+        try:
+            return tensors, {**metadata, PEFT_KEY: config.read_text("utf-8")}
+        except (OSError, UnicodeDecodeError) as error:
+            raise FormatError(f"{config}: {error}") from error
+    if path.suffix.lower() in (".bin", ".pt", ".pth", ".ckpt", ".png", ".webp"):
+        if not path.is_file():
+            raise FormatError(f"{path}: no such file")
+        return read_pickle(path)
+    return read_tensors(path)
+
+
+def plan(file: AdapterFile, format: str) -> list[Step]:
+    """What writing a file in a format costs, layer by layer, before anything is written.
+
+    Raises:
+        ConfigError: no such format.
+    """
+    return Writer(_format(format), _architecture(file), architectures()).steps(file.parts)
 
 
 def save(
-    file: AdapterFile, path: str | PathLike[str], *, format: str | None = None, dtype: torch.dtype | None = None
+    file: AdapterFile,
+    path: str | PathLike[str],
+    *,
+    format: str | None = None,
+    dtype: torch.dtype | None = None,
+    dense: bool = False,
 ) -> Path:
     """Write an adapter in a tool's format; the file is whole or, on any failure, as before. Returns its path.
 
-    format: a name of `imgadapt.formats.FORMATS`; None: "diffusers" where that has a word for all of it (LoRA), else
-        "imgadapt". dtype: cast the tensors (None: keep theirs).
-    The same adapter gives the same bytes.
+    format: a name of `imgadapt.formats.FORMATS`; None: the one it came in, or "diffusers" where that has a word for all
+        of it (LoRA), else "imgadapt". "peft" writes a folder where the path has no suffix. dtype: cast the tensors
+        (None: keep theirs). dense: write whole differences of what the format has no word for (see `plan`).
+    The same adapter gives the same bytes. What has not changed since it was read in this format is written as it was.
 
     Raises:
         ConfigError: no such format, or a dtype that is not one of floating-point numbers in files.
@@ -68,21 +116,62 @@ def save(
         raise ConfigError(
             f"{type(file).__name__} is no adapter; wanted what `load` or `collect` gave, and then the path"
         )
-    if format is None:
-        format = "diffusers" if all(DIFFUSERS.says(part) for part in file.parts.values()) else "imgadapt"
-    form = next((f for f in FORMATS if f.name == format), None)
-    if form is None:
-        raise ConfigError(f"no format '{format}'; there are: {', '.join(f.name for f in FORMATS)}")
+    architecture = _architecture(file)
+    form = _default(file, architecture) if format is None else _format(format)
     if dtype is not None and not (dtype in _DTYPES and dtype.is_floating_point):
         raise ConfigError(f"an adapter cannot be written as {dtype}; wanted a floating-point dtype of safetensors")
     others = {key for f in FORMATS if f is not form for key in f.own_metadata}
-    tensors, metadata = write(form, file.parts, {k: v for k, v in file.metadata.items() if k not in others})
+    kept = {key: value for key, value in file.metadata.items() if key not in others}
+    if file.parts or not file.embeddings:
+        tensors, metadata = write(Writer(form, architecture, architectures(), dense), file.parts, kept)
+    else:
+        tensors, metadata = {}, kept
+    if file.embeddings:
+        own = {"diffusers": "diffusers", "kohya": "kohya", "onetrainer": "pair"}
+        in_form = write_embeddings(file.embeddings, "bundled" if file.parts else own.get(format or ""))  # pyright: ignore[reportArgumentType] # they are forms
+        tensors = {**tensors, **in_form}
     if dtype is not None:
-        tensors = {k: v if form.alpha and k.endswith(f".{form.alpha}") else v.to(dtype) for k, v in tensors.items()}
-    if broken := [key for key, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]:
+        tensors = exact_alpha(tensors, dtype)
+    if broken := [key for key, tensor in tensors.items() if not _finite(tensor)]:
         raise FormatError(f"NaN or infinity in {first_few(broken)}; {path} is not written")
-    write_tensors(Path(path), tensors, metadata)
-    return Path(path)
+    if HASHES[0] in form.own_metadata and file.parts:
+        metadata |= _kohya_hashes(tensors, metadata)
+    path = Path(path)
+    if form.name == "peft" and not path.suffix:
+        config = metadata.pop(PEFT_KEY)
+        path.mkdir(parents=True, exist_ok=True)
+        write_tensors(path / "adapter_model.safetensors", tensors, metadata)
+        with atomically(path / "adapter_config.json") as written:
+            written.write(json.dumps(json.loads(config), indent=2).encode())
+        return path
+    write_tensors(path, tensors, metadata)
+    return path
+
+
+def _format(name: str) -> Format:
+    form = next((f for f in FORMATS if f.name == name), None)
+    if form is None:
+        raise ConfigError(f"no format '{name}'; there are: {', '.join(f.name for f in FORMATS)}")
+    return form
+
+
+def _default(file: AdapterFile, architecture: Architecture | None) -> Format:
+    came_in = [f for f in FORMATS if f.name == file.format]
+    for form in (*came_in, DIFFUSERS):
+        if all(
+            step.loss in ("exact", "aligned") for step in Writer(form, architecture, architectures()).steps(file.parts)
+        ):
+            return form
+    return _format("imgadapt")
+
+
+def _architecture(file: AdapterFile) -> Architecture | None:
+    named = next((a for a in architectures() if a.name == file.architecture), None)
+    return named if named is not None else architecture_of(file.parts, architectures())
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor.float()).all())
 
 
 def read_tensors(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -112,6 +201,9 @@ _DTYPES = {
 }  # fmt: skip
 
 
+_ORDER = ("U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL")  # fmt: skip  # noqa: E501
+
+
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and values, whatever the order."""
     digest = hashlib.sha256()
@@ -138,7 +230,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """
     if wrong := [key for key, value in metadata.items() if not (isinstance(key, str) and isinstance(value, str))]:
         raise FormatError(f"metadata maps text to text in safetensors; {first_few([str(key) for key in wrong])} is not")
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # aligned, as safetensors does
+    text, order = _header(tensors, metadata)
+    with atomically(path) as file:
+        file.write(text)
+        for name in order:
+            file.write(_bytes(tensors[name]))
+
+
+def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
+    """What a safetensors file begins with, and the order of its tensors, the package's: by dtype, then by name."""
+    rank = {dtype: k for k, dtype in enumerate(_ORDER)}
+    order = sorted(tensors, key=lambda name: (rank[_DTYPES[tensors[name].dtype]], name))
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     end = 0
     for name in order:
@@ -147,7 +249,20 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with atomically(path) as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in order:
-            file.write(_bytes(tensors[name]))
+    return struct.pack("<Q", len(text)) + text, order
+
+
+def _kohya_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """What sd-scripts writes of a file: SHA-256 of all its tensors, and A1111's older one, of 64 KiB at 1 MiB, where
+    the file has the `ss_` entries alone (library/train_util.py: precalculate_safetensors_hashes). LyCORIS writes 0x
+    before the first.
+    """
+    text, order = _header(tensors, {key: value for key, value in metadata.items() if key.startswith("ss_")})
+    model, legacy, place = hashlib.sha256(), hashlib.sha256(), 0
+    for chunk in (text, *(_bytes(tensors[name]) for name in order)):
+        model.update(chunk if place else b"")
+        first, last = max(0, 0x100000 - place), max(0, 0x110000 - place)
+        legacy.update(chunk[first:last])
+        place += len(chunk)
+    start = "0x" if metadata.get(HASHES[0], "").startswith("0x") else ""
+    return {HASHES[0]: start + model.hexdigest(), HASHES[1]: legacy.hexdigest()[:8]}

@@ -131,6 +131,8 @@ class AdapterLayer(nn.Module):
         for adapter in ready:
             if adapter.way.act:
                 out = adapter.act(x, y, out)
+            if not adapter.way.dense and (bias := adapter.bias_delta()) is not None:
+                out = out + adapter.scaled(self.site.along(bias).expand_as(out)).to(out.dtype)
         for adapter in dense:
             out = self._add_dense(adapter, x, out)
         return out

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from imgadapt import targets as where
+from imgadapt import tokens
 from imgadapt.arch import canonical
 from imgadapt.errors import ConfigError, StateError, TargetError, first_few
 from imgadapt.file import AdapterFile
@@ -29,7 +30,8 @@ Places = str | PathLike[str] | Mapping[str, str | PathLike[str]]
 
 
 def set_weights(model: Any, weights: Mapping[str, Weight]) -> None:
-    """Change the strengths of the named adapters; the others keep theirs. Merged layers are merged anew.
+    """Change the strengths of the named adapters; the others keep theirs. Merged layers are merged anew. Words that an
+    adapter brought have no strength.
 
     Raises:
         StateError: a name is not on the model, or a merge is not finite (all strengths are then as before).
@@ -38,7 +40,7 @@ def set_weights(model: Any, weights: Mapping[str, Weight]) -> None:
     if not isinstance(weights, Mapping):
         raise ConfigError(f"weights is {weights!r}; it maps names of adapters to strengths: {{'default': 0.5}}")
     rows = [(layer, slot) for _, layer in where.wrappers(where.components(model)) for slot in layer]
-    _require(weights, (slot.name for _, slot in rows))
+    _require(weights, (*(slot.name for _, slot in rows), *tokens.names(model)))
     wanted: dict[Slot, Strength] = {}
     for name, weight in weights.items():
         if isinstance(weight, Mapping):
@@ -176,7 +178,7 @@ def disabled(model: Any) -> Generator[None]:
 
 def adapters(model: Any) -> list[str]:
     """Names of the attached adapters, in the order they came."""
-    return list(dict.fromkeys(slot.name for _, _, slot in slots(model)))
+    return list(dict.fromkeys((*(slot.name for _, _, slot in slots(model)), *tokens.names(model))))
 
 
 def parameters(model: Any, name: str = "default") -> list[nn.Parameter]:
@@ -189,19 +191,22 @@ def parameters(model: Any, name: str = "default") -> list[nn.Parameter]:
 
 
 def collect(model: Any, name: str = "default") -> AdapterFile:
-    """The adapter `name` as a file in memory; its tensors are copies, on the CPU, in their own dtype.
+    """The adapter `name` as a file in memory; its tensors are copies, on the CPU, in their own dtype. Words that it
+    brought are in it.
 
     Under FSDP2 the shards are gathered: every process must call it.
 
     Raises:
         StateError: it is not on the model.
     """
+    brought = tokens.embeddings(model, name)
+    rows = [] if brought and all(slot.name != name for _, _, slot in slots(model)) else slots(model, name)
     parts = {
         canonical(layer_name): Part(slot.method, {key: _whole(tensor) for key, tensor in slot.tensors().items()})
-        for layer_name, _, slot in slots(model, name)
+        for layer_name, _, slot in rows
         if not slot.absent
     }
-    return AdapterFile(parts)
+    return AdapterFile(parts, embeddings=brought)
 
 
 def _whole(tensor: Any) -> Tensor:

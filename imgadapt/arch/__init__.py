@@ -65,7 +65,8 @@ class Architecture:
             if component not in named:
                 continue
             start = 0
-            for name, first, rows in native if native is not None else [[path, 0, shape[0]]]:
+            pieces: list[Any] = native if native is not None else [[path, 0, shape[0]]]
+            for name, first, rows in pieces:
                 found.setdefault(f"{component}.{name}", []).append(Slice(f"{component}.{path}", start, first, rows))
                 start += rows
         return {name: tuple(slices) for name, slices in found.items()}

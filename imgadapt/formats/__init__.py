@@ -1,11 +1,14 @@
 """File formats of the tools, as tables that both read and write."""
 
-from imgadapt.formats.diffusers import DIFFUSERS
-from imgadapt.formats.kohya import KOHYA
-from imgadapt.formats.own import OWN
-from imgadapt.formats.part import Part, Parts
-from imgadapt.formats.table import Format, Reading, read, write
+from imgadapt.formats.format import Format
+from imgadapt.formats.part import Part, Parts, Source
+from imgadapt.formats.reading import Reading, architecture_of, read
+from imgadapt.formats.tools import DIFFUSERS, KOHYA, TOOLS
+from imgadapt.formats.writing import Step, Writer, exact_alpha, write
 
-FORMATS: tuple[Format, ...] = (KOHYA, DIFFUSERS, OWN)
+FORMATS: tuple[Format, ...] = TOOLS
 
-__all__ = ["DIFFUSERS", "FORMATS", "Format", "Part", "Parts", "Reading", "read", "write"]
+__all__ = [
+    "DIFFUSERS", "FORMATS", "KOHYA", "Format", "Part", "Parts", "Reading", "Source", "Step", "Writer",
+    "architecture_of", "exact_alpha", "read", "write",
+]  # fmt: skip

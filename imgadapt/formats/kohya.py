@@ -1,26 +1,29 @@
-"""kohya sd-scripts: flattened names, alpha as a tensor (networks/lora.py of kohya-ss/sd-scripts)."""
+"""The metadata that kohya's sd-scripts write, and LyCORIS."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from imgadapt.formats.part import Parts
-from imgadapt.formats.table import Format, Settings
+
+OWN = ("ss_network_module", "ss_network_dim", "ss_network_alpha")
+HASHES = ("sshs_model_hash", "sshs_legacy_hash")
+"""They are of the tensors, so whoever writes the file adds them (`file.py`)."""
 
 
-def _settings(metadata: Mapping[str, str], name: str) -> Settings:
-    return {}  # all is in the tensors
-
-
-def _metadata(parts: Parts, old: Mapping[str, str]) -> dict[str, str]:
+def metadata_for(module: str) -> Callable[[Parts, Mapping[str, str]], dict[str, str]]:
     """What A1111 and ComfyUI's managers show; mixed ranks are summed up as the largest, as sd-scripts does."""
-    ranks = [part.method.file_rank or 0 for part in parts.values()]
-    alphas = [part.method.scale * rank for part, rank in zip(parts.values(), ranks, strict=True)]
-    new = {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(max(ranks)),
-        "ss_network_alpha": f"{alphas[ranks.index(max(ranks))]:g}",
-    }
-    still_true = _same(old, new, "ss_network_dim") and _same(old, new, "ss_network_alpha")
-    return {key: old.get(key, value) for key, value in new.items()} if still_true else new
+
+    def metadata(parts: Parts, old: Mapping[str, str]) -> dict[str, str]:
+        ranks = [part.method.file_rank or 0 for part in parts.values()]
+        alphas = [(part.method.file_alpha or 0.0) for part in parts.values()]
+        new = {
+            "ss_network_module": module,
+            "ss_network_dim": str(max(ranks)),
+            "ss_network_alpha": f"{alphas[ranks.index(max(ranks))]:g}",
+        }
+        still_true = _same(old, new, "ss_network_dim") and _same(old, new, "ss_network_alpha")
+        return {key: old.get(key, value) for key, value in new.items()} if still_true else new
+
+    return metadata
 
 
 def _same(old: Mapping[str, str], new: Mapping[str, str], key: str) -> bool:
@@ -29,17 +32,3 @@ def _same(old: Mapping[str, str], new: Mapping[str, str], key: str) -> bool:
         return float(old.get(key, "nan")) == float(new[key])
     except ValueError:
         return False
-
-
-KOHYA = Format(
-    name="kohya",
-    prefixes={"unet": "lora_unet_", "text_encoder": "lora_te_"},
-    separator="_",
-    spelling={"lora": {"down": "lora_down.weight", "up": "lora_up.weight"}},
-    also={},
-    alpha="alpha",
-    settings=_settings,
-    metadata=_metadata,
-    prefixes_of={"sdxl": {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}},
-    own_metadata=("ss_network_module", "ss_network_dim", "ss_network_alpha"),
-)

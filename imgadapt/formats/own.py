@@ -9,13 +9,17 @@ from dataclasses import fields
 from functools import lru_cache
 from typing import Any, cast
 
-from imgadapt.errors import FormatError
-from imgadapt.formats.part import Parts
-from imgadapt.formats.table import Format, Settings
+from torch import Tensor
+
+from imgadapt.errors import FormatError, ImgadaptError
+from imgadapt.formats.format import Format
+from imgadapt.formats.part import Part, Parts, Source
+from imgadapt.formats.spelling import own
 from imgadapt.methods import METHODS, Method
 from imgadapt.targets import DENOISERS, TEXT_ENCODERS
 
-_KEY = "imgadapt"
+KEY = "imgadapt"
+"""Metadata entry."""
 
 
 def _described(method: Method) -> dict[str, Any]:
@@ -27,24 +31,29 @@ def _described(method: Method) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=8)  # one file asks for every layer
-def _contents(text: str) -> tuple[list[Settings], dict[str, int]]:
+def _contents(text: str) -> tuple[list[tuple[type[Method], dict[str, Any]]], dict[str, int]]:
     try:
         said = cast("dict[str, Any]", json.loads(text))
-        methods = [_values(row) for row in said["methods"]]
+        rows = [(_values(row), _kind(row)) for row in said["methods"]]
+        methods = [(kind, values) for values, kind in rows]
         layers = {str(name): int(place) for name, place in said["layers"].items()}
         if any(not 0 <= place < len(methods) for place in layers.values()):
             raise ValueError("a layer's method is not in the list")
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-        raise FormatError(f"the metadata '{_KEY}' is not what imgadapt writes: {error!r}") from error
+        raise FormatError(f"the metadata '{KEY}' is not what imgadapt writes: {error!r}") from error
     return methods, layers
 
 
-def _values(row: Mapping[str, Any]) -> Settings:
+def _kind(row: Mapping[str, Any]) -> type[Method]:
+    return next(m for m in METHODS if m.name == row["method"])
+
+
+def _values(row: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a method; ValueError where it is none."""
     kind = next((m for m in METHODS if m.name == row["method"]), None)
-    if kind is None or {field.name for field in fields(kind)} != set(row) - {"method"}:
+    if kind is None or not set(row) - {"method"} <= {field.name for field in fields(kind)}:
         raise ValueError(f"no method {row}")
-    if wrong := [f.name for f in fields(kind) if f.type is bool and not isinstance(row[f.name], bool)]:
+    if wrong := [f.name for f in fields(kind) if f.type is bool and not isinstance(row.get(f.name, False), bool)]:
         raise ValueError(f"{wrong[0]} is {row[wrong[0]]!r}, wanted true or false")
     return {name: _made(value) for name, value in row.items() if name != "method"}
 
@@ -54,32 +63,68 @@ def _made(value: Any) -> Any:
         return value
     row = cast("dict[str, Any]", value)
     values = _values(row)
-    return next(m for m in METHODS if m.name == row["method"])(**values)
+    return _kind(row)(**values)
 
 
-def _settings(metadata: Mapping[str, str], name: str) -> Settings:
-    methods, layers = _contents(metadata.get(_KEY, ""))
-    if name not in layers:
-        raise FormatError(f"the metadata '{_KEY}' does not say how {name} was trained")
-    return methods[layers[name]]
+def is_own(metadata: Mapping[str, str]) -> bool:
+    return KEY in metadata
+
+
+def read_own(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[dict[str, Part], dict[str, str]]:
+    """(layers, keys that no layer has -> why); of the format that names everything as we do.
+
+    Raises:
+        FormatError: the metadata is not what imgadapt writes.
+    """
+    methods, layers = _contents(metadata.get(KEY, ""))
+    found: dict[str, dict[str, Tensor]] = {}
+    unknown: dict[str, str] = {}
+    for key, tensor in tensors.items():
+        name, _, end = key.rpartition(".")
+        if end not in _NAMES:
+            unknown[key] = "no tensor of any method"
+        elif name not in layers:
+            unknown[key] = f"the metadata '{KEY}' does not say how {name} was trained"
+        else:
+            found.setdefault(name, {})[end] = tensor
+    for name in layers.keys() - found.keys():
+        unknown[name] = f"the metadata '{KEY}' has this layer, and the file does not"
+    parts: dict[str, Part] = {}
+    for name, t in found.items():
+        kind, values = methods[layers[name]]
+        try:
+            method = kind(**values)
+            if not kind.recognises(set(t)):
+                raise ValueError(f"{', '.join(sorted(t))} are not {kind.name}, whole: it lost a tensor")
+            inferred = method.infer(t, method.file_alpha)
+            if method.file_rank != inferred.file_rank:
+                raise ValueError(f"its tensors are of rank {inferred.file_rank}, and the metadata says {method}")
+            keys = {f"{name}.{end}": tensor for end, tensor in t.items()}
+            parts[name] = Part(method, t, Source("imgadapt", keys))
+        except (ValueError, TypeError, ImgadaptError) as error:
+            unknown |= {f"{name}.{end}": f"{name}: {error}" for end in t}
+    return parts, unknown
+
+
+def nothing(parts: Parts, old: Mapping[str, str]) -> dict[str, str]:
+    """No metadata of its own."""
+    return {}
 
 
 def _metadata(parts: Parts, old: Mapping[str, str]) -> dict[str, str]:
     methods = list(dict.fromkeys(part.method for part in parts.values()))
     layers = {name: methods.index(part.method) for name, part in parts.items()}
-    return {_KEY: json.dumps({"methods": [_described(m) for m in methods], "layers": layers}, sort_keys=True)}
+    return {KEY: json.dumps({"methods": [_described(m) for m in methods], "layers": layers}, sort_keys=True)}
 
 
 _NAMES = {tensor: tensor for method in METHODS for tensor in (*method.tensors, *method.optional)}
 
 OWN = Format(
-    name="imgadapt",
-    prefixes={component: f"{component}." for component in (*DENOISERS, *TEXT_ENCODERS, "model")},
-    separator=".",
-    spelling={method.name: _NAMES for method in METHODS},
-    also={},
-    alpha=None,
-    settings=_settings,
-    metadata=_metadata,
-    own_metadata=(_KEY,),
+    "imgadapt",
+    "imgadapt, for any method",
+    {component: f"{component}." for component in (*DENOISERS, *TEXT_ENCODERS, "model")},
+    own,
+    tuple(_NAMES),
+    _metadata,
+    own_metadata=(KEY,),
 )

@@ -80,17 +80,18 @@ class DoRA(Method):
         return whole * self._along(c, whole) - weight
 
     def bias_delta(self, t: Tensors) -> Tensor | None:
-        return self.inner.bias_delta(t)
+        bias = self.inner.bias_delta(t)
+        return None if bias is None else self.inner.scale * bias
 
     def way(self, site: Site) -> Way:
         inner = self.inner.way(site)
         if inner.dense:
             return Way()
         if self.axis == "output":
-            linear = ("less", "up") if inner.pair else ("less", "times")
+            linear = ("less", "up", "bias") if inner.pair else ("less", "times")
             return Way(pair=inner.pair, act=True, input=not inner.pair, output=True, weight=True, linear=linear)
         plain = inner.pair and site.kind in ("linear", "conv")
-        return Way(pair=True, turn=True, weight=True, linear=("less", "up")) if plain else Way()
+        return Way(pair=True, turn=True, weight=True, linear=("less", "up", "bias")) if plain else Way()
 
     def operands(self, t: Tensors, site: Site, weight: Tensor | None) -> Tensors:
         """`less` = c - 1 with c = magnitude / norm; inner's operands with c and its scale in them, or c as `times`."""
@@ -104,10 +105,10 @@ class DoRA(Method):
         c = t["magnitude"] / norm
         if pair is None:
             return {**o, "less": c - 1, "times": c * s}
-        up, down = o["up"] * s, o["down"]
+        up, down, bias = o["up"] * s, o["down"], {"bias": o["bias"] * s} if "bias" in o else {}
         if self.axis == "output":
-            return {"up": up * c[:, None], "down": down, "less": c - 1}
-        return {"up": up, "down": down * self._along(c, down), "less": c - 1}
+            return {"up": up * c[:, None], "down": down, "less": c - 1, **bias}
+        return {"up": up, "down": down * self._along(c, down), "less": c - 1, **bias}
 
     def turn(self, o: Tensors, site: Site, x: Tensor, onto: Tensor | None) -> Tensor:
         less = site.along(o["less"].repeat(site.groups))

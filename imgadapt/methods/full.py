@@ -1,6 +1,6 @@
 """Full: a difference of the whole weight, and of the bias; Norm: the same for norms (LyCORIS `full`, `norm`)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
@@ -15,9 +15,12 @@ class Full(Method):
     """delta = diff, of the weight's shape; the bias, where the layer has one, changes by `diff_b` (out,).
 
     bias: whether it has diff_b. A layer without bias has none, whatever is asked.
+    absolute: the tensors are the weight and the bias themselves, as some files have them; `attach` makes them into
+        differences from the base.
     """
 
     bias: bool = True
+    absolute: bool = False
 
     name = "full"
     tensors = ("diff",)
@@ -26,7 +29,7 @@ class Full(Method):
     of_bias: ClassVar[str] = "diff_b"
 
     def at(self, site: Site) -> Self:
-        return type(self)(bias=self.bias and site.bias is not None)
+        return replace(self, bias=self.bias and site.bias is not None)
 
     def shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
         bias = {self.of_bias: (site.rows,)} if self.bias else {}

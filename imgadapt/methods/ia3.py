@@ -17,6 +17,8 @@ class IA3(Method):
 
     axis: "output", or "input" (peft's `feedforward_modules`, LyCORIS' `train_on_input`).
     absolute: vector is the factor itself, 1 when fresh, as peft stores it; else what is added to 1, as LyCORIS does.
+    bias: the bias changes, too, by `diff_b` (out,). peft multiplies it like the rest of the output, so `attach` makes
+        this of its files.
 
     Raises:
         ConfigError: an axis that is neither.
@@ -24,9 +26,11 @@ class IA3(Method):
 
     axis: Literal["output", "input"] = "output"
     absolute: bool = False
+    bias: bool = False
 
     name = "ia3"
     tensors = ("vector",)
+    optional = ("diff_b",)
     needs_weight = True
 
     def __post_init__(self) -> None:
@@ -39,10 +43,12 @@ class IA3(Method):
         return super().check(site)
 
     def shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
-        return {"vector": (site.shape[0 if self.axis == "output" else 1],)}
+        bias = {"diff_b": (site.rows,)} if self.bias else {}
+        return {"vector": (site.shape[0 if self.axis == "output" else 1],), **bias}
 
     def init(self, site: Site, weight: Tensor | None) -> dict[str, Tensor]:
-        return {"vector": (torch.ones if self.absolute else torch.zeros)(self.shapes(site)["vector"])}
+        made = {name: torch.zeros(shape) for name, shape in self.shapes(site).items()}
+        return {**made, "vector": made["vector"] + float(self.absolute)}
 
     def delta(self, t: Tensors, site: Site, weight: Tensor | None) -> Tensor:
         assert weight is not None
@@ -51,10 +57,13 @@ class IA3(Method):
 
     def way(self, site: Site) -> Way:
         on_output = self.axis == "output"
-        return Way(turn=not on_output, act=on_output, output=on_output, linear=("less",))
+        return Way(turn=not on_output, act=on_output, output=on_output, linear=("less", "bias"))
 
     def operands(self, t: Tensors, site: Site, weight: Tensor | None) -> Tensors:
-        return {"less": self._less(t)}
+        return {"less": self._less(t), **({"bias": t["diff_b"]} if "diff_b" in t else {})}
+
+    def bias_delta(self, t: Tensors) -> Tensor | None:
+        return t.get("diff_b")
 
     def _less(self, t: Tensors) -> Tensor:
         return t["vector"] - 1 if self.absolute else t["vector"]
@@ -72,4 +81,4 @@ class IA3(Method):
     def infer(cls, t: Tensors, alpha: float | None) -> Self:
         if t["vector"].ndim != 1:
             raise ShapeError(f"vector is {tuple(t['vector'].shape)}, wanted (channels,)")
-        return cls()
+        return cls(bias="diff_b" in t)

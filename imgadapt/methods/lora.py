@@ -30,6 +30,7 @@ class LoRA(Method):
     rank_stabilised: by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732).
     tucker: on convolutions with a kernel above 1, down is (rank, in / groups, *1) and a core `mid`
         (rank, rank, *kernel) stands between (LoCon's `use_tucker`, KohakuBlueleaf/LyCORIS modules/locon.py).
+    bias: the layer's bias changes, too, by `bias` (out,) at the same scale (peft's `lora_bias`).
 
     Raises:
         ConfigError: rank below 1, or alpha not a finite positive number.
@@ -39,10 +40,11 @@ class LoRA(Method):
     alpha: float | None = None
     rank_stabilised: bool = False
     tucker: bool = False
+    bias: bool = False
 
     name = "lora"
     tensors = ("down", "up")
-    optional = ("mid",)
+    optional = ("mid", "bias")
 
     def __post_init__(self) -> None:
         positive("rank", self.rank)
@@ -64,20 +66,30 @@ class LoRA(Method):
         return super().check(site) or too_large(self.rank, site)
 
     def at(self, site: Site) -> Self:
-        return replace(self, tucker=self.tucker and math.prod(site.kernel) > 1)
+        return replace(
+            self, tucker=self.tucker and math.prod(site.kernel) > 1, bias=self.bias and site.bias is not None
+        )
 
     def shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
-        up = (site.rows, self.rank, *site.ones)
+        up, bias = (site.rows, self.rank, *site.ones), {"bias": (site.rows,)} if self.bias else {}
         if self.tucker:
             core = (self.rank, self.rank, *site.kernel)
-            return {"down": (self.rank, site.shape[1], *site.ones), "mid": core, "up": up}
-        return {"down": (self.rank, *site.shape[1:]), "up": up}
+            return {"down": (self.rank, site.shape[1], *site.ones), "mid": core, "up": up, **bias}
+        return {"down": (self.rank, *site.shape[1:]), "up": up, **bias}
 
     def init(self, site: Site, weight: Tensor | None) -> dict[str, Tensor]:
         made = {name: torch.zeros(shape) for name, shape in self.shapes(site).items()}
-        for name in made.keys() - {"up"}:
+        for name in made.keys() - {"up", "bias"}:
             nn.init.kaiming_uniform_(made[name], a=math.sqrt(5))
         return made
+
+    def fits(self, t: Tensors, site: Site) -> str | None:
+        if self.bias and site.bias is None:
+            return "bias is there, and this layer has none"
+        return super().fits(t, site)
+
+    def bias_delta(self, t: Tensors) -> Tensor | None:
+        return t.get("bias")
 
     def delta(self, t: Tensors, site: Site, weight: Tensor | None) -> Tensor:
         up, down = self._pair(t)
@@ -91,11 +103,11 @@ class LoRA(Method):
         return None
 
     def way(self, site: Site) -> Way:
-        return Way(pair=True, linear=("up",))
+        return Way(pair=True, linear=("up", "bias"))
 
     def operands(self, t: Tensors, site: Site, weight: Tensor | None) -> Tensors:
         up, down = self._pair(t)
-        return {"up": up, "down": down}
+        return {"up": up, "down": down, **({"bias": t["bias"]} if "bias" in t else {})}
 
     def _pair(self, t: Tensors) -> tuple[Tensor, Tensor]:
         """up (out, rank), down (rank, in / groups, *kernel)."""
@@ -109,7 +121,7 @@ class LoRA(Method):
         up, down = t["up"], t["down"]
         if up.ndim < 2 or down.ndim < 2 or up.shape[1] != down.shape[0]:
             raise ShapeError(f"up is {tuple(up.shape)} and down {tuple(down.shape)}: their ranks differ")
-        return cls(rank=down.shape[0], alpha=alpha, tucker="mid" in t)
+        return cls(rank=down.shape[0], alpha=alpha, tucker="mid" in t, bias="bias" in t)
 
     def pair(self, t: Tensors, site: Site) -> tuple[Tensor, Tensor] | None:
         up, down = self._pair(t)

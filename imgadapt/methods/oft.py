@@ -31,7 +31,8 @@ class OFT(Method):
     layers, 1x1 convolutions, every output side); elsewhere the weight is turned.
 
     Raises:
-        ConfigError: block_size below 2, a side that is neither, a constraint not above 0, shared on the output side.
+        ConfigError: block_size below 1 (2, for a fresh one), a side that is neither, a constraint not above 0, shared
+            on the output side.
     """
 
     block_size: int = 32
@@ -72,6 +73,8 @@ class OFT(Method):
         if self.side == "input" and site.kind == "embedding":
             return "its inputs are token ids, which no rotation mixes; use side='output'"
         size = rotation.rotated_size(site, self.side)
+        if self.block_size == 1:  # LyCORIS' files have such, on layers of few outputs, for the sake of `rescale`
+            return None
         return None if _divisor(size, self.block_size) > 1 else f"no block of 2 to {self.block_size} divides {size}"
 
     def at(self, site: Site) -> Self:
@@ -85,6 +88,8 @@ class OFT(Method):
         return {"packed": (1 if self.shared else site.fan_in // b, b * (b - 1) // 2), **rescale}
 
     def init(self, site: Site, weight: Tensor | None) -> dict[str, Tensor]:
+        if self.block_size == 1:
+            raise ConfigError("block_size is 1; blocks of one turn nothing")
         return {k: (torch.ones if k == "rescale" else torch.zeros)(shape) for k, shape in self.shapes(site).items()}
 
     def delta(self, t: Tensors, site: Site, weight: Tensor | None) -> Tensor:

@@ -1,0 +1,112 @@
+"""Names: what the tools write before a layer's path, and which layer that is.
+
+Names are never parsed: every layer of an architecture is spelled forward, in diffusers' naming and in the one of the
+model's own code, dotted and flattened, and keys are looked up.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+from imgadapt.arch import Architecture, canonical
+from imgadapt.targets import DENOISERS, TEXT_ENCODERS
+
+Naming = Literal["diffusers", "native"]
+_EVERY = (*DENOISERS, *TEXT_ENCODERS)
+_DENOISER = ("unet", "transformer", "transformer_2")
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What keys begin with: for which components (the first that has the layer), and what separates their paths."""
+
+    text: str
+    components: tuple[str, ...]
+    separator: str = "."
+
+
+PREFIXES: tuple[Prefix, ...] = (
+    Prefix("lora_unet__", _DENOISER, "_"),  # Wan-Fun
+    Prefix("lora_unet_", _DENOISER, "_"),
+    Prefix("oft_unet_", _DENOISER, "_"),
+    Prefix("lora_transformer_", _DENOISER, "_"),  # OneTrainer's own
+    Prefix("lora_te_", ("text_encoder",), "_"),
+    Prefix("lora_te1_", ("text_encoder",), "_"),
+    Prefix("lora_te2_", ("text_encoder_2",), "_"),
+    Prefix("lora_te3_", ("text_encoder_3", "text_encoder_2"), "_"),  # Flux: te3 of sd-scripts, te2 of OneTrainer
+    Prefix("lora_prior_unet_", ("prior",), "_"),
+    Prefix("lora_prior_te_", ("text_encoder",), "_"),
+    Prefix("lycoris_", _EVERY, "_"),
+    Prefix("model.diffusion_model.", _DENOISER),
+    Prefix("diffusion_model.", _DENOISER),
+    Prefix("transformer.", ("transformer", "unet")),  # ai-toolkit says so of UNets, too
+    Prefix("transformer_2.", ("transformer_2",)),
+    Prefix("unet.", ("unet",)),
+    Prefix("prior.", ("prior",)),
+    Prefix("text_encoder.", ("text_encoder",)),
+    Prefix("text_encoder_2.", ("text_encoder_2",)),
+    Prefix("text_encoder_3.", ("text_encoder_3",)),
+    Prefix("text_encoders.clip_l.transformer.", ("text_encoder",)),
+    Prefix("text_encoders.clip_g.transformer.", ("text_encoder_2",)),
+    Prefix("text_encoders.t5xxl.transformer.", ("text_encoder_3", "text_encoder_2")),
+    *(Prefix(f"{component}.base_model.model.", (component,)) for component in _EVERY),
+    Prefix("base_model.model.", _EVERY),
+    Prefix("model.", ("model",)),  # a single module of no kind we know, in our own format
+    Prefix("", _EVERY),
+)
+
+
+def prefixes_of(stem: str) -> list[Prefix]:
+    """Those that a key's layer begins with, the longest first."""
+    return sorted((p for p in PREFIXES if stem.startswith(p.text)), key=lambda p: -len(p.text))
+
+
+@dataclass(frozen=True)
+class Place:
+    """A layer that a key names: under which prefix, in which naming, and its full name in that."""
+
+    prefix: Prefix
+    naming: Naming
+    name: str
+
+
+@cache
+def _index(architecture: Architecture, separator: str) -> dict[Naming, dict[tuple[str, str], str]]:
+    """(component, spelled path) -> full name, in both namings; CLIP's `text_model.` is optional in what is read."""
+    index: dict[Naming, dict[tuple[str, str], str]] = {"diffusers": {}, "native": {}}
+    names: Sequence[tuple[Naming, Sequence[str] | Mapping[str, object]]] = (
+        ("diffusers", architecture.layers),
+        ("native", architecture.native),
+    )
+    for naming, layers in names:
+        for name in layers:
+            component, _, path = name.partition(".")
+            for variant in {path, path.replace("text_model.", "", 1)}:
+                index[naming][component, variant.replace(".", separator)] = name
+    return index
+
+
+def find(stem: str, architecture: Architecture, first: Naming) -> Place | None:
+    """The layer that `stem` is of this architecture, in the naming `first` where both have such a layer."""
+    namings: tuple[Naming, Naming] = ("native", "diffusers") if first == "native" else ("diffusers", "native")
+    for prefix in prefixes_of(stem):
+        path = stem[len(prefix.text) :]
+        index = _index(architecture, prefix.separator)
+        for naming in namings:
+            for component in prefix.components:
+                if (name := index[naming].get((component, path))) is not None:
+                    return Place(prefix, naming, name)
+    return None
+
+
+def find_without_table(stem: str) -> Place | None:
+    """A dotted layer of a model that no architecture lists."""
+    prefix = next((p for p in prefixes_of(stem) if p.text and p.separator == "." and len(p.components) <= 2), None)
+    if prefix is None or not stem[len(prefix.text) :]:
+        return None
+    return Place(prefix, "diffusers", canonical(f"{prefix.components[0]}.{stem[len(prefix.text) :]}"))
+
+
+def flattened(path: str, separator: str) -> str:
+    return path.replace(".", separator)

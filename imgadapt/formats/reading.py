@@ -1,0 +1,271 @@
+"""Reading: which architecture and tool a file's keys are of, and what each layer has."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from imgadapt.arch import Architecture, Slice
+from imgadapt.errors import FormatError, ImgadaptError, first_few
+from imgadapt.formats import splitting
+from imgadapt.formats.cloneofsimo import CLONEOFSIMO, aliases
+from imgadapt.formats.ends import End, split
+from imgadapt.formats.format import Format
+from imgadapt.formats.meaning import Note, meaning
+from imgadapt.formats.names import Naming, Place, find, find_without_table
+from imgadapt.formats.own import OWN, is_own, read_own
+from imgadapt.formats.part import Part, Parts, Source
+from imgadapt.formats.peft_config import config_of
+from imgadapt.formats.tools import KOHYA_OFT, TOOLS
+from imgadapt.methods import Method
+
+_SAMPLE = 40  # layers by which architectures are told apart, before the best ones get a full look
+_FIRST = ("sd1", "sdxl", "flux", "sd2", "sd3")  # of those that fit alike
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a file says: its layers, the tables that knew it; and keys that were left out, with the reason for each."""
+
+    parts: Parts
+    format: str
+    architecture: str | None
+    unknown: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+@dataclass
+class _Layer:
+    """One layer as a file spells it: place, and tensors by (our name, piece), with their keys."""
+
+    place: Place
+    keys: dict[tuple[str, int | None], str] = field(default_factory=dict[tuple[str, int | None], str])
+    ends: set[str] = field(default_factory=set[str])
+
+
+def read(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    architectures: Sequence[Architecture],
+    *,
+    strict: bool = True,
+) -> Reading:
+    """Recognise an adapter's tensors.
+
+    Raises:
+        FormatError: keys that no table knows, or layers that are no whole adapter: they are counted, the first three
+            named. With strict=False the rest is read and these are returned; but a file of which nothing is known is
+            still resplitting.
+    """
+    if is_own(metadata):
+        parts, unknown = read_own(tensors, metadata)
+        architecture = architecture_of(parts, architectures)
+        if architecture is not None:
+            parts = {name: _whole(name, part, architecture) for name, part in parts.items()}
+        reading = Reading(parts, OWN.name, architecture.name if architecture else None, unknown)
+    else:
+        reading = _read(tensors, metadata, architectures)
+    if not reading.parts and len(reading.unknown) == len(tensors):
+        raise (
+            FormatError(
+                f"not an adapter that imgadapt reads: none of its {len(tensors)} keys is known "
+                f"({first_few(list(reading.unknown) or list(tensors))}). "
+                f"Formats: {', '.join(tool.name for tool in TOOLS)}"
+            )
+            if not any(reading.unknown.values())
+            else _refusal(reading, len(tensors))
+        )
+    if reading.unknown and strict:
+        raise _refusal(reading, len(tensors))
+    return reading
+
+
+def _whole(name: str, part: Part, architecture: Architecture) -> Part:
+    """A part of a fused layer with its slices, if it is one."""
+    if name in architecture.shapes or name not in architecture.native:
+        return part
+    total, rows = architecture.native_rows[name], splitting.rows_of(part.method, part.tensors)
+    slices = splitting.scaled(architecture.native[name], total, total if rows is None else rows)
+    if slices is None:
+        raise FormatError(f"{name}: its {rows} rows do not divide as the {total} of {architecture.name} do")
+    return replace(part, slices=slices)
+
+
+def _refusal(reading: Reading, total: int) -> FormatError:
+    broken = {key: reason for key, reason in reading.unknown.items() if reason}
+    table = f"the nearest table, {reading.format}{f' for {reading.architecture}' if reading.architecture else ''}"
+    strange = [key for key in reading.unknown if key not in broken]
+    words: list[str] = []
+    if strange:
+        words.append(f"{len(strange)} of {total} keys are unknown to {table}: {first_few(strange)}")
+    if broken:
+        reasons = list(dict.fromkeys(broken.values()))
+        words.append(f"{len(broken)} of {total} keys make no adapter: {first_few(reasons)}")
+    return FormatError("; ".join(words) + ". strict=False loads the rest and lists these")
+
+
+def _read(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], architectures: Sequence[Architecture]) -> Reading:
+    renamed = aliases(tensors, metadata)
+    unknown: dict[str, str] = {}
+    stems: dict[str, dict[str, tuple[str, End]]] = {}  # layer as spelled -> key -> (end, what it says)
+    for key in tensors:
+        found = split(renamed.get(key, key))
+        if found is None:
+            unknown[key] = ""
+        else:
+            stems.setdefault(found[0], {})[key] = found[1:]
+    architecture, naming = _architecture(stems, tensors, architectures)
+    layers: dict[tuple[str, str], _Layer] = {}
+    for stem, keys in stems.items():
+        place = find(stem, architecture, naming) if architecture else None
+        place = place or (find_without_table(stem) if architecture is None else None)
+        if place is None:
+            unknown |= dict.fromkeys(keys, "")
+            continue
+        layer = layers.setdefault((place.naming, place.name), _Layer(place))
+        for key, (end, said) in keys.items():
+            if (said.tensor, said.piece) in layer.keys:
+                unknown[key] = f"{place.name} has {said.tensor} twice ({key} and {layer.keys[said.tensor, said.piece]})"
+            else:
+                layer.keys[said.tensor, said.piece] = key
+                layer.ends.add(end)
+    tool = CLONEOFSIMO if renamed else _tool(list(layers.values()), metadata, architecture, naming)
+    parts: dict[str, Part] = {}
+    for layer in layers.values():
+        try:
+            made = _parts(layer, tensors, metadata, tool, architecture)
+            if again := [name for name in made if name in parts]:
+                raise FormatError(f"it has {first_few(again)} twice, under two names")
+            parts |= made
+        except (ImgadaptError, ValueError, TypeError, OverflowError, IndexError, RuntimeError) as error:
+            shapes = ", ".join(f"{end} {tuple(tensors[key].shape)}" for (end, _), key in layer.keys.items())
+            unknown |= dict.fromkeys(layer.keys.values(), f"{layer.place.name} ({shapes}): {error}")
+    return Reading(parts, tool.name, architecture.name if architecture else None, unknown)
+
+
+def _architecture(
+    stems: Mapping[str, Mapping[str, tuple[str, End]]],
+    tensors: Mapping[str, Tensor],
+    architectures: Sequence[Architecture],
+) -> tuple[Architecture | None, Naming]:
+    """The one that has most of the layers; of those that have as many, the one whose shapes agree."""
+    names = list(stems)
+    sample = names[:: max(1, len(names) // _SAMPLE)]
+    hits = {a: sum(find(stem, a, "diffusers") is not None for stem in sample) for a in architectures}
+    most = max(hits.values(), default=0)
+    if not most:
+        return None, "diffusers"
+    rows: list[tuple[int, int, int, Architecture, Naming]] = []
+    for architecture in (a for a, n in hits.items() if n >= most - len(sample) // 10):
+        for naming in ("diffusers", "native") if architecture.native else ("diffusers",):
+            places = {stem: find(stem, architecture, naming) for stem in names}
+            in_it = sum(place is not None and place.naming == naming for place in places.values())
+            there = sum(place is not None for place in places.values())
+            agree = sum(
+                _agrees(architecture, places[s], stems[s], tensors) for s in names[:: max(1, len(names) // 200)]
+            )
+            order = _FIRST.index(architecture.name) if architecture.name in _FIRST else len(_FIRST)
+            rows.append(
+                (there, agree, 10000 * in_it // len(names) * 100 - order - (naming == "native"), architecture, naming)
+            )
+    *_, best, naming = max(rows, key=lambda row: row[:3])
+    return best, naming
+
+
+def _agrees(
+    architecture: Architecture, place: Place | None, keys: Mapping[str, tuple[str, End]], tensors: Mapping[str, Tensor]
+) -> bool:
+    """Whether the layer's size is that of the architecture, as far as its tensors tell by themselves."""
+    if place is None:
+        return False
+    own = {said.tensor: tensors[key] for key, (_, said) in keys.items()}
+    down, up = own.get("down"), own.get("up")
+    if down is None or up is None or down.ndim < 2 or up.ndim < 2:
+        return False
+    shape = architecture.shape_of(place.name)
+    return shape is not None and len(shape) > 1 and (up.shape[0], down.shape[1]) == shape[:2]
+
+
+def _tool(
+    layers: Sequence[_Layer], metadata: Mapping[str, str], architecture: Architecture | None, naming: Naming
+) -> Format:
+    """The first tool that writes such prefixes and ends, and says so in the metadata."""
+    prefixes = {layer.place.prefix.text for layer in layers}
+    ends = {end for layer in layers for end in layer.ends}
+    distinct = architecture is not None and bool(architecture.native)
+
+    def strangeness(tool: Format) -> tuple[bool, int, int, bool, bool]:
+        native = distinct and tool.native and (architecture is None or architecture.name not in tool.except_for)
+        foreign_ends = len(ends - set(tool.ends))
+        foreign = len(prefixes - tool.every_prefix)
+        other_naming = distinct and native != (naming == "native")
+        return foreign_ends + foreign > 0, foreign, foreign_ends, other_naming, not tool.claimed_by(metadata)
+
+    claimed = [tool for tool in TOOLS if tool.claimed_by(metadata) and not strangeness(tool)[0]]
+    return min(claimed or TOOLS, key=strangeness)
+
+
+def _parts(
+    layer: _Layer,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    tool: Format,
+    architecture: Architecture | None,
+) -> dict[str, Part]:
+    """The layers of ours that one of the file is: itself, or what a fused one is split into."""
+    place = layer.place
+    raw = {key: tensors[key] for key in layer.keys.values()}
+    shape = architecture.shape_of(place.name) if architecture else None
+    note = Note("kohya-oft" if tool is KOHYA_OFT else tool.name, config_of(metadata, place.name), shape)
+    slices = architecture.native.get(place.name, ()) if architecture and place.naming == "native" else ()
+    pieces = sorted({piece for _, piece in layer.keys if piece is not None})
+    if pieces:
+        return _from_pieces(layer, tensors, note, tool, slices, pieces)
+    method, own = meaning({name: tensors[key] for (name, _), key in layer.keys.items()}, note)
+    if not slices:
+        return {place.name: Part(method, own, Source(tool.name, raw))}
+    assert architecture is not None
+    rows = splitting.rows_of(method, own)
+    total = architecture.native_rows[place.name]
+    own_slices = splitting.scaled(slices, total, total if rows is None else rows)
+    if own_slices is None:
+        raise FormatError(f"its {rows} rows do not divide as the {total} of {architecture.name} do")
+    split_up: Mapping[str, tuple[Method, dict[str, Tensor]]] | None = splitting.split(method, own, own_slices)
+    if split_up is None:
+        return {place.name: Part(method, own, Source(tool.name, raw), own_slices)}
+    source = Source(tool.name, raw, len(split_up))
+    return {name: Part(made, t, source) for name, (made, t) in split_up.items()}
+
+
+def _from_pieces(
+    layer: _Layer,
+    tensors: Mapping[str, Tensor],
+    note: Note,
+    tool: Format,
+    slices: Sequence[Slice],
+    pieces: Sequence[int],
+) -> dict[str, Part]:
+    """A fused layer that the tool trained as several: each piece is the next of its layers' rows."""
+    order = sorted(slices, key=lambda s: s.first)
+    if pieces != list(range(len(order))):
+        raise FormatError(f"it has pieces {', '.join(map(str, pieces))}, and {len(order)} layers are fused here")
+    common = {name: tensors[key] for (name, piece), key in layer.keys.items() if piece is None}
+    source = Source(tool.name, {key: tensors[key] for key in layer.keys.values()}, len(order))
+    made: dict[str, Part] = {}
+    for piece, row in enumerate(order):
+        own = {name: tensors[key] for (name, k), key in layer.keys.items() if k == piece}
+        method, t = meaning({**common, **own}, note)
+        made[row.layer] = Part(method, t, source)
+    return made
+
+
+def architecture_of(parts: Mapping[str, Part], architectures: Sequence[Architecture]) -> Architecture | None:
+    """The first that has all of these layers, by its shapes if several have."""
+    fitting = [a for a in architectures if all(a.shape_of(name) is not None for name in parts)]
+
+    def agreeing(architecture: Architecture) -> tuple[int, int]:
+        rows = ((splitting.rows_of(p.method, p.tensors), architecture.shape_of(name)) for name, p in parts.items())
+        alike = sum(shape is not None and rows == shape[0] for rows, shape in rows)
+        first = _FIRST.index(architecture.name) if architecture.name in _FIRST else len(_FIRST)
+        return alike, -first
+
+    return max(fitting, key=agreeing) if fitting and parts else None

@@ -1,0 +1,212 @@
+"""How each family of tools writes a method's tensors: the inverse of `meaning.py`."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imgadapt.formats.ends import LYCORIS, PEFT, XLABS
+from imgadapt.formats.fusing import Unfusable
+from imgadapt.formats.part import Part
+
+Spelled = dict[str, Tensor]
+"""End -> tensor."""
+Spell = Callable[[Part, int], Spelled]
+"""(part, axes of the layer's weight) -> what is written. Raises Unfusable where the family has no word for it."""
+
+_LYCORIS = {tensor: end for end, tensor in LYCORIS.items()}
+_PEFT = {tensor: end for end, tensor in PEFT.items()}
+
+
+def _ends(t: Mapping[str, Tensor], names: Mapping[str, str]) -> Spelled:
+    return {names[name]: tensor for name, tensor in t.items()}
+
+
+def _with_alpha(spelled: Spelled, alpha: float | None) -> Spelled:
+    return spelled if alpha is None else {**spelled, "alpha": torch.tensor(alpha)}
+
+
+def _whole_kernel(part: Part) -> tuple[Any, dict[str, Tensor]]:
+    """LoRA without a Tucker core: it is multiplied into down, which changes nothing but the size."""
+    method: Any = part.method
+    t = dict(part.tensors)
+    if "mid" in t:
+        core, down = t.pop("mid"), t["down"]
+        product = torch.einsum("rs...,si->ri...", core.float(), down.flatten(1).float())
+        t["down"], method = product.to(down.dtype), replace(method, tucker=False)
+    return method, t
+
+
+def _no(method: Any, tool: str, *, dense: bool | None = None) -> Unfusable:
+    return Unfusable(f"{tool} has no word for {method}", dense=not method.needs_weight if dense is None else dense)
+
+
+def lycoris(part: Part, axes: int) -> Spelled:
+    """kohya, LyCORIS, OneTrainer, ComfyUI: every method, rotations of the outputs only."""
+    method: Any = part.method
+    return _LYCORIS_METHODS[method.name](method, dict(part.tensors), axes)
+
+
+def _lycoris_lora(method: Any, t: dict[str, Tensor], axes: int) -> Spelled:
+    bias = {"diff_b": t.pop("bias") * method.scale} if "bias" in t else {}
+    return _with_alpha(_ends({**t, **bias}, _LYCORIS), method.file_alpha)
+
+
+def _lycoris_dora(method: Any, t: dict[str, Tensor], axes: int) -> Spelled:
+    magnitude = t.pop("magnitude")
+    inner = _LYCORIS_METHODS[method.inner.name](method.inner, t, axes)
+    shape = (-1, *(1 for _ in range(axes - 1))) if method.axis == "output" else (1, -1, *(1 for _ in range(axes - 2)))
+    return {**inner, "dora_scale": magnitude.reshape(shape)}
+
+
+def _lycoris_lokr(method: Any, t: dict[str, Tensor], axes: int) -> Spelled:
+    return _with_alpha(_ends(t, _LYCORIS), 1.0 if method.rank is None else method.file_alpha)
+
+
+def _lycoris_rotation(method: Any, t: dict[str, Tensor], axes: int) -> Spelled:
+    if method.side == "input" or getattr(method, "neumann", 0):
+        raise _no(method, "LyCORIS", dense=False)
+    blocks = t.pop("blocks") if "blocks" in t else t.pop("stages")
+    return _with_alpha({"oft_blocks": blocks, **t}, method.constraint or 0.0)
+
+
+def _lycoris_ia3(method: Any, t: dict[str, Tensor], axes: int) -> Spelled:
+    if method.absolute and method.axis == "output":
+        raise Unfusable("peft's IA3 of outputs multiplies the bias, too, and LyCORIS' does not", dense=False)
+    vector = t["vector"] - 1 if method.absolute else t["vector"]
+    on_input = method.axis == "input"
+    shape = (1, -1, *(1 for _ in range(axes - 2))) if axes > 2 else (-1,)
+    return {"weight": vector.reshape(shape), "on_input": torch.tensor(int(on_input))}
+
+
+def _lycoris_full(method: Any, t: dict[str, Tensor], axes: int) -> Spelled:
+    if method.absolute:
+        raise _no(method, "LyCORIS", dense=False)
+    return _ends(t, _LYCORIS)
+
+
+_LYCORIS_METHODS: dict[str, Callable[[Any, dict[str, Tensor], int], Spelled]] = {
+    "lora": _lycoris_lora,
+    "loha": lambda method, t, axes: _with_alpha(_ends(t, _LYCORIS), method.file_alpha),
+    "lokr": _lycoris_lokr,
+    "dora": _lycoris_dora,
+    "oft": _lycoris_rotation,
+    "boft": _lycoris_rotation,
+    "glora": lambda method, t, axes: _with_alpha(_ends(t, _LYCORIS), method.file_alpha),
+    "ia3": _lycoris_ia3,
+    "full": _lycoris_full,
+    "norm": _lycoris_full,
+}
+
+
+def peft(part: Part, axes: int) -> Spelled:
+    """peft: no Tucker LoRA, DoRA over LoRA for each output, rotations of the inputs; alpha is in the config."""
+    method: Any = part.method
+    t = dict(part.tensors)
+    inner = getattr(method, "inner", method)
+    if method.name in ("lora", "dora"):
+        if method.name == "lora":
+            inner, t = _whole_kernel(part)
+        if inner.name != "lora" or inner.tucker or getattr(method, "axis", "output") == "input":
+            raise _no(method, "peft")
+        bias = {"lora_B.bias": t.pop("bias")} if "bias" in t else {}
+        if "magnitude" in t:
+            shape = (1, -1, *(1 for _ in range(axes - 2))) if axes > 2 else (-1,)
+            t["magnitude_out"] = t.pop("magnitude").reshape(shape)
+        return {**_ends(t, {**_PEFT, "magnitude_out": "lora_magnitude_vector"}), **bias}
+    if method.name in ("loha", "lokr"):
+        return _ends(t, _LYCORIS)
+    if method.name == "oft" and method.side == "input" and not method.rescaled:
+        return _ends(t, _PEFT)
+    if method.name == "boft" and method.side == "input" and method.constraint is None:
+        size = t["stages"].shape[1] * t["stages"].shape[2]
+        rescale = t.get("rescale")
+        if rescale is None:
+            raise _no(method, "peft", dense=False)
+        return {"boft_R": t["stages"], "boft_s": rescale.reshape((1, -1) if axes > 2 and size else (-1, 1))}
+    if method.name == "ia3" and method.axis == "output" and not method.absolute:
+        raise Unfusable("peft's IA3 of outputs multiplies the bias, too, and this one does not", dense=False)
+    if method.name == "ia3":
+        vector = t["vector"] if method.absolute else t["vector"] + 1
+        ones = tuple(1 for _ in range(axes - 2))
+        shape = (1, -1, *ones) if axes > 2 or method.axis == "input" else (-1, 1)
+        return {"ia3_l": vector.reshape(shape)}
+    raise _no(method, "peft")
+
+
+def lora_only(part: Part, axes: int) -> Spelled:
+    """diffusers: peft's LoRA (its DoRA too), nothing else."""
+    if part.method.name not in ("lora", "dora"):
+        raise _no(part.method, "diffusers")
+    return peft(part, axes)
+
+
+def toolkit(part: Part, axes: int) -> Spelled:
+    """ai-toolkit, BFL, fal: LoRA with peft's ends and no config, so alpha = rank; LoKr with LyCORIS' ends."""
+    method: Any = part.method
+    if method.name == "lokr":
+        return _lycoris_lokr(method, dict(part.tensors), axes)
+    if method.name in ("full", "norm") and not method.absolute:
+        names = {"diff": "diff", "diff_b": "diff_b", "w_norm": "diff", "b_norm": "diff_b"}
+        return _ends(part.tensors, names)
+    if method.name != "lora" or method.bias:
+        raise _no(method, "this format")
+    method, t = _whole_kernel(part)
+    up = t["up"] if method.scale == 1 else t["up"] * method.scale
+    return {"lora_A.weight": t["down"], "lora_B.weight": up}
+
+
+def xlabs(part: Part, axes: int) -> Spelled:
+    """XLabs': LoRA, alpha = rank."""
+    method: Any = part.method
+    if method.name != "lora" or method.bias:
+        raise _no(method, "XLabs' format")
+    method, t = _whole_kernel(part)
+    up = t["up"] if method.scale == 1 else t["up"] * method.scale
+    return {"down": t["down"], "up": up}
+
+
+def xlabs_key(stem: str, end: str) -> str:
+    """`double_blocks.0.img_attn.qkv` -> `double_blocks.0.processor.qkv_lora1.down.weight`."""
+    for spelled, meant in XLABS.items():
+        if meant.tensor == end and stem.endswith(meant.tail):
+            return f"{stem.removesuffix(meant.tail)}.{spelled}"
+    raise Unfusable("XLabs' format has the attention of double blocks only", dense=False)
+
+
+def plain_key(stem: str, end: str) -> str:
+    return f"{stem}.{end}"
+
+
+def legacy(part: Part, axes: int) -> Spelled:
+    """diffusers before peft: LoRA, alpha = rank."""
+    method: Any = part.method
+    if method.name != "lora" or method.bias:
+        raise _no(method, "diffusers' older format")
+    method, t = _whole_kernel(part)
+    up = t["up"] if method.scale == 1 else t["up"] * method.scale
+    return {"lora.down.weight": t["down"], "lora.up.weight": up}
+
+
+def kohya(part: Part, axes: int) -> Spelled:
+    """sd-scripts' own networks: LoRA."""
+    method: Any = part.method
+    if method.name != "lora" or method.bias:
+        raise _no(method, "kohya's networks.lora")
+    return lycoris(Part(*_whole_kernel(part)), axes)
+
+
+def rotations(part: Part, axes: int) -> Spelled:
+    """sd-scripts' networks.oft: alpha is the limit, and 0 is none at all; so one that binds nothing stands for none."""
+    method: Any = part.method
+    if method.name != "oft" or method.side == "input" or method.rescaled:
+        raise _no(method, "kohya's networks.oft")
+    spelled = lycoris(part, axes)
+    return spelled if method.constraint is not None else {**spelled, "alpha": torch.tensor(1e4)}
+
+
+def own(part: Part, axes: int) -> Spelled:
+    """imgadapt's: every tensor under our name."""
+    return dict(part.tensors)

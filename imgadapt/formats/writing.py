@@ -1,0 +1,270 @@
+"""Writing: an adapter as another tool has it, and what that costs, said before it happens."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from imgadapt.arch import Architecture, Slice
+from imgadapt.errors import FormatError, first_few
+from imgadapt.formats.format import Format
+from imgadapt.formats.fusing import Unfusable, fuse
+from imgadapt.formats.part import Part, Parts
+from imgadapt.formats.splitting import by_layer, rows_of, scaled
+from imgadapt.methods import Full, LoRA
+from imgadapt.sites import Kind, Site
+
+Loss = Literal["exact", "aligned", "dense", "impossible"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One layer as a tool writes it.
+
+    loss: "exact"; "aligned": exact because the edges of fused layers fall between the adapter's blocks; "dense": only
+        its whole difference can be written, which is exact too and as large as the weight; "impossible".
+    reason: why it is not exact, and what to do.
+    layers: the layers of ours it is made of. tensors: what is written, by key; of "dense" ones that difference, if it
+        was asked for. verbatim: whether that is what the file had. parts: what it is as written, by layer.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    loss: Loss
+    reason: str = ""
+    tensors: Mapping[str, Tensor] | None = None
+    verbatim: bool = False
+    parts: Mapping[str, Part] = field(default_factory=dict[str, Part])
+
+
+@dataclass(frozen=True)
+class Writer:
+    """One format for one architecture (None: one without a table).
+
+    dense: whether whole differences are worked out where nothing less will do. known: architectures, for messages.
+    """
+
+    form: Format
+    architecture: Architecture | None
+    known: Sequence[Architecture]
+    dense: bool = False
+
+    def steps(self, parts: Parts) -> list[Step]:
+        """How each layer is written; nothing is written yet."""
+        left = dict(parts)
+        done: list[Step] = []
+        for names in self._untouched(parts):
+            own = {name: left.pop(name) for name in names}
+            source = own[names[0]].source
+            assert source is not None
+            stem = next(iter(source.tensors)).rpartition(".")[0]
+            done.append(Step(stem, tuple(names), "exact", "", source.tensors, verbatim=True, parts=own))
+        groups = self._fused(left)
+        inside = {s.layer for slices in groups.values() for s in slices}
+        done += [self._step(name, (name,), part) for name, part in left.items() if name not in inside]
+        for name, slices in groups.items():
+            own = {s.layer: left[s.layer] for s in slices if s.layer in left}
+            done.append(self._fused_step(name, slices, own))
+        kinds = {(name.partition(".")[0], part.method.name) for step in done for name, part in step.parts.items()}
+        if self.form.single and len(kinds) > 1:
+            said = ", ".join(f"{kind} on {component}" for component, kind in sorted(kinds))
+            reason = f"{self.form.name} has one method and one component in a file; this has {said}: write them apart"
+            return [replace(step, loss="impossible", reason=reason, tensors=None) for step in done]
+        return done
+
+    def _untouched(self, parts: Parts) -> list[list[str]]:
+        """Layers still as this format's file had them, together with all that one of its layers became."""
+        by_source: dict[int, list[str]] = {}
+        for name, part in parts.items():
+            if part.source is not None and part.source.format == self.form.name:
+                by_source.setdefault(id(part.source), []).append(name)
+        return [n for n in by_source.values() if (s := parts[n[0]].source) is not None and len(n) == s.parts]
+
+    def _fused(self, parts: Parts) -> dict[str, tuple[Slice, ...]]:
+        """Layers of the model's own code -> their slices, where the format has those and parts have some of them."""
+        architecture = self.architecture
+        if architecture is None or not self.form.native or architecture.name in self.form.except_for:
+            return {}
+        owner = {s.layer: name for name, slices in architecture.native.items() for s in slices}
+        return {owner[name]: architecture.native[owner[name]] for name in parts if name in owner}
+
+    def _fused_step(self, name: str, slices: Sequence[Slice], own: Mapping[str, Part]) -> Step:
+        """Layers of ours as the one layer that they are there."""
+        layers = tuple(own)
+        assert self.architecture is not None
+        total = self.architecture.native_rows[name]
+        try:
+            fitted = scaled(slices, total, _whole_rows(slices, own, total))
+            if fitted is None:
+                raise Unfusable(f"its layers' rows do not make up those of {self.architecture.name}", dense=False)
+            method, t = fuse(own, fitted)
+        except Unfusable as error:
+            return self._lossy(name, layers, error, own, slices)
+        step = self._step(name, layers, Part(method, t))
+        if step.loss == "exact" and len(own) > 1 and method.name in ("lokr", "oft"):
+            return replace(step, loss="aligned", reason="the edges of its layers fall between its blocks")
+        return step
+
+    def _step(self, name: str, layers: tuple[str, ...], part: Part) -> Step:
+        form, architecture = self.form, self.architecture
+        spelled = form.spell_name(name, architecture.name if architecture else None)
+        if spelled is None:
+            component = name.partition(".")[0]
+            return Step(name, layers, "impossible", f"{form.name} has no word for the component {component}")
+        if form.separator != "." and architecture is None:
+            known = ", ".join(a.name for a in self.known)
+            reason = f"how {form.name} names this model's layers is not known yet (known: {known}); dotted formats can"
+            return Step(name, layers, "impossible", reason)
+        if part.slices and not (form.native or form.name == "imgadapt"):
+            return self._split_step(name, layers, part)
+        shape = self._shape(name, part)
+        try:
+            ends = form.spell(part, _axes(part, architecture.shape_of(name) if architecture else None))
+            tensors = {form.key(spelled, end): tensor for end, tensor in ends.items()}
+            return Step(spelled, layers, "exact", "", tensors, parts={name: part})
+        except Unfusable as error:
+            if (plain := _as_lora(part, shape)) is not None:
+                step = replace(self, dense=False)._step(name, layers, plain)
+                if step.loss == "exact":
+                    return replace(step, reason=f"{error}; as LoRA of rank {plain.method.file_rank} it is the same")
+            return self._lossy(name, layers, error, {name: part}, ())
+
+    def _split_step(self, name: str, layers: tuple[str, ...], part: Part) -> Step:
+        """A fused layer's adapter that no rows can be taken of, for a tool that knows its layers only."""
+        reason = f"{part.method.name} of this fused layer mixes rows of its layers"
+        shape = self._shape(name, part)
+        if part.method.needs_weight or "diff" not in self.form.ends or shape is None:
+            return Step(name, layers, "impossible", f"{reason}: attach it, and collect what it is on each layer")
+        if not self.dense:
+            return Step(name, layers, "dense", f"{reason}; dense=True (--dense) writes whole differences")
+        whole = difference(part, shape)
+        tensors: dict[str, Tensor] = {}
+        made: dict[str, Part] = {}
+        for layer, slices in by_layer(part.slices).items():
+            diff = torch.cat([whole.narrow(0, s.first, s.rows) for s in slices])
+            step = self._step(layer, layers, Part(Full(bias=False), {"diff": diff}))
+            if step.tensors is None:
+                return step
+            tensors |= step.tensors
+            made |= step.parts
+        return Step(name, layers, "dense", reason, tensors, parts=made)
+
+    def _lossy(
+        self, name: str, layers: tuple[str, ...], error: Unfusable, own: Mapping[str, Part], slices: Sequence[Slice]
+    ) -> Step:
+        """A whole difference where the format has one and no weights are needed for it."""
+        shapes = {layer: self._shape(layer, part) for layer, part in own.items()}
+        no_weights = error.dense and not any(part.method.needs_weight for part in own.values())
+        if not no_weights or "diff" not in self.form.ends or None in shapes.values():
+            return Step(name, layers, "impossible", f"{error}. format='imgadapt' has a word for everything")
+        if not self.dense:
+            return Step(name, layers, "dense", f"{error}; dense=True (--dense) writes its whole difference")
+        made = {
+            layer: Part(Full(bias=False), {"diff": difference(own[layer], shape)})
+            for layer, shape in shapes.items()
+            if shape is not None
+        }
+        step = self._fused_step(name, slices, made) if slices else self._step(name, layers, made[name])
+        return replace(step, loss="dense" if step.tensors else step.loss, reason=str(error))
+
+    def _shape(self, name: str, part: Part) -> tuple[int, ...] | None:
+        """The weight's shape: the architecture's if the tensors fit it, else what the tensors themselves say."""
+        known = self.architecture.shape_of(name) if self.architecture else None
+        kind: Kind = "conv" if known is not None and len(known) > 2 else "linear"
+        if known is not None and part.method.fits(part.tensors, Site(known, kind, bias="bias")) is None:
+            return known
+        rows, t = rows_of(part.method, part.tensors), part.tensors
+        kernel = known[2:] if known is not None else ()
+        if rows is None:
+            return None
+        if "down" in t:
+            return (rows, t["down"].shape[1], *(t["mid"].shape[2:] if "mid" in t else t["down"].shape[2:]))
+        if "core_1" in t:
+            return (rows, t["down_1"].shape[1], *t["core_1"].shape[2:])
+        if "diff" in t:
+            return tuple(t["diff"].shape)
+        if "down_1" in t:
+            inputs = t["down_1"].shape[1]
+        elif part.method.name == "lokr":
+            inputs = (t["w1"] if "w1" in t else t["w1_b"]).shape[1] * (t["w2"] if "w2" in t else t["w2_b"]).shape[1]
+            if "w2" in t or "t2" in t:
+                return (rows, inputs, *(t["w2"] if "w2" in t else t["t2"]).shape[2:])
+        else:
+            return None
+        return None if inputs % math.prod(kernel) else (rows, inputs // math.prod(kernel), *kernel)
+
+
+def _whole_rows(slices: Sequence[Slice], own: Mapping[str, Part], total: int) -> int:
+    """Rows of the fused layer of this model, whose architecture's has `total`."""
+    for layer, part in own.items():
+        if size := rows_of(part.method, part.tensors):
+            return total * size // sum(s.rows for s in slices if s.layer == layer)
+    return total
+
+
+def _as_lora(part: Part, shape: tuple[int, ...] | None) -> Part | None:
+    """The same change as LoRA, where it is of no higher rank than the weight; None if it is none, or is LoRA."""
+    method = part.method
+    if shape is None or len(shape) < 2 or method.needs_weight or method.name == "lora" or len(part.tensors) < 2:
+        return None
+    site = Site(shape, "conv" if len(shape) > 2 else "linear")
+    pair = method.pair({name: tensor.float() for name, tensor in part.tensors.items()}, site)
+    if pair is None or pair[0].shape[1] > min(site.rows, site.fan_in):
+        return None
+    up, down = pair
+    dtype, rank = next(iter(part.tensors.values())).dtype, up.shape[1]
+    tensors = {"down": down.reshape(rank, *shape[1:]).to(dtype), "up": up.reshape(*up.shape, *site.ones).to(dtype)}
+    return Part(LoRA(rank=rank, alpha=method.scale * rank), tensors)
+
+
+def difference(part: Part, shape: tuple[int, ...]) -> Tensor:
+    """scale * delta of a method that needs no weight, in fp32."""
+    kind: Kind = "conv" if len(shape) > 2 else "linear" if len(shape) == 2 else "norm"
+    t = {name: tensor.float() for name, tensor in part.tensors.items()}
+    return part.method.scale * part.method.delta(t, Site(shape, kind), None)
+
+
+def _axes(part: Part, known: tuple[int, ...] | None) -> int:
+    """Of the layer's weight."""
+    if known is not None:
+        return len(known)
+    return max(
+        (tensor.ndim for name, tensor in part.tensors.items() if name in ("down", "w2", "diff", "b2")), default=2
+    )
+
+
+def write(writer: Writer, parts: Parts, metadata: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata in the tool's spelling; foreign metadata is kept.
+
+    Raises:
+        FormatError: something of it cannot be said in this format, or only by its whole difference and dense is False.
+    """
+    form = writer.form
+    if not parts:
+        raise FormatError("the adapter has no layers; there is nothing to write")
+    steps = writer.steps(dict(sorted(parts.items())))  # so that the same adapter gives the same metadata, too
+    if lost := [step for step in steps if step.tensors is None]:
+        reasons = list(dict.fromkeys(f"{step.reason} (of {step.name})" for step in lost))
+        raise FormatError(f"{len(lost)} of {len(steps)} layers cannot be written as {form.name}: {first_few(reasons)}")
+    tensors: dict[str, Tensor] = {}
+    for step in steps:
+        for key, tensor in (step.tensors or {}).items():
+            if key in tensors:
+                both = f"{first_few(list(step.layers))} and another layer are both {step.name}"
+                raise FormatError(f"{both} in {form.name}; one would be lost")
+            tensors[key] = tensor
+    if all(step.verbatim for step in steps):
+        return tensors, dict(metadata)  # what it says is as true as it was
+    written = {name: part for step in steps for name, part in step.parts.items()}
+    return tensors, {**metadata, **form.metadata(written, metadata)}
+
+
+def exact_alpha(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Cast to `dtype`, all but alphas and what is no number of the adapter."""
+    return {
+        key: tensor if key.endswith((".alpha", ".on_input", "scaled_oft")) else tensor.to(dtype)
+        for key, tensor in tensors.items()
+    }
