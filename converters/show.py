@@ -1,59 +1,76 @@
-"""What is in an adapter file: tool, base, method, ranks, strength of the change, metadata.
+"""What is in an adapter file: tool, base, method, ranks, words, where its change is large, what would not fit a base.
 
 imgadapt show style.safetensors
+imgadapt show style.safetensors --layers --base sdxl
+imgadapt show style.safetensors --json
 """
 
 import argparse
+import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from imgadapt import load
+from imgadapt.arch import architectures
 from imgadapt.cli import program
-from imgadapt.formats import Part
-
-
-def norm(part: Part) -> float | None:
-    """Frobenius norm of scale * up @ down, from the two small Gram matrices; None where that is not the change."""
-    if set(part.tensors) != {"up", "down"}:
-        return None
-    up, down = (part.tensors[key].flatten(1).double() for key in ("up", "down"))
-    return part.method.scale * torch.sum((up.T @ up) * (down @ down.T)).clamp(min=0).sqrt().item()
+from imgadapt.errors import first_few
+from imgadapt.summary import misfits, summary
 
 
 def main(argv: Sequence[str]) -> None:
+    names = [a.name for a in architectures()]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("--layers", action="store_true", help="a line a layer")
+    parser.add_argument("--base", choices=names, help="say what would not go on a model of this kind")
+    parser.add_argument("--no-norms", action="store_true", help="read names and shapes only")
+    parser.add_argument("--json", action="store_true", help="all of it, for scripts")
     args = parser.parse_args(argv)
 
     file = load(args.file, strict=False)
-    parts = file.parts
-    tensors = [t for part in parts.values() for t in part.tensors.values()]
-    kinds = Counter((part.method.name, part.method.file_rank, round(part.method.scale, 6)) for part in parts.values())
-    print(f"{args.file}: {args.file.stat().st_size / 1e6:.2f} MB, {file.format} format")
-    print(f"base          {file.architecture or 'not one with a table'}")
-    for component, count in Counter(name.partition(".")[0] for name in parts).items():
+    found = summary(file, norms=not args.no_norms)
+    wrong = misfits(file, next(a for a in architectures() if a.name == args.base)) if args.base else {}
+    if args.json:
+        print(json.dumps({**json.loads(found.as_json()), "misfits": wrong}, indent=1))
+        raise SystemExit(1 if found.unknown or wrong else 0)
+
+    size = sum(f.stat().st_size for f in ([args.file] if args.file.is_file() else args.file.iterdir()))
+    print(f"{args.file}: {size / 1e6:.2f} MB, {found.format} format")
+    print(f"base          {found.base or 'not one with a table'}")
+    for component, count in Counter(row.layer.partition(".")[0] for row in found.rows).items():
         print(f"{component:<14}{count} layers")
+    kinds = Counter((row.method, row.rank, round(row.scale, 6)) for row in found.rows)
     for (method, rank, scale), count in kinds.most_common():
         said = "" if rank is None else f"rank {rank}, alpha {scale * rank:g} "
         print(f"{method:<14}{said}(scale {scale:g}): {count} layers")
-    print(f"parameters    {sum(t.numel() for t in tensors):,}, {', '.join(sorted({str(t.dtype) for t in tensors}))}")
-    norms = {name: value for name, part in parts.items() if (value := norm(part)) is not None}
-    if norms:
-        print("largest       " + ", ".join(f"{n} {norms[n]:.3g}" for n in sorted(norms, key=lambda n: -norms[n])[:3]))
+    for word, embedding in file.embeddings.items():
+        shapes = ", ".join(f"{kind} {tuple(v.shape)}" for kind, v in embedding.vectors.items())
+        print(f"word          {word}: {shapes}")
+    if found.trigger:
+        print(f"trigger       {', '.join(found.trigger)}")
+    print(f"parameters    {found.numbers:,}, {', '.join(found.dtypes)}")
+    if found.blocks:
+        most = max(found.blocks.values()) or 1.0
+        for block, norm in found.blocks.items():
+            print(f"  {block:<40}{norm:9.4g} {'#' * round(20 * norm / most)}")
     if args.layers:
-        for name, part in parts.items():
-            shapes = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in part.tensors.items())
-            said = f"norm {norms[name]:.4g}, " if name in norms else ""
-            print(f"  {name}: {said}{shapes}")
-    for key, value in sorted(file.metadata.items()):
+        for row in found.rows:
+            shapes = ", ".join(f"{key} {shape}" for key, shape in row.shapes.items())
+            print(f"  {row.layer}: {row.method}, {f'norm {row.norm:.4g}, ' if row.norm is not None else ''}{shapes}")
+    for key, value in sorted(found.metadata.items()):
         print(f"metadata      {key} = {value if len(value) <= 80 else f'{value[:77]}...'}".replace("\n", " "))
-    if file.unknown:
-        print(f"UNKNOWN       {len(file.unknown)} keys that no table knows: {', '.join(file.unknown[:3])} ...")
+    if args.base:
+        print(f"on {args.base:<11}{'all of it fits' if not wrong else f'{len(wrong)} layers do not fit:'}")
+        for layer, reason in list(wrong.items())[:10]:
+            print(f"  {layer}: {reason}")
+    if found.unknown:
+        reasons = [reason for reason in dict.fromkeys(found.unknown.values()) if reason]
+        print(f"UNKNOWN       {len(found.unknown)} keys: {first_few(list(found.unknown))}")
+        for reason in reasons[:10]:
+            print(f"  {reason}")
+    if found.unknown or wrong:
         raise SystemExit(1)
 
 

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from imgadapt import methods
     from imgadapt.attaching import attach, detach, swap
     from imgadapt.errors import ImgadaptError
-    from imgadapt.file import AdapterFile, load, save
+    from imgadapt.file import AdapterFile, load, plan, save
     from imgadapt.live import adapters, collect, disabled, merge, parameters, set_weights, unmerge
     from imgadapt.methods import BOFT, IA3, METHODS, OFT, DoRA, Full, GLoRA, LoHa, LoKr, LoRA, Method, Norm
     from imgadapt.overview import status
@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 _PLACES = {  # where the public names live; imported at first use, so that `imgadapt --help` needs no torch
     "attaching": ("attach", "detach", "swap"),
     "errors": ("ImgadaptError",),
-    "file": ("AdapterFile", "load", "save"),
+    "file": ("AdapterFile", "load", "plan", "save"),
     "live": ("adapters", "collect", "disabled", "merge", "parameters", "set_weights", "unmerge"),
     "methods": (*("BOFT", "DoRA", "Full", "GLoRA", "IA3", "LoHa", "LoKr", "LoRA", "METHODS", "Method", "Norm", "OFT"),),
     "slot": ("Dropout",),
@@ -51,6 +51,7 @@ __all__ = [
     "merge",
     "methods",
     "parameters",
+    "plan",
     "save",
     "set_weights",
     "status",

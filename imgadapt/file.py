@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import mmap
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -171,11 +173,15 @@ def _architecture(file: AdapterFile) -> Architecture | None:
 
 
 def _finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor.float()).all())
+    if not tensor.is_floating_point():
+        return True
+    # one pass, for NaN and infinity go through a sum; what is only too large for it is looked at closely
+    return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor.float()).all())
 
 
 def read_tensors(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors (on the CPU) and the metadata of a safetensors file.
+    """All tensors (on the CPU) and the metadata of a safetensors file. The tensors are the file's own pages, read when
+    they are used; what is written into one stays in this process.
 
     Raises:
         FormatError: there is no such file, or it is not safetensors.
@@ -184,14 +190,42 @@ def read_tensors(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str
     if not path.is_file():
         raise FormatError(f"{path}: no such file" + (", only a folder" if path.is_dir() else ""))
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        with safe_open(path, framework="pt") as file:  # it checks the header
             metadata = dict(file.metadata() or {})
+            tensors = _mapped(path)
+            if tensors is None:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{path}: not a whole safetensors file ({error})") from error
     if strange := [key for key, tensor in tensors.items() if tensor.dtype not in _DTYPES]:
         raise FormatError(f"{path}: {first_few(strange)} of type {tensors[strange[0]].dtype}, which no adapter has")
     return tensors, metadata
+
+
+def _mapped(path: Path) -> dict[str, Tensor] | None:
+    """The tensors as views of the file's pages; None where it has some that the package must read (other dtypes, none
+    of a whole number of elements from the start).
+    """
+    dtypes = {name: dtype for dtype, name in _DTYPES.items()}
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header: dict[str, Any] = json.loads(file.read(size))
+        header.pop("__metadata__", None)
+        start = 8 + size
+        known = all(row["dtype"] in dtypes for row in header.values())
+        if not header or not known or start % max(dtypes[row["dtype"]].itemsize for row in header.values()):
+            return None
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    found: dict[str, Tensor] = {}
+    for key, row in sorted(header.items()):
+        dtype, first, last = dtypes[row["dtype"]], *row["data_offsets"]
+        if first % dtype.itemsize:
+            return None
+        count = (last - first) // dtype.itemsize
+        empty = torch.empty(0, dtype=dtype)
+        flat = torch.frombuffer(pages, dtype=dtype, count=count, offset=start + first) if count else empty
+        found[key] = flat.view(row["shape"])
+    return found
 
 
 _DTYPES = {
@@ -213,9 +247,10 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _bytes(tensor: Tensor) -> bytes:
+def _bytes(tensor: Tensor) -> memoryview:
+    """A tensor's memory, row by row; a copy only where it lies otherwise."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -35,15 +35,25 @@ class Architecture:
     file: Path
 
     @cached_property
+    def _data(self) -> dict[str, list[list[Any]]]:
+        return json.loads(self.file.read_text("utf-8"))["components"]
+
+    @cached_property
     def _rows(self) -> list[tuple[str, str, tuple[int, ...], Any]]:
         """(component, path, shape, native) of every layer."""
-        data = json.loads(self.file.read_text("utf-8"))
         return [
             (component, path, tuple(shape), native)
-            for component, rows in data["components"].items()
+            for component, rows in self._data.items()
             for row in rows
             for path, shape, native in _expanded(*row)
         ]
+
+    @cached_property
+    def forms(self) -> frozenset[str]:
+        """Paths in both namings, flattened, `#` for each number: to tell quickly what a file may be for."""
+        rows = [row for rows in self._data.values() for row in rows]
+        paths = {path for path, *_ in rows} | {name for *_, native in rows for name, *_ in native or ()}
+        return frozenset(form_of(path) for path in paths | {path.replace("text_model.", "", 1) for path in paths})
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -82,6 +92,11 @@ class Architecture:
             return shape
         slices = self.native.get(name)
         return None if slices is None else (self.native_rows[name], *self.shapes[slices[0].layer][1:])
+
+
+def form_of(path: str) -> str:
+    """A path or a pattern of paths, dotted or flattened, flattened and with `#` for each number."""
+    return re.sub(r"\{\d+-\d+\}|\{\}|\d+", "#", path).replace(".", "_")
 
 
 def _expanded(path: str, shape: list[int], native: Any) -> Iterator[tuple[str, list[int], Any]]:

@@ -5,14 +5,14 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from imgadapt.arch import Architecture, Slice
+from imgadapt.arch import Architecture, Slice, form_of
 from imgadapt.errors import FormatError, ImgadaptError, first_few
 from imgadapt.formats import splitting
 from imgadapt.formats.cloneofsimo import CLONEOFSIMO, aliases
 from imgadapt.formats.ends import End, split
 from imgadapt.formats.format import Format
 from imgadapt.formats.meaning import Note, meaning
-from imgadapt.formats.names import Naming, Place, find, find_without_table
+from imgadapt.formats.names import Naming, Place, find, find_without_table, prefixes_of
 from imgadapt.formats.own import OWN, is_own, read_own
 from imgadapt.formats.part import Part, Parts, Source
 from imgadapt.formats.peft_config import config_of
@@ -150,7 +150,8 @@ def _architecture(
     """The one that has most of the layers; of those that have as many, the one whose shapes agree."""
     names = list(stems)
     sample = names[:: max(1, len(names) // _SAMPLE)]
-    hits = {a: sum(find(stem, a, "diffusers") is not None for stem in sample) for a in architectures}
+    forms = [{form_of(stem[len(prefix.text) :]) for prefix in prefixes_of(stem)} for stem in sample]
+    hits = {a: sum(not a.forms.isdisjoint(spelled) for spelled in forms) for a in architectures}
     most = max(hits.values(), default=0)
     if not most:
         return None, "diffusers"

@@ -40,7 +40,11 @@ def _whole_kernel(part: Part) -> tuple[Any, dict[str, Tensor]]:
 
 
 def _no(method: Any, tool: str, *, dense: bool | None = None) -> Unfusable:
-    return Unfusable(f"{tool} has no word for {method}", dense=not method.needs_weight if dense is None else dense)
+    inner = f" over {method.inner.name}, a magnitude for each {method.axis}," if method.name == "dora" else ""
+    core = " with a Tucker core" if getattr(method, "tucker", False) else ""
+    return Unfusable(
+        f"{tool} has no word for {method.name}{inner}{core}", dense=not method.needs_weight if dense is None else dense
+    )
 
 
 def lycoris(part: Part, axes: int) -> Spelled:

@@ -247,7 +247,10 @@ def write(writer: Writer, parts: Parts, metadata: Mapping[str, str]) -> tuple[di
         raise FormatError("the adapter has no layers; there is nothing to write")
     steps = writer.steps(dict(sorted(parts.items())))  # so that the same adapter gives the same metadata, too
     if lost := [step for step in steps if step.tensors is None]:
-        reasons = list(dict.fromkeys(f"{step.reason} (of {step.name})" for step in lost))
+        by_reason: dict[str, list[str]] = {}
+        for step in lost:
+            by_reason.setdefault(step.reason, []).append(step.name)
+        reasons = [f"{reason} ({first_few(names)})" for reason, names in by_reason.items()]
         raise FormatError(f"{len(lost)} of {len(steps)} layers cannot be written as {form.name}: {first_few(reasons)}")
     tensors: dict[str, Tensor] = {}
     for step in steps:

@@ -1,0 +1,157 @@
+"""What is in an adapter file, in words and numbers: for `imgadapt show`, and whoever wants to know."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from imgadapt.arch import Architecture
+from imgadapt.file import AdapterFile
+from imgadapt.formats import Part
+from imgadapt.sites import Kind, Site
+
+_TAGS = 10
+_WIDE = 512  # rank of a pair above which its norm is not worked out
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer: method, rank and alpha (None: it has none), shapes of its tensors, and the Frobenius norm of
+    scale * delta (None: that depends on the base's weights, or was not asked for).
+    """
+
+    layer: str
+    method: str
+    rank: int | None
+    alpha: float | None
+    scale: float
+    norm: float | None
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is in a file. blocks: the norms of layers summed up (the root of the sum of squares) by block."""
+
+    format: str | None
+    base: str | None
+    rows: list[Row]
+    numbers: int
+    dtypes: list[str]
+    words: list[str]
+    trigger: list[str]
+    blocks: Mapping[str, float]
+    metadata: Mapping[str, str]
+    unknown: Mapping[str, str]
+
+    def as_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+
+def summary(file: AdapterFile, *, norms: bool = True) -> Summary:
+    """What a file has. norms: whether its tensors are read for them."""
+    rows = [_row(name, part, norms) for name, part in file.parts.items()]
+    tensors = [tensor for part in file.parts.values() for tensor in part.tensors.values()]
+    blocks: dict[str, float] = {}
+    for row in rows:
+        if row.norm is not None:
+            blocks[block_of(row.layer)] = (blocks.get(block_of(row.layer), 0.0) ** 2 + row.norm**2) ** 0.5
+    return Summary(
+        file.format,
+        file.architecture,
+        rows,
+        sum(tensor.numel() for tensor in tensors),
+        sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}),
+        list(file.embeddings),
+        trigger_words(file.metadata),
+        blocks,
+        file.metadata,
+        file.unknown,
+    )
+
+
+def block_of(layer: str) -> str:
+    """`unet.down_blocks.1.attentions.0.proj_in` -> `unet.down_blocks.1`: up to the first number, and that."""
+    found = re.match(r"[^.]+(\.[A-Za-z_]+)*?\.\d+", layer)
+    return found[0] if found else ".".join(layer.split(".")[:2])
+
+
+def _row(name: str, part: Part, norms: bool) -> Row:
+    method = part.method
+    shapes = {key: tuple(tensor.shape) for key, tensor in part.tensors.items()}
+    norm = norm_of(part) if norms else None
+    return Row(name, method.name, method.file_rank, method.file_alpha, method.scale, norm, shapes)
+
+
+@torch.no_grad()
+def norm_of(part: Part) -> float | None:
+    """Frobenius norm of scale * delta, from the factors alone; None where it depends on the weight, or is too wide."""
+    method, t = part.method, {key: tensor.float() for key, tensor in part.tensors.items()}
+    if method.needs_weight:
+        return None
+    if "w2" in t:
+        first = t["w1"] if "w1" in t else t["w1_a"] @ t["w1_b"]
+        return method.scale * float(first.norm() * t["w2"].norm())
+    if method.name in ("full", "norm"):
+        return float(next(iter(t.values())).norm())
+    narrow = method.file_rank is not None and method.file_rank**2 <= _WIDE
+    pair = method.pair(t, _site(part)) if narrow else None
+    if "down" in t and "mid" not in t:
+        pair = t["up"].flatten(1), t["down"].flatten(1)
+    if pair is None or pair[0].shape[1] > _WIDE:
+        return None
+    up, down = pair
+    return method.scale * float(((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt())
+
+
+def _site(part: Part) -> Site:
+    """A site of the size that the factors have, flattened where they do not tell the kernel."""
+    t = part.tensors
+    if "mid" in t:
+        return Site((t["up"].shape[0], t["down"].shape[1], *t["mid"].shape[2:]), "conv")
+    if "core_1" in t:
+        return Site((t["up_1"].shape[1], t["down_1"].shape[1], *t["core_1"].shape[2:]), "conv")
+    if "up_1" in t:
+        return Site((t["up_1"].shape[0], t["down_1"].shape[1]), "linear")
+    if "w2_a" in t:
+        first = t["w1"].shape if "w1" in t else (t["w1_a"].shape[0], t["w1_b"].shape[1])
+        rows = first[0] * t["w2_a"].shape[1 if "t2" in t else 0]
+        kernel = t["t2"].shape[2:] if "t2" in t else ()
+        return Site((rows, first[1] * t["w2_b"].shape[1], *kernel), "conv" if kernel else "linear")
+    return Site((t["up"].shape[0], *t["down"].shape[1:]), "conv" if t["down"].ndim > 2 else "linear")
+
+
+def trigger_words(metadata: Mapping[str, str]) -> list[str]:
+    """What its maker says brings it out; where nothing is said, the tags that most of its pictures had (sd-scripts'
+    `ss_tag_frequency`).
+    """
+    for key in ("modelspec.trigger_phrase", "trigger_words", "ss_trigger_words", "modelspec.trigger_words"):
+        if said := metadata.get(key, "").strip():
+            return [said]
+    try:
+        tables: Any = json.loads(metadata.get("ss_tag_frequency", "{}"))
+        counts = Counter[str]()
+        for tags in tables.values():
+            for tag, count in tags.items():
+                counts[str(tag).strip()] += int(count)
+    except (ValueError, TypeError, AttributeError):
+        return []
+    return [tag for tag, _ in counts.most_common(_TAGS)]
+
+
+def misfits(file: AdapterFile, architecture: Architecture) -> dict[str, str]:
+    """Layer -> why it would not go on a model of this architecture."""
+    found: dict[str, str] = {}
+    for name, part in file.parts.items():
+        shape = architecture.shape_of(name)
+        if shape is None:
+            found[name] = "no such layer"
+            continue
+        kind: Kind = "conv" if len(shape) > 2 else "linear" if len(shape) == 2 else "norm"
+        if wrong := part.method.fits(part.tensors, Site(shape, kind, bias="bias")):
+            found[name] = wrong
+    return found
