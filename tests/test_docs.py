@@ -9,13 +9,15 @@ import torch
 
 import imgadapt
 from imgadapt import LoRA
+from imgadapt.arch import architectures
+from imgadapt.formats import FORMATS
 from imgadapt.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 _BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/models.md", "docs/methods.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/models.md", "docs/methods.md", "docs/formats.md"])
 def test_every_snippet_of_a_page_runs(page: str, pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("demo_out").mkdir()
@@ -36,6 +38,17 @@ def test_every_snippet_of_a_page_runs(page: str, pipe: Any, tmp_path: Path, monk
 def test_the_readme_lists_every_method_once() -> None:
     table = re.findall(r"^\| `(\w+)\(", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
     assert list(dict.fromkeys(table)) == [method.__name__ for method in METHODS]
+
+
+def test_the_page_of_formats_lists_every_format_and_architecture_once() -> None:
+    page = (ROOT / "docs/formats.md").read_text("utf-8")
+    assert re.findall(r"^\| `([\w-]+)` \| ", page.partition("## The architectures")[0], re.MULTILINE) == [
+        form.name for form in FORMATS
+    ]
+    table = page.partition("## The architectures")[2].partition("They are derived")[0]
+    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    named = [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
+    assert sorted(named) == [a.name for a in architectures()]
 
 
 def test_every_method_has_its_section() -> None:
