@@ -17,7 +17,7 @@ import torch
 
 from imgadapt import load, plan, save
 from imgadapt.cli import program
-from imgadapt.errors import ConfigError, ImgadaptError
+from imgadapt.errors import ConfigError, ImgadaptError, first_few
 from imgadapt.formats import FORMATS
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -37,22 +37,19 @@ def pairs(source: Path, target: Path | None, to: str) -> Iterator[tuple[Path, Pa
 
 def convert(source: Path, target: Path, args: Any) -> dict[str, Any]:
     """One file; what became of it."""
-    row: dict[str, Any] = {"file": str(source)}
-    try:
-        file = load(source)
-        steps = plan(file, args.to)
-        reasons = [f"{step.name}: {step.reason}" for step in steps if step.reason]
-        row |= {"from": file.format, "base": file.architecture, "layers": len(file.parts), "to": args.to}
-        row |= {"loss": Counter(step.loss for step in steps), "reasons": reasons[:20]}
-        if not args.plan:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            save(file, target, format=args.to, dtype=DTYPES.get(args.dtype), dense=args.dense)
-            written = load(target)
-            if len(written.parts) != len(file.parts) and not args.dense:
-                raise ImgadaptError(f"{target} has {len(written.parts)} layers where {source} has {len(file.parts)}")
-            row["written"] = str(target)
-    except ImgadaptError as error:
-        row["error"] = str(error)
+    file = load(source)
+    steps = plan(file, args.to)
+    by_reason: dict[str, list[str]] = {}
+    for step in steps:
+        if step.reason:
+            by_reason.setdefault(step.reason, []).append(step.name)
+    row: dict[str, Any] = {"from": file.format, "base": file.architecture, "layers": len(file.parts), "to": args.to}
+    row |= {"loss": Counter(step.loss for step in steps), "reasons": by_reason}
+    if not args.plan:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save(file, target, format=args.to, dtype=DTYPES.get(args.dtype), dense=args.dense)
+        load(target)  # it can be read back, or that is said now
+        row["written"] = str(target)
     return row
 
 
@@ -75,18 +72,24 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(f"{args.input} has no files that end in {', '.join(ENDS)}")
     rows: list[dict[str, Any]] = []
     for k, (source, target) in enumerate(todo, 1):
-        row = convert(source, target, args)
+        row: dict[str, Any] = {"file": str(source)}
         rows.append(row)
+        try:
+            row |= convert(source, target, args)
+        except ImgadaptError as error:
+            if len(todo) == 1 and not args.json:
+                raise
+            row["error"] = str(error)
         if not args.json:
             start = f"[{k}/{len(todo)}] " if len(todo) > 1 else ""
             if "error" in row:
-                print(f"{start}{source}: {row['error']}", file=sys.stderr)
+                print(f"{start}{row['error']}", file=sys.stderr)
                 continue
             losses = ", ".join(f"{count} {loss}" for loss, count in row["loss"].items()) or "words only"
             base = row["base"] or "no table of its base"
             print(f"{start}{source}: {row['from']}, {base}, {row['layers']} layers -> {args.to}: {losses}")
-            for reason in row["reasons"][:3]:
-                print(f"  {reason}")
+            for reason, names in row["reasons"].items():
+                print(f"  {reason} ({first_few(names)})")
             if "written" in row:
                 print(f"  {target}, {target.stat().st_size / 1e6:.2f} MB" if target.is_file() else f"  {target}")
     failed = [row for row in rows if "error" in row]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,10 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from safetensors import safe_open
 
-from imgadapt import cli, demo
+from imgadapt import cli, demo, load
 from imgadapt.errors import ConfigError, DataError, FormatError, OutputError, TargetError
 
 Run = Callable[[str, Sequence[str]], None]
@@ -130,7 +132,7 @@ def test_train_generate_show_and_convert_hang_together(
     assert "rank 2, alpha 1 (scale 0.5): 128 layers" in said
     assert "kohya format" in said
     run("show", [str(tmp_path / "d.safetensors"), "--layers"])
-    assert "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_v: norm" in capsys.readouterr().out
+    assert "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_v: lora, norm" in capsys.readouterr().out
 
     pictures = []
     for name, adapters in (("base", []), ("on", [f"{adapter}:1"]), ("off", [f"{adapter}:0"])):
@@ -138,6 +140,48 @@ def test_train_generate_show_and_convert_hang_together(
         run("generate", ["a fox", "--steps", "2", *flags, "--output", str(tmp_path / f"{name}.png")])
         pictures.append((tmp_path / f"{name}.png").read_bytes())
     assert pictures[0] == pictures[2] != pictures[1]
+
+
+def test_a_folder_is_converted_and_what_cannot_be_is_said(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    truth = Path(__file__).parent / "ground_truth" / "lycoris"
+    folder = tmp_path / "in"
+    (folder / "deep").mkdir(parents=True)
+    shutil.copy(truth / "lora.safetensors", folder / "a.safetensors")
+    shutil.copy(truth / "boft.safetensors", folder / "deep" / "b.safetensors")
+    with pytest.raises(SystemExit, match="1"):
+        run("convert", [str(folder), str(tmp_path / "out"), "--to", "diffusers", "--json"])
+    good, bad = json.loads(capsys.readouterr().out)
+    assert (good["from"], good["base"], good["layers"], good["loss"]) == ("lycoris", "sd1", 16, {"exact": 16})
+    assert load(good["written"]).format == "diffusers"
+    assert "16 of 16 layers cannot be written as diffusers" in bad["error"]
+    assert not (tmp_path / "out" / "deep" / "b.safetensors").exists()
+
+    with pytest.raises(SystemExit, match="1"):
+        run("convert", [str(folder), "--to", "diffusers"])
+    said = capsys.readouterr()
+    assert "1 of 2 files written" in said.out
+    assert "diffusers has no word for boft" in said.err
+    run("convert", [str(folder), "--to", "diffusers", "--plan"])
+    assert "16 impossible" in capsys.readouterr().out
+
+
+def test_show_says_what_would_not_fit_and_writes_json(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = Path(__file__).parent / "ground_truth" / "lycoris" / "lokr_full.safetensors"
+    run("show", [str(file), "--json"])
+    said = json.loads(capsys.readouterr().out)
+    assert (said["format"], said["base"], len(said["rows"])) == ("lycoris", "sd1", 16)
+    tensors = load(file).parts["unet.conv_in"].tensors
+    wanted = float(torch.kron(tensors["w1"][:, :, None, None], tensors["w2"]).norm())
+    row = next(row for row in said["rows"] if row["layer"] == "unet.conv_in")
+    assert row["norm"] == pytest.approx(wanted, rel=1e-5)
+    assert said["blocks"]["unet.conv_in"] == pytest.approx(wanted, rel=1e-5)
+    with pytest.raises(SystemExit, match="1"):
+        run("show", [str(file), "--base", "sdxl"])
+    assert "layers do not fit" in capsys.readouterr().out
 
 
 def test_bad_input_is_answered_with_the_way_out(run: Run, folder: Path, tmp_path: Path) -> None:
