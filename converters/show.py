@@ -34,7 +34,9 @@ def main(argv: Sequence[str]) -> None:
     wrong = misfits(file, next(a for a in architectures() if a.name == args.base)) if args.base else {}
     if args.json:
         print(json.dumps({**json.loads(found.as_json()), "misfits": wrong}, indent=1))
-        raise SystemExit(1 if found.unknown or wrong else 0)
+        if found.unknown or wrong:
+            raise SystemExit(1)
+        return
 
     size = sum(f.stat().st_size for f in ([args.file] if args.file.is_file() else args.file.iterdir()))
     print(f"{args.file}: {size / 1e6:.2f} MB, {found.format} format")
