@@ -119,10 +119,11 @@ def detach(model: Any, *names: str) -> None:
     """Take adapters off (all of them when none is named); layers left bare become their base again, bitwise.
 
     Raises:
-        StateError: a name is not on the model.
+        StateError: a name is not on the model, or its words cannot be taken out (see `tokens`); nothing is detached.
     """
     require(model, names)
     gone = names or adapters(model)
+    tokens.check_removal(model, gone)
     _take_off(where.components(model), gone)
     tokens.remove(model, gone)
 

@@ -3,22 +3,28 @@
 import base64
 import json
 import pickle
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from imgadapt.errors import FormatError, first_few
+from imgadapt.errors import FormatError, MissingExtra, first_few
 
-Form = Literal["diffusers", "kohya", "pair", "bundled"]
-KINDS = ("clip_l", "clip_g", "t5")
+Form = Literal["a1111", "diffusers", "kohya", "pair", "bundled"]
+KINDS = ("clip_l", "clip_g", "t5", "llama", "gemma")
+_ONE = ("emb_params", "emp_params")  # the second is OneTrainer's for SD1: StableDiffusionEmbeddingSaver.py, 1e927f0
 _BUNDLE = "bundle_emb."
+_NAMES = {f"{name}{end}": f"{kind}{end}" for end in ("", "_out") for name, kind in (
+    *((kind, kind) for kind in KINDS), *((one, "any") for one in _ONE))}  # fmt: skip
+_LAYER = re.compile(r"\w+:\d+:\w+|\d+")  # cloneofsimo's, and the numbers of a list
 _UNREADABLE = (
     *(pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, OSError),
-    *(IndexError, MemoryError),
+    *(IndexError, MemoryError, RecursionError, OverflowError, SafetensorError),
 )
 
 
@@ -26,7 +32,7 @@ _UNREADABLE = (
 class Embedding:
     """A word and its vectors.
 
-    vectors: text encoder ("clip_l", "clip_g", "t5", or "any": the one whose width it has) -> (n, width).
+    vectors: text encoder (one of KINDS, or "any": the one whose width it has) -> (n, width).
     outputs: the same for vectors that OneTrainer puts in the place of a text encoder's outputs. They are kept and
         written back; attaching such an embedding is refused, for no diffusers pipeline has a place for them.
     source: the tensors as a file had them, under their keys there; form: which of the forms that was.
@@ -45,31 +51,52 @@ def read_embeddings(
     """(word -> embedding, keys that they are made of). stem: the file's name, the word where a form has none.
 
     Raises:
-        FormatError: an embedding's tensor is no vector or matrix of numbers.
+        FormatError: an embedding's tensor is no vector or matrix of numbers, or there are two for one place.
     """
     found: dict[str, Embedding] = {}
     bundles: dict[str, dict[str, str]] = {}
     for key in tensors:
         if key.startswith(_BUNDLE):
             token, kind = _bundled(key)
-            bundles.setdefault(token, {})[kind] = key
+            if kind in bundles.setdefault(token, {}):
+                raise FormatError(f"{key} and {bundles[token][kind]} are both '{token}' for one text encoder")
+            bundles[token][kind] = key
     for token, keys in bundles.items():
         found[token] = _made(token, keys, tensors, "bundled")
-    rest = [key for key in tensors if not key.startswith(_BUNDLE)]
-    named = {*KINDS, *(f"{kind}_out" for kind in KINDS)}
-    params = [key for key in rest if key.startswith("string_to_param.")]
-    if rest == ["emb_params"]:
-        found[stem] = _made(stem, {"any": "emb_params"}, tensors, "kohya")
-    elif rest and set(rest) <= named:
-        found[stem] = _made(stem, {key: key for key in rest}, tensors, "pair")
-    elif len(params) == len(rest) == 1:
-        token = metadata.get("name", stem)
-        found[token] = _made(token, {"any": params[0]}, tensors, "diffusers")
-    elif rest and len(rest) <= 64 and all("." not in key and tensors[key].ndim in (1, 2) for key in rest):
-        found |= {key: _made(key, {"any": key}, tensors, "diffusers") for key in rest}
-    else:  # cloneofsimo's, among layers
-        found |= {key: _made(key, {"any": key}, tensors, "diffusers") for key in rest if metadata.get(key) == "<embed>"}
+    for embedding in _unbundled([key for key in tensors if not key.startswith(_BUNDLE)], tensors, metadata, stem):
+        if embedding.token in found:
+            raise FormatError(f"{first_few(list(embedding.source))}: '{embedding.token}' is bundled in the file, too")
+        found[embedding.token] = embedding
     return found, [key for embedding in found.values() for key in embedding.source]
+
+
+def _unbundled(
+    keys: list[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str], stem: str
+) -> list[Embedding]:
+    """The embeddings of a file of nothing else; of cloneofsimo's, those that its metadata tells from layers."""
+    if any(metadata.get(key) == "<embed>" for key in keys):
+        return [_made(key, {"any": key}, tensors, "diffusers") for key in keys if metadata.get(key) == "<embed>"]
+    params = [key for key in keys if key.startswith("string_to_param.")]
+    if params and all(key.startswith(("string_to_param.", "string_to_token.")) for key in keys):
+        if len(params) > 1:
+            raise FormatError(f"{len(params)} words in A1111's form, which has one: {first_few(params)}")
+        made = _made(metadata.get("name", stem), {"any": params[0]}, tensors, "a1111")
+        return [Embedding(made.token, made.vectors, source={key: tensors[key] for key in keys}, form="a1111")]
+    if keys and set(keys) <= _NAMES.keys() and (kinds := {_NAMES[key]: key for key in keys}):
+        if len(kinds) < len(keys):
+            raise FormatError(f"{first_few(keys)}: two of these are for one text encoder")
+        return [_made(stem, kinds, tensors, "kohya" if keys == [_ONE[0]] else "pair")]
+    if keys and _are_words(keys, tensors):
+        return [_made(key, {"any": key}, tensors, "diffusers") for key in keys]
+    return []
+
+
+def _are_words(keys: list[str], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether all keys of a file are words: by their brackets, or because no layer is called so; of one width."""
+    if all(key.startswith("<") and key.endswith(">") for key in keys):
+        return True
+    plain = all("." not in key and not _LAYER.fullmatch(key) and tensors[key].ndim in (1, 2) for key in keys)
+    return plain and len(keys) <= 64 and len({tensors[key].shape[-1] for key in keys}) == 1
 
 
 def _bundled(key: str) -> tuple[str, str]:
@@ -77,10 +104,10 @@ def _bundled(key: str) -> tuple[str, str]:
     path = key.removeprefix(_BUNDLE)
     if ".string_to_param." in path:
         return path.partition(".string_to_param.")[0], "any"
-    token, _, kind = path.rpartition(".")
-    if not token or kind.removesuffix("_out") not in KINDS:
-        raise FormatError(f"{key}: wanted {_BUNDLE}<word>.clip_l, clip_g, t5 or string_to_param.*")
-    return token, kind
+    token, _, name = path.rpartition(".")
+    if not token or name not in _NAMES:
+        raise FormatError(f"{key}: wanted {_BUNDLE}<word>.{', '.join(KINDS)} or string_to_param.*")
+    return token, _NAMES[name]
 
 
 def _made(token: str, keys: Mapping[str, str], tensors: Mapping[str, Tensor], form: Form) -> Embedding:
@@ -98,86 +125,140 @@ def _made(token: str, keys: Mapping[str, str], tensors: Mapping[str, Tensor], fo
 
 
 def write_embeddings(embeddings: Mapping[str, Embedding], form: Form | None) -> dict[str, Tensor]:
-    """Tensors of embeddings by their keys; what came in the same form is written as it was. form None: its own.
+    """Tensors of embeddings by their keys; what came in the same form is written as it was.
+
+    form: "diffusers" (a word's tensor under the word), "kohya" (emb_params; SDXL's pair is clip_l and clip_g), "pair"
+        (OneTrainer's: a tensor for each text encoder), "bundled" (among an adapter's layers); None: its own, and
+        "diffusers" for A1111's.
 
     Raises:
-        FormatError: the form has no place for all of it.
+        FormatError: the form has no place for all of it, or is A1111's.
     """
-    if form is None:
-        form = next(iter(embeddings.values())).form
+    if form == "a1111":
+        raise FormatError("A1111's own form is a pickle, which imgadapt never writes; A1111 reads 'kohya', too")
     made: dict[str, Tensor] = {}
     for token, embedding in embeddings.items():
-        if embedding.form == form and embedding.source and token == embedding.token:
-            made |= embedding.source
-        elif form == "bundled":
-            made |= {f"{_BUNDLE}{token}.{kind}": tensor for kind, tensor in _named(embedding).items()}
-        elif form == "pair":
-            made |= {key: tensor for key, tensor in _named(embedding).items() if key in KINDS or key.endswith("_out")}
-        else:
-            if len(embedding.vectors) != 1 or embedding.outputs:
-                kinds = ", ".join(_named(embedding))
-                raise FormatError(f"the {form} form has one tensor for a word, and {token} has {kinds}")
-            made["emb_params" if form == "kohya" else token] = next(iter(embedding.vectors.values()))
-    if len(made) < len(embeddings) or (form in ("kohya", "pair") and len(embeddings) > 1):
-        raise FormatError(f"the {form} form has no place for {len(embeddings)} words: {first_few(list(embeddings))}")
+        wanted = form or ("diffusers" if embedding.form == "a1111" else embedding.form)
+        as_it_was = embedding.form == wanted and embedding.source and token == embedding.token
+        rows = embedding.source if as_it_was else _written(token, embedding, wanted)
+        if twice := sorted(made.keys() & rows.keys()):
+            raise FormatError(
+                f"the {wanted} form has one place {twice[0]}, and there are {len(embeddings)} words "
+                f"({first_few(list(embeddings))}): write each to a file of its own"
+            )
+        made |= rows
+    if len(embeddings) > 1 and made.keys() & _NAMES.keys():
+        raise FormatError(f"{first_few(list(embeddings))}: a file of {first_few(sorted(made))} holds one word")
     return made
 
 
-def _named(embedding: Embedding) -> dict[str, Tensor]:
-    vectors = {"string_to_param.*" if kind == "any" else kind: tensor for kind, tensor in embedding.vectors.items()}
-    return {**vectors, **{f"{kind}_out": tensor for kind, tensor in embedding.outputs.items()}}
+def _written(token: str, embedding: Embedding, form: Form) -> dict[str, Tensor]:
+    named = {**embedding.vectors, **{f"{kind}_out": tensor for kind, tensor in embedding.outputs.items()}}
+    if form == "bundled":
+        names = {"any": "string_to_param.*", "any_out": f"{_ONE[1]}_out"}
+        return {f"{_BUNDLE}{token}.{names.get(kind, kind)}": tensor for kind, tensor in named.items()}
+    if form == "pair":
+        names = {"any": _ONE[1], "any_out": f"{_ONE[1]}_out"}
+        return {names.get(kind, kind): tensor for kind, tensor in named.items()}
+    if form == "kohya" and named.keys() == {"clip_l", "clip_g"}:
+        return named
+    if len(embedding.vectors) != 1 or embedding.outputs:
+        raise FormatError(
+            f"the {form} form has one tensor for a word, and {token} has {', '.join(named)}; OneTrainer's holds all"
+        )
+    return {_ONE[0] if form == "kohya" else token: next(iter(embedding.vectors.values()))}
 
 
 def read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors under dotted keys, the rest as text) of a .pt, .bin or .ckpt that holds data only, or of a picture
-    in which A1111 wrote an embedding.
+    in which A1111 wrote an embedding; by content, whatever the file is called. A lone tensor is an `emb_params`.
 
     Raises:
         FormatError: it is neither; a pickle that wants to run code is never loaded.
     """
-    if path.suffix.lower() in (".png", ".webp"):
-        content: Any = _in_picture(path)
-    else:
-        try:
-            with torch.serialization.safe_globals([nn.ParameterDict]):
-                content = torch.load(path, map_location="cpu", weights_only=True)
-        except _UNREADABLE as error:
-            said = str(error).splitlines()[0] if str(error) else repr(error)
-            raise FormatError(f"{path}: not a file of tensors that is safe to load ({said})") from error
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
-    for key, value in _flat(content, ""):
-        if isinstance(value, Tensor):
-            tensors[key.removeprefix("state_dict.")] = value.detach()
-        elif isinstance(value, str | int | float | bool):
-            metadata[key] = str(value)
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+        if start[8:9] == b"{":  # safetensors begins with the length of its JSON
+            return _renamed(path)
+        content: Any = _in_picture(path) if start[:4] in (b"\x89PNG", b"RIFF") else _pickled(path)
+        for key, value in _flat({_ONE[0]: content} if isinstance(content, Tensor) else content, ""):
+            key = key.removeprefix("state_dict.")
+            if isinstance(value, Tensor):
+                if key in tensors:
+                    raise FormatError(f"two tensors are called '{key}'")
+                tensors[key] = _whole(key, value.detach())
+            elif isinstance(value, str | int | float | bool):
+                metadata[key] = str(value)
+    except FormatError as error:
+        raise FormatError(f"{path}: {error}") from error
+    except _UNREADABLE as error:
+        raise FormatError(f"{path}: not a file of tensors that is safe to load ({_wish(error)})") from error
     return tensors, metadata
 
 
+def _pickled(path: Path) -> Any:
+    with torch.serialization.safe_globals([nn.ParameterDict]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _wish(error: BaseException) -> str:
+    """What a refused pickle wanted to call, or else what is wrong with the file."""
+    text = str(error)
+    if match := re.search(r"GLOBAL (\S+)", text):
+        return f"it wants to run {match[1]}"
+    said = text.partition("WeightsUnpickler error:")[2].strip() or text or repr(error)
+    return said.splitlines()[0]
+
+
+def _renamed(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A safetensors file by another name."""
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+
+
+def _whole(key: str, tensor: Tensor) -> Tensor:
+    """The same tensor, if all its numbers are in the file: one that repeats a few may be larger than any memory."""
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    if not plain or tensor.is_complex():
+        raise FormatError(f"{key} is {tensor.dtype}, {tensor.layout}, on {tensor.device}; wanted plain numbers")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise FormatError(f"{key} is {tuple(tensor.shape)}, more than the numbers in the file")
+    return tensor
+
+
 def _flat(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping | nn.ParameterDict):
+    """(dotted key, leaf) of nested mappings and lists. Mappings in a list at the top are taken as one."""
+    if isinstance(value, nn.ParameterDict):
+        value = value._parameters  # before torch 1.12 it was pickled without the names that .items() reads
+    if isinstance(value, Mapping):
         for name, inner in value.items():
             yield from _flat(inner, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, list | tuple) and not key:
-        for inner in value:
-            yield from _flat(inner, "")
+    elif isinstance(value, list | tuple):
+        for number, inner in enumerate(value):
+            merged = not key and isinstance(inner, Mapping)
+            yield from _flat(inner, "" if merged else f"{key}.{number}" if key else str(number))
     else:
         yield key, value
 
 
 def _in_picture(path: Path) -> Any:
     """What A1111 wrote into a picture: base64 of JSON, in its text `sd-ti-embedding` (modules/textual_inversion)."""
-    from PIL import Image, UnidentifiedImageError
-
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError as error:
+        raise MissingExtra("Pillow", "diffusers") from error
     try:
         with Image.open(path) as picture:
             text = picture.info.get("sd-ti-embedding")
         if not isinstance(text, str):
-            raise FormatError(f"{path}: a picture without an embedding in its text (those in pixels are not read)")
+            raise FormatError("a picture without an embedding in its text (those in pixels are not read)")
         return json.loads(base64.b64decode(text), object_hook=_tensor)
-    except (OSError, UnidentifiedImageError, ValueError) as error:
-        raise FormatError(f"{path}: no embedding can be read from this picture ({error})") from error
+    except (*_UNREADABLE, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise FormatError(f"no embedding can be read from this picture ({error})") from error
 
 
 def _tensor(row: dict[str, Any]) -> Any:
-    return torch.tensor(row["TORCHTENSOR"]) if "TORCHTENSOR" in row else row
+    return torch.tensor(row["TORCHTENSOR"], dtype=torch.float32) if "TORCHTENSOR" in row else row
