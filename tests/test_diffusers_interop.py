@@ -125,7 +125,7 @@ def test_imgadapt_draws_the_same_picture_with_what_diffusers_wrote(
     pipe.unload_lora_weights()
     assert distance(draw(pipe), bare) == 0
     file = load(tmp_path / "pytorch_lora_weights.safetensors")
-    assert (file.format, file.unknown) == ("diffusers", ())
+    assert (file.format, file.unknown) == ("diffusers", {})
     assert sum(len(part.tensors) for part in file.parts.values()) == sum(len(state) for state in states)
     attach(pipe, file)
     assert distance(draw(pipe), theirs) <= 1e-3
