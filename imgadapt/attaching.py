@@ -141,6 +141,10 @@ def swap(model: Any, file: AdapterFile, *, name: str = "default") -> None:
     """
     if not isinstance(file, AdapterFile):
         raise ConfigError(f"{file!r} is no loaded file; wanted imgadapt.load(path)")
+    if file.embeddings:
+        raise StateError(
+            f"the file brings words ({first_few(list(file.embeddings))}): detach '{name}' and attach the file"
+        )
     own = {canonical(layer_name): (layer, slot) for layer_name, layer, slot in slots(model, name)}
     if strange := [key for key in file.parts if key not in own]:
         raise StateError(

@@ -24,7 +24,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from imgadapt import LoRA, adapters, attach, collect, detach, load, save
+from imgadapt import LoRA, adapters, attach, collect, detach, load, save, swap
 from imgadapt.embeddings import KINDS, Embedding, Form, read_embeddings, read_pickle, write_embeddings
 from imgadapt.errors import FormatError, ShapeError, StateError, TargetError
 from imgadapt.file import AdapterFile
@@ -536,3 +536,12 @@ class _Full:
 
     def convert_tokens_to_ids(self, tokens: list[str]) -> list[int]:
         return [3 for _ in tokens]
+
+
+def test_swap_refuses_a_file_with_words(pipe: Any) -> None:
+    attach(pipe, LoRA(rank=2), name="a")
+    file = collect(pipe, "a")
+    words = {"ohwx": Embedding("ohwx", {"any": torch.randn(1, 128)})}
+    with pytest.raises(StateError, match=r"the file brings words \(ohwx\): detach 'a'"):
+        swap(pipe, replace(file, embeddings=words), name="a")
+    detach(pipe)

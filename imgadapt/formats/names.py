@@ -106,7 +106,3 @@ def find_without_table(stem: str) -> Place | None:
     if prefix is None or not stem[len(prefix.text) :]:
         return None
     return Place(prefix, "diffusers", canonical(f"{prefix.components[0]}.{stem[len(prefix.text) :]}"))
-
-
-def flattened(path: str, separator: str) -> str:
-    return path.replace(".", separator)
