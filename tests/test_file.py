@@ -92,7 +92,11 @@ def test_a_file_without_metadata_has_none(tmp_path: Path) -> None:
     assert read_tensors(tmp_path / "x.safetensors")[1] == {}
 
 
-@pytest.mark.parametrize("form", ["kohya", "diffusers"])
+WITH_ALPHA = ("kohya", "lycoris", "lycoris-wrapper", "onetrainer", "diffusers", "peft", "comfyui", "imgadapt")
+"""Formats that have a LoRA's tensors as they are."""
+
+
+@pytest.mark.parametrize("form", WITH_ALPHA)
 def test_an_adapter_survives_a_file(form: str, tmp_path: Path) -> None:
     file = adapter()
     again = load(save(file, tmp_path / "x.safetensors", format=form))
@@ -108,7 +112,7 @@ def test_another_process_writes_the_same_bytes(tmp_path: Path) -> None:
     program = (
         "import hashlib, runpy, sys\n"
         "here = runpy.run_path(sys.argv[1])\n"
-        "for form in ('kohya', 'diffusers'):\n"
+        "for form in here['WITH_ALPHA']:\n"
         "    path = here['save'](here['adapter'](), f'{sys.argv[2]}/{form}.safetensors', format=form)\n"
         "    print(hashlib.sha256(path.read_bytes()).hexdigest())\n"
     )
@@ -119,8 +123,7 @@ def test_another_process_writes_the_same_bytes(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
     )
-    forms = ("kohya", "diffusers")
-    ours = [save(adapter(), tmp_path / f"{form}-here.safetensors", format=form).read_bytes() for form in forms]
+    ours = [save(adapter(), tmp_path / f"{form}-here.safetensors", format=form).read_bytes() for form in WITH_ALPHA]
     assert theirs.stdout.split() == [hashlib.sha256(data).hexdigest() for data in ours]
 
 
@@ -267,8 +270,56 @@ def test_a_truncated_file_is_refused_by_its_path(kept: int, tmp_path: Path) -> N
 def test_a_missing_file_and_a_folder_are_refused_by_their_paths(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=rf"{tmp_path}/nothing: no such file$"):
         load(tmp_path / "nothing")
-    with pytest.raises(FormatError, match=rf"{tmp_path}: no such file, only a folder"):
+    with pytest.raises(FormatError, match=rf"{tmp_path}: a folder without adapter_config\.json and adapter_model"):
         load(tmp_path)
+    with pytest.raises(FormatError, match=rf"{tmp_path}: no such file, only a folder"):
+        read_tensors(tmp_path)
+
+
+def test_a_file_is_written_over_itself_while_its_tensors_are_in_use(tmp_path: Path) -> None:
+    """They may stay in the file until they are used; what is written is another, put in its place."""
+    path = save(adapter(), tmp_path / "x.safetensors", format="kohya")
+    file = load(path)
+    save(file, path, format="diffusers")
+    again = load(path)
+    assert (file.format, again.format) == ("kohya", "diffusers")
+    for name, part in adapter().parts.items():
+        for key, tensor in part.tensors.items():
+            assert torch.equal(file.parts[name].tensors[key], tensor)
+            assert torch.equal(again.parts[name].tensors[key], tensor)
+
+
+@pytest.mark.parametrize("end", ["bin", "pt"])
+def test_a_pickle_of_tensors_is_read_and_any_other_is_refused_unopened(end: str, tmp_path: Path) -> None:
+    """diffusers' older scripts wrote `pytorch_lora_weights.bin`."""
+    tensors, _ = read_tensors(save(adapter(), tmp_path / "x.safetensors", format="kohya"))
+    path = tmp_path / f"x.{end}"
+    torch.save(tensors, path)
+    file = load(path)
+    assert (file.format, set(file.parts)) == ("kohya", {LAYER, CONV})
+    assert {name: part.method for name, part in file.parts.items()} == {
+        name: part.method for name, part in adapter().parts.items()
+    }
+    torch.save({"code": Unpickled()}, path)
+    with pytest.raises(FormatError, match=str(path)):
+        load(path)
+    assert not Unpickled.opened
+    path.write_bytes(b"no pickle")
+    with pytest.raises(FormatError, match=str(path)):
+        load(path)
+
+
+class Unpickled:
+    """Says whether it was made again from a pickle."""
+
+    opened = False
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return _open, ()
+
+
+def _open() -> None:
+    Unpickled.opened = True
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("C64", 64), ("U16", 16), ("F8_E8M0", 8), ("F4", 4)])
@@ -304,7 +355,7 @@ def test_no_bytes_raise_anything_but_a_format_error(data: bytes, framed: bool, s
 
 
 @FUZZ
-@given(form=st.sampled_from(["kohya", "diffusers"]), where=st.floats(0, 1), flip=st.integers(0, 255), cut=st.booleans())
+@given(form=st.sampled_from(WITH_ALPHA), where=st.floats(0, 1), flip=st.integers(0, 255), cut=st.booleans())
 def test_no_damage_to_a_file_raises_anything_but_a_format_error(
     form: str, where: float, flip: int, cut: bool, scratch: Path
 ) -> None:
