@@ -202,8 +202,10 @@ def collect(model: Any, name: str = "default") -> AdapterFile:
     brought = tokens.embeddings(model, name)
     rows = [] if brought and all(slot.name != name for _, _, slot in slots(model)) else slots(model, name)
     parts = {
-        canonical(layer_name): Part(slot.method, {key: _whole(tensor) for key, tensor in slot.tensors().items()})
-        for layer_name, _, slot in rows
+        canonical(layer_name): Part(
+            slot.method, {key: _whole(tensor) for key, tensor in slot.tensors().items()}, shape=layer.site.shape
+        )
+        for layer_name, layer, slot in rows
         if not slot.absent
     }
     return AdapterFile(parts, embeddings=brought)

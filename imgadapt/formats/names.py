@@ -102,7 +102,8 @@ def find(stem: str, architecture: Architecture, first: Naming) -> Place | None:
 
 def find_without_table(stem: str) -> Place | None:
     """A dotted layer of a model that no architecture lists."""
-    prefix = next((p for p in prefixes_of(stem) if p.text and p.separator == "." and len(p.components) <= 2), None)
+    prefix = next((p for p in prefixes_of(stem) if p.text and p.separator == "."), None)
     if prefix is None or not stem[len(prefix.text) :]:
         return None
-    return Place(prefix, "diffusers", canonical(f"{prefix.components[0]}.{stem[len(prefix.text) :]}"))
+    component = next(iter(prefix.components)) if len(prefix.components) <= 3 else "model"  # peft says nothing of it
+    return Place(prefix, "diffusers", canonical(f"{component}.{stem[len(prefix.text) :]}"))

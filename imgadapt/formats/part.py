@@ -28,12 +28,14 @@ class Part:
     source: where it came from, as long as nothing has changed it; it is written back from there, byte for byte.
     slices: of a fused layer that only the whole weight can split (a rotation across q and k): which rows of it are
         which layer. Its name is then the fused layer's own, and `attach` splits it.
+    shape: of the layer's weight, where it is known (it was on a model); tensors may be flat where that is not.
     """
 
     method: Method
     tensors: Mapping[str, Tensor]
     source: Source | None = field(default=None, compare=False)
     slices: tuple[Slice, ...] = ()
+    shape: tuple[int, ...] | None = field(default=None, compare=False)
 
 
 Parts = Mapping[str, Part]

@@ -8,12 +8,13 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from typing import Any, cast
 
 from imgadapt.errors import FormatError, first_few
 from imgadapt.formats.part import Part, Parts
+from imgadapt.methods.lokr import split
 from imgadapt.targets import TEXT_ENCODERS
 
 DIFFUSERS_KEY = "lora_adapter_metadata"
@@ -73,10 +74,29 @@ def config_of(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
         return next((value for regex, value in rows if any(regex.match(p) for p in paths)), default)
 
     alpha = at(fields.get("lora_alpha", fields.get("alpha")), "alpha_pattern")
-    feed_forward = fields.get("feedforward_modules") or []
-    inside = [feed_forward] if isinstance(feed_forward, str) else feed_forward
-    feeds = any(p == module or p.endswith(f".{module}") for module in inside for p in paths)
+    feeds = any(_is_among(p, fields.get("feedforward_modules") or [], key) for p in paths)
     return {**fields, "r": at(fields.get("r"), "rank_pattern"), "alpha": alpha, "feedforward": feeds} if fields else {}
+
+
+def _is_among(path: str, modules: Any, key: str) -> bool:
+    """Whether a peft config's modules, a list of ends or a regular expression of whole names, have this one."""
+    if not isinstance(modules, str):
+        return any(path.endswith(str(module)) for module in modules)
+    if _NESTED.search(modules):
+        raise FormatError(
+            f"'feedforward_modules' in the metadata '{key}' repeats a repetition, which can take for ever"
+        )
+    try:
+        return re.fullmatch(modules, path) is not None
+    except (re.error, RecursionError, OverflowError) as error:
+        raise FormatError(f"'feedforward_modules' in the metadata '{key}' is no regular expression: {error}") from error
+
+
+def _modules(paths: Collection[str]) -> list[str] | str:
+    """Paths as peft finds modules: it takes each of a list as an end, which one without a dot may be of others."""
+    if all("." in path for path in paths):
+        return sorted(paths)
+    return f"^({'|'.join(re.escape(path) for path in sorted(paths))})$"
 
 
 def config_for(parts: Mapping[str, Part]) -> dict[str, Any]:
@@ -85,12 +105,14 @@ def config_for(parts: Mapping[str, Part]) -> dict[str, Any]:
     inner = getattr(kind, "inner", kind)
     fields: dict[str, Any] = {
         "peft_type": {"lora": "LORA", "dora": "LORA"}.get(kind.name, kind.name.upper()),
-        "target_modules": sorted(parts),
+        "target_modules": _modules(parts),
     }
     if inner.name in ("oft", "boft", "ia3"):
         return {**fields, **_rotation_fields(kind, parts)}
     stabilised = all(getattr(getattr(p.method, "inner", p.method), "rank_stabilised", False) for p in parts.values())
-    ranks = {path: (part.method.file_rank or 1) for path, part in parts.items()}
+    ranks = {path: part.method.file_rank or _enough(part) for path, part in parts.items()}
+    if len({getattr(getattr(p.method, "inner", p.method), "bias", False) for p in parts.values()}) > 1:
+        raise FormatError("peft has a bias in all LoRA layers of a file or in none, and this has it in some")
     alphas = {
         path: (_scale(part) * (math.sqrt(ranks[path]) if stabilised else ranks[path])) for path, part in parts.items()
     }
@@ -102,9 +124,58 @@ def config_for(parts: Mapping[str, Part]) -> dict[str, Any]:
         named: alpha,
         **({"use_rslora": stabilised, "use_dora": kind.name == "dora"} if inner.name == "lora" else {}),
         **({"lora_bias": True} if getattr(inner, "bias", False) else {}),
+        **(_factor_fields(parts) if inner.name in ("loha", "lokr") else {}),
         "rank_pattern": {f"^{re.escape(path)}": r for path, r in ranks.items() if r != rank},
         "alpha_pattern": {f"^{re.escape(path)}": a for path, a in alphas.items() if a != alpha},
     }
+
+
+def _enough(part: Part) -> int:
+    """The least rank at which peft gives LoKr a full second factor, of which it tells nothing else."""
+    return (max(part.tensors["w2"].shape[:2]) + 1) // 2 if "w2" in part.tensors else 1
+
+
+def _factor_fields(parts: Mapping[str, Part]) -> dict[str, Any]:
+    """What makes peft's LoHa and LoKr layers of the sizes that these have.
+
+    Raises:
+        FormatError: no one setting does (peft's rules: tuners/lokr/layer.py, update_layer).
+    """
+    rows = [part.tensors for part in parts.values()]
+    tucker = any({"t2", "core_1"} & t.keys() for t in rows)
+    if "up_1" in rows[0]:
+        return {"use_effective_conv2d": tucker}
+    both = any("w1_a" in t for t in rows)
+    sizes = [_sizes(part) for part in parts.values()]
+    tried = [-1, *range(2, 1 + max(n for pair in sizes for side in pair for n in side))]
+    fits = [
+        f for f in tried if all(_split(a * c, f) == (a, c) and _split(b * e, f) == (b, e) for (a, c), (b, e) in sizes)
+    ]
+    ranks = [part.method.file_rank or _enough(part) for part in parts.values()]
+    rules = all(
+        (("w1_a" in t) == (both and r < max(a, b) / 2)) and (("w2" in t) == (r >= max(c, e) / 2))
+        for t, r, ((a, c), (b, e)) in zip(rows, ranks, sizes, strict=True)
+    )
+    if not fits or not rules:
+        raise FormatError("peft has one factor and one rule for all LoKr layers of a file, which these do not follow")
+    return {"decompose_both": both, "decompose_factor": fits[0], "use_effective_conv2d": tucker}
+
+
+def _split(size: int, factor: int) -> tuple[int, int]:
+    """As peft does: a factor that divides the size comes first, however large (tuners/lokr/layer.py, factorization)."""
+    return (factor, size // factor) if factor > 0 and size % factor == 0 else split(size, factor)
+
+
+def _sizes(part: Part) -> tuple[tuple[int, int], tuple[int, int]]:
+    """LoKr's (a, c) and (b, e): out = a * c, in = b * e."""
+    t = part.tensors
+    a, b = (t["w1"] if "w1" in t else t["w1_a"]).shape[0], (t["w1"] if "w1" in t else t["w1_b"]).shape[1]
+    if "w2" in t:
+        return (a, t["w2"].shape[0]), (b, t["w2"].shape[1])
+    if "t2" in t:
+        return (a, t["w2_a"].shape[1]), (b, t["w2_b"].shape[1])
+    kernel = math.prod(part.shape[2:]) if part.shape is not None else 1
+    return (a, t["w2_a"].shape[0]), (b, t["w2_b"].shape[1] // kernel)
 
 
 def _scale(part: Part) -> float:
@@ -119,9 +190,8 @@ def _rotation_fields(kind: Any, parts: Mapping[str, Part]) -> dict[str, Any]:
         FormatError: they differ.
     """
     if kind.name == "ia3":
-        return {
-            "feedforward_modules": sorted(p for p, part in parts.items() if getattr(part.method, "axis", "") == "input")
-        }
+        inside = [path for path, part in parts.items() if getattr(part.method, "axis", "") == "input"]
+        return {"feedforward_modules": f"^({'|'.join(re.escape(path) for path in sorted(inside))})$" if inside else []}
     if len(settings := {part.method for part in parts.values()}) > 1:
         raise FormatError(f"peft has one setting for a file, and this has {first_few([str(s) for s in settings])}")
     if kind.name == "boft":
@@ -145,8 +215,7 @@ def diffusers_metadata(parts: Parts) -> dict[str, str]:
         }
         made = config_for(own)
         if component in TEXT_ENCODERS:
-            for field in ("rank_pattern", "alpha_pattern"):
-                made[field] = {pattern.removeprefix("^"): value for pattern, value in made[field].items()}
+            _bare_patterns(made, own)
         config |= {f"{component}.{key}": value for key, value in made.items()}
     return {DIFFUSERS_KEY: json.dumps(config, indent=2, sort_keys=True), "format": "pt"}
 
@@ -154,7 +223,18 @@ def diffusers_metadata(parts: Parts) -> dict[str, str]:
 def peft_metadata(parts: Parts) -> dict[str, str]:
     """`peft_config` of one component's layers."""
     own = {name.partition(".")[2].removeprefix("text_model."): part for name, part in parts.items()}
-    return {PEFT_KEY: json.dumps(config_for(own), sort_keys=True), "format": "pt"}
+    made = config_for(own)
+    if next(iter(parts)).partition(".")[0] in TEXT_ENCODERS:
+        _bare_patterns(made, own)
+    return {PEFT_KEY: json.dumps(made, sort_keys=True), "format": "pt"}
+
+
+def _bare_patterns(config: dict[str, Any], paths: Collection[str]) -> None:
+    """Names that match with CLIP's `text_model.` before them, too."""
+    config["target_modules"] = sorted(paths)
+    for field in ("rank_pattern", "alpha_pattern"):
+        if field in config:
+            config[field] = {pattern.removeprefix("^"): value for pattern, value in config[field].items()}
 
 
 def still_true(metadata: Mapping[str, str], key: str, parts: Parts) -> bool:

@@ -180,6 +180,21 @@ def xlabs_key(stem: str, end: str) -> str:
     raise Unfusable("XLabs' format has the attention of double blocks only", dense=False)
 
 
+_EMBEDDINGS = ("token_embedding", "position_embedding", "shared", "embed_tokens", "style_embedder")
+
+
+def peft_key(stem: str, end: str) -> str:
+    """peft spells LoRA on embeddings otherwise."""
+    if stem.rpartition(".")[2] in _EMBEDDINGS:
+        end = {"lora_A.weight": "lora_embedding_A", "lora_B.weight": "lora_embedding_B"}.get(end, end)
+    return f"{stem}.{end}"
+
+
+def legacy_key(stem: str, end: str) -> str:
+    """diffusers called text encoders' layers by another name."""
+    return f"{stem}.{end.replace('lora.', 'lora_linear_layer.') if stem.startswith('text_encoder') else end}"
+
+
 def plain_key(stem: str, end: str) -> str:
     return f"{stem}.{end}"
 

@@ -89,6 +89,20 @@ def _blocks(rows: Rows, size: int) -> Rows | None:
     return [(first // size, count // size) for first, count in rows]
 
 
+def _take_lora(method: Any, t: dict[str, Tensor], rows: Rows) -> Made:
+    """Without the ranks that do nothing in these rows: adapters of q, k and v may have been made one that way."""
+    made = _some(t, rows, "up", "bias")
+    up = made["up"].flatten(1)
+    if bool((up[0] != 0).all()) or "mid" in t:  # of one row: an adapter trained as a whole is not read for this
+        return method, made
+    used = (up != 0).any(0)
+    if bool(used.all()) or not bool(used.any()):
+        return method, made
+    rank = int(used.sum())
+    made |= {"up": made["up"][:, used], "down": t["down"][used]}
+    return replace(method, rank=rank, alpha=method.scale * rank, rank_stabilised=False), made
+
+
 def _take_loha(method: Method, t: dict[str, Tensor], rows: Rows) -> Made:
     return method, _some(t, rows, "up_1", "up_2", axis=1 if "core_1" in t else 0)
 
@@ -131,7 +145,7 @@ def _take_ia3(method: Any, t: dict[str, Tensor], rows: Rows) -> Made:
 
 
 _TAKE: dict[str, Callable[[Any, dict[str, Tensor], Rows], Made | None]] = {
-    "lora": lambda method, t, rows: (method, _some(t, rows, "up", "bias")),
+    "lora": _take_lora,
     "loha": _take_loha,
     "lokr": _take_lokr,
     "oft": _take_oft,

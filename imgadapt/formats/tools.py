@@ -129,6 +129,7 @@ DIFFUSERS = Format(
         ),
     ),
     _diffusers,
+    key=spelling.peft_key,
     own_metadata=(DIFFUSERS_KEY, "format"),
     claims=((DIFFUSERS_KEY, ""),),
 )
@@ -139,6 +140,7 @@ DIFFUSERS_LEGACY = Format(
     spelling.legacy,
     LEGACY,
     _NO_METADATA,
+    key=spelling.legacy_key,
 )
 PEFT_FORMAT = Format(
     "peft",
@@ -147,6 +149,7 @@ PEFT_FORMAT = Format(
     spelling.peft,
     (*PEFT, *(end for end in LYCORIS if end.startswith(("hada", "lokr")))),
     _peft,
+    key=spelling.peft_key,
     also_prefixes=tuple(f"{component}.base_model.model." for component in _DOTTED),
     own_metadata=(PEFT_KEY, "format"),
     claims=((PEFT_KEY, ""),),
@@ -160,6 +163,7 @@ AI_TOOLKIT = Format(
     ("lora_A.weight", "lora_B.weight", "alpha", "magnitude", "diff", "diff_b", *(e for e in LYCORIS if "lokr" in e)),
     _NO_METADATA,
     native=True,
+    except_for=("zimage",),
     prefixes_of=_COMFY_OF,
     also_prefixes=("transformer.", "model.diffusion_model."),
     claims=(("software", "ai-toolkit"),),

@@ -124,7 +124,7 @@ class Writer:
         try:
             ends = form.spell(part, _axes(part, architecture.shape_of(name) if architecture else None))
             tensors = {form.key(spelled, end): tensor for end, tensor in ends.items()}
-            return Step(spelled, layers, "exact", "", tensors, parts={name: part})
+            return Step(spelled, layers, "exact", "", tensors, parts={name: replace(part, shape=shape)})
         except Unfusable as error:
             if (plain := _as_lora(part, shape)) is not None:
                 step = replace(self, dense=False)._step(name, layers, plain)
@@ -172,6 +172,8 @@ class Writer:
 
     def _shape(self, name: str, part: Part) -> tuple[int, ...] | None:
         """The weight's shape: the architecture's if the tensors fit it, else what the tensors themselves say."""
+        if part.shape is not None:
+            return part.shape
         known = self.architecture.shape_of(name) if self.architecture else None
         kind: Kind = "conv" if known is not None and len(known) > 2 else "linear"
         if known is not None and part.method.fits(part.tensors, Site(known, kind, bias="bias")) is None:
@@ -229,10 +231,11 @@ def difference(part: Part, shape: tuple[int, ...]) -> Tensor:
 
 def _axes(part: Part, known: tuple[int, ...] | None) -> int:
     """Of the layer's weight."""
-    if known is not None:
-        return len(known)
+    if (shape := part.shape or known) is not None:
+        return len(shape)
     return max(
-        (tensor.ndim for name, tensor in part.tensors.items() if name in ("down", "w2", "diff", "b2")), default=2
+        (tensor.ndim for name, tensor in part.tensors.items() if name in ("down", "w2", "diff", "b2", "rescale")),
+        default=2,
     )
 
 
