@@ -27,10 +27,21 @@ ENDS = (".safetensors", ".pt", ".bin", ".ckpt")
 def pairs(source: Path, target: Path | None, to: str) -> Iterator[tuple[Path, Path]]:
     """(file to read, file to write)."""
     if source.is_dir() and not (source / "adapter_config.json").is_file():
-        out = target or source.with_name(f"{source.name}.{to}")
+        out = target or source.resolve().with_name(f"{source.resolve().name}.{to}")
+        if out.resolve() in (source.resolve(), *source.resolve().parents):
+            raise ConfigError(f"{out} is the input, or what it lies in; wanted another folder")
+        taken: dict[Path, Path] = {}
         for path in sorted(source.rglob("*")):
-            if path.suffix in ENDS and out not in path.parents:
-                yield path, (out / path.relative_to(source)).with_suffix(".safetensors")
+            folder = path.name.startswith("adapter_model.") and (path.parent / "adapter_config.json").is_file()
+            if path.suffix.lower() not in ENDS or out.resolve() in path.resolve().parents:
+                continue
+            target = (out / path.relative_to(source)).with_suffix(".safetensors")
+            if folder and path.parent != source:  # peft's
+                path, target = path.parent, target.parent.with_suffix(".safetensors")
+            if target in taken:
+                raise ConfigError(f"{path} and {taken[target]} would both be written as {target}")
+            taken[target] = path
+            yield path, target
         return
     yield source, target or source.with_name(f"{source.stem}.{to}.safetensors")
 

@@ -7,6 +7,7 @@ imgadapt show style.safetensors --json
 
 import argparse
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +18,11 @@ from imgadapt.arch import architectures
 from imgadapt.cli import program
 from imgadapt.errors import first_few
 from imgadapt.summary import misfits, summary
+
+
+def _plain(text: str) -> str:
+    """Without what would move a terminal's cursor."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -54,15 +60,15 @@ def main(argv: Sequence[str]) -> None:
         print(f"trigger       {', '.join(found.trigger)}")
     print(f"parameters    {found.numbers:,}, {', '.join(found.dtypes)}")
     if found.blocks:
-        most = max(found.blocks.values()) or 1.0
+        most = max((norm for norm in found.blocks.values() if math.isfinite(norm)), default=0.0) or 1.0
         for block, norm in found.blocks.items():
-            print(f"  {block:<40}{norm:9.4g} {'#' * round(20 * norm / most)}")
+            print(f"  {block:<40}{norm:9.4g} {'#' * round(20 * norm / most) if math.isfinite(norm) else 'BROKEN'}")
     if args.layers:
         for row in found.rows:
             shapes = ", ".join(f"{key} {shape}" for key, shape in row.shapes.items())
             print(f"  {row.layer}: {row.method}, {f'norm {row.norm:.4g}, ' if row.norm is not None else ''}{shapes}")
     for key, value in sorted(found.metadata.items()):
-        print(f"metadata      {key} = {value if len(value) <= 80 else f'{value[:77]}...'}".replace("\n", " "))
+        print(_plain(f"metadata      {key} = {value if len(value) <= 80 else f'{value[:77]}...'}"))
     if args.base:
         print(f"on {args.base:<11}{'all of it fits' if not wrong else f'{len(wrong)} layers do not fit:'}")
         for layer, reason in list(wrong.items())[:10]:

@@ -280,16 +280,24 @@ def _pristine_bias(layer: Layer) -> Tensor | None:
 
 def _from_file(parts: Mapping[str, nn.Module], file: AdapterFile, targets: Targets | None) -> list[Row]:
     live = {canonical(layer.name): layer for layer in where.layers(parts)}
-    wanted = {k: part for k, part in file.parts.items() if targets is None or where.matches(k, targets)}
+
+    def chosen(name: str) -> bool:
+        return targets is None or where.matches(name, targets)
+
+    wanted = {
+        name: part for name, part in file.parts.items() if chosen(name) or any(chosen(s.layer) for s in part.slices)
+    }
     if not file.parts:
         raise TargetError("the file has no layers")
-    if not wanted or (targets is not None and where.idle(targets, list(file.parts))):
+    names = [name for key, part in file.parts.items() for name in (key, *(s.layer for s in part.slices))]
+    if not wanted or (targets is not None and where.idle(targets, names)):
         raise TargetError(
             f"the file has no layer that matches targets={targets!r}; it has {first_few(list(file.parts))}"
         )
     wanted = settled(
         wanted, live, lambda name: (_pristine(live[name]), live[name].site), lambda name: _pristine_bias(live[name])
     )
+    wanted = {name: part for name, part in wanted.items() if chosen(name)}
     if unknown := [name for name in wanted if name not in live]:
         whose = f"the file is for {file.architecture}, " if file.architecture else ""
         raise TargetError(

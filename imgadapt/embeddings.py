@@ -95,7 +95,9 @@ def _are_words(keys: list[str], tensors: Mapping[str, Tensor]) -> bool:
     """Whether all keys of a file are words: by their brackets, or because no layer is called so; of one width."""
     if all(key.startswith("<") and key.endswith(">") for key in keys):
         return True
-    plain = all("." not in key and not _LAYER.fullmatch(key) and tensors[key].ndim in (1, 2) for key in keys)
+    plain = {"weight", "bias"}.isdisjoint(keys) and all(
+        "." not in key and not _LAYER.fullmatch(key) and tensors[key].ndim in (1, 2) for key in keys
+    )
     return plain and len(keys) <= 64 and len({tensors[key].shape[-1] for key in keys}) == 1
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from imgadapt.arch import Architecture, architectures
 from imgadapt.atomic import atomically
 from imgadapt.embeddings import Embedding, read_embeddings, read_pickle, write_embeddings
-from imgadapt.errors import ConfigError, FormatError, first_few
+from imgadapt.errors import ConfigError, FormatError, OutputError, first_few
 from imgadapt.formats import DIFFUSERS, FORMATS, Format, Parts, Step, Writer, architecture_of, exact_alpha, read, write
 from imgadapt.formats.kohya import HASHES
 from imgadapt.formats.peft_config import PEFT_KEY
@@ -62,7 +62,7 @@ def load(path: str | PathLike[str], *, strict: bool = True) -> AdapterFile:
     return AdapterFile(reading.parts, metadata, reading.format, reading.architecture, reading.unknown, embeddings)
 
 
-def _contents(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _contents(path: Path, *, inside: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a file, or of a folder that peft wrote."""
     if path.is_dir():
         config = path / "adapter_config.json"
@@ -73,11 +73,13 @@ def _contents(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise FormatError(
                 f"{path}: a folder without adapter_config.json and adapter_model.safetensors, as peft writes"
             )
-        tensors, metadata = _contents(files[0])
+        tensors, metadata = _contents(files[0], inside=True)
         try:
             return tensors, {**metadata, PEFT_KEY: config.read_text("utf-8")}
         except (OSError, UnicodeDecodeError) as error:
             raise FormatError(f"{config}: {error}") from error
+    if path.stem == "adapter_model" and (path.parent / "adapter_config.json").is_file() and not inside:
+        return _contents(path.parent)  # peft's file says nothing of alpha, the config beside it does
     if path.suffix.lower() in (".bin", ".pt", ".pth", ".ckpt", ".png", ".webp"):
         if not path.is_file():
             raise FormatError(f"{path}: no such file")
@@ -140,8 +142,11 @@ def save(
         metadata |= _kohya_hashes(tensors, metadata)
     path = Path(path)
     if form.name == "peft" and not path.suffix:
-        config = metadata.pop(PEFT_KEY)
-        path.mkdir(parents=True, exist_ok=True)
+        config = metadata.pop(PEFT_KEY, None) or form.metadata(file.parts, {})[PEFT_KEY]
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot make the folder {path}: {error}") from error
         write_tensors(path / "adapter_model.safetensors", tensors, metadata)
         with atomically(path / "adapter_config.json") as written:
             written.write(json.dumps(json.loads(config), indent=2).encode())

@@ -55,7 +55,8 @@ def sums(
     for slot in slots:
         change = slot.method.bias_delta(slot.tensors()) if slot.on else None
         if change is not None and bias is not None:
-            start = made[bias] if bias in made else originals[bias].float()
+            old = originals[bias]
+            start = made[bias] if bias in made else old.to(torch.promote_types(old.dtype, torch.float32))
             made[bias] = start + slot.strength * change.to(start.device, start.dtype)
             check_finite(made[bias], originals[bias].dtype, slots)
     return {

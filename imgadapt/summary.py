@@ -1,6 +1,7 @@
 """What is in an adapter file, in words and numbers: for `imgadapt show`, and whoever wants to know."""
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -49,7 +50,16 @@ class Summary:
     unknown: Mapping[str, str]
 
     def as_json(self) -> str:
-        return json.dumps(asdict(self), indent=1)
+        return json.dumps(_finite(asdict(self)), indent=1, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for NaN and infinity, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(inner) for key, inner in value.items()}  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]  # pyright: ignore[reportUnknownVariableType]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def summary(file: AdapterFile, *, norms: bool = True) -> Summary:
@@ -138,7 +148,7 @@ def trigger_words(metadata: Mapping[str, str]) -> list[str]:
         for tags in tables.values():
             for tag, count in tags.items():
                 counts[str(tag).strip()] += int(count)
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return []
     return [tag for tag, _ in counts.most_common(_TAGS)]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from imgadapt.errors import ShapeError, TargetError, first_few
 from imgadapt.formats import Part
-from imgadapt.formats.splitting import by_layer
+from imgadapt.formats.splitting import by_layer, taken
 from imgadapt.methods import IA3, DoRA, Full, Method
 from imgadapt.sites import Site
 
@@ -33,10 +33,12 @@ def settled(
     made: dict[str, Part] = {}
     for name, part in parts.items():
         if part.slices:
+            if both := [s.layer for s in part.slices if s.layer in parts]:
+                raise TargetError(f"the file has {name}, which {both[0]} is part of, and {both[0]} itself")
             made |= _split(name, part, live, weight)
         elif isinstance(part.method, Full) and part.method.absolute and name in live:
             made[name] = _difference(part, *weight(name))
-        elif isinstance(part.method, IA3) and part.method.absolute and part.method.axis == "output" and name in live:
+        elif isinstance(part.method, IA3) and part.method.bias and "diff_b" not in part.tensors and name in live:
             made[name] = _with_bias(part, bias(name))
         else:
             made[name] = part
@@ -47,9 +49,9 @@ def _with_bias(part: Part, bias: Tensor | None) -> Part:
     """peft's IA3 multiplies what the layer puts out, and so its bias."""
     vector = part.tensors["vector"]
     if bias is None or bias.shape != vector.shape:
-        return part
+        return Part(replace(part.method, bias=False), part.tensors)  # pyright: ignore[reportCallIssue] # it is IA3
     change = (vector.float() - 1) * bias.float().to(vector.device)
-    return Part(replace(part.method, bias=True), {"vector": vector, "diff_b": change})  # pyright: ignore[reportCallIssue] # it is IA3
+    return Part(part.method, {"vector": vector, "diff_b": change})  # pyright: ignore[reportCallIssue] # it is IA3
 
 
 def _difference(part: Part, weight: Tensor, site: Site) -> Part:
@@ -86,8 +88,10 @@ def _split(name: str, part: Part, live: Collection[str], weight: Weights) -> dic
     changed = method.scale * method.delta(t, site, whole)
     if isinstance(method, DoRA) and method.inner.name == "lora":
         return _dora(method, t, whole, changed, layers, part.tensors)
+    bias = method.bias_delta(t)
+    made = {"diff": changed, **({} if bias is None else {"diff_b": method.scale * bias})}
     return {
-        layer: Part(Full(bias=False), {"diff": torch.cat([changed.narrow(0, s.first, s.rows) for s in own])})
+        layer: Part(*taken(Full(bias=bias is not None), made, [(s.first, s.rows) for s in own]))
         for layer, own in layers.items()
     }
 

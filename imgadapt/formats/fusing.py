@@ -77,19 +77,27 @@ def _stacked(pieces: _Pieces, name: str) -> Tensor:
     )
 
 
+def _widest(tensors: Sequence[Tensor], gains: Sequence[float]) -> torch.dtype:
+    """A dtype that holds all of them exactly, multiplied by their gains."""
+    dtype = tensors[0].dtype
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype if all(gain == 1 for gain in gains) else torch.promote_types(dtype, torch.float32)
+
+
 def _diagonal(pieces: _Pieces, name: str, gains: Sequence[float]) -> Tensor:
     """The pieces' tensors (rows, rank, ...) down the diagonal."""
     parts = _present(pieces)
     ranks = [part.tensors[name].shape[1] for part in parts]
-    like = parts[0].tensors[name]
-    made = like.new_zeros(sum(s.rows for s, _ in pieces), sum(ranks), *like.shape[2:])
+    like, dtype = parts[0].tensors[name], _widest([*(part.tensors[name] for part in parts)], gains)
+    made = like.new_zeros(sum(s.rows for s, _ in pieces), sum(ranks), *like.shape[2:], dtype=dtype)
     row = column = 0
     gain = iter(gains)
     for s, part in pieces:
         if part is not None:
             up = part.tensors[name]
             factor = next(gain)
-            made[row : row + s.rows, column : column + up.shape[1]] = up if factor == 1 else up * factor
+            made[row : row + s.rows, column : column + up.shape[1]] = up if factor == 1 else up.to(dtype) * factor
             column += up.shape[1]
         row += s.rows
     return made
@@ -110,7 +118,7 @@ def _fuse_lora(pieces: _Pieces) -> Made:
     gains = [part.method.scale / scale for part in parts]
     if bias and any(gain != 1 for gain in gains):
         raise Unfusable("the layers' biases are of different alpha / rank", dense=True)
-    down = torch.cat([part.tensors["down"] for part in parts])
+    down = torch.cat([part.tensors["down"] for part in parts])  # of the widest dtype
     made = LoRA(rank=rank, alpha=scale * rank, bias=bool(bias))
     return made, {"down": down, "up": _diagonal(pieces, "up", gains), **bias}
 
@@ -171,6 +179,8 @@ def _fuse_dora(pieces: _Pieces) -> Made:
     method: Any = parts[0].method
     if method.axis == "input":
         raise Unfusable("a norm over the rows of one layer is none over all", dense=False)
+    if len({(part.method.axis, part.method.inner.name) for part in parts}) > 1:  # pyright: ignore[reportAttributeAccessIssue] # they are DoRA
+        raise Unfusable("the layers' DoRAs are of different axes, or over different methods", dense=False)
     if len(parts) < len(pieces):
         raise Unfusable("DoRA of some of the layers needs the norms of the others", dense=False)
     inner = [

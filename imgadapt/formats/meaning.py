@@ -42,6 +42,8 @@ def meaning(t: Mapping[str, Tensor], note: Note) -> Made:
         ConfigError, ShapeError: what they say cannot be.
     """
     own = dict(t)
+    if empty := [name for name, tensor in own.items() if not tensor.numel()]:
+        raise FormatError(f"{', '.join(empty)} is empty")
     alpha = _alpha(own.pop("alpha")) if "alpha" in own else note.alpha
     if any(name.startswith("tlora_") for name in own):
         raise FormatError(
@@ -85,7 +87,7 @@ def _lora(t: dict[str, Tensor], alpha: float | None, note: Note) -> Made:
     if "lora_bias" in t:
         t["bias"] = t.pop("lora_bias")
     if "diff_b" in t:  # a difference of its own, which alpha does not scale
-        t["bias"] = t.pop("diff_b") / method.scale
+        t["bias"] = t.pop("diff_b").float() / method.scale
     return (replace(method, bias=True) if "bias" in t else method), t
 
 
@@ -167,7 +169,8 @@ def _ia3_of_peft(t: dict[str, Tensor], alpha: float | None, note: Note) -> Made:
     on_input = vector.ndim == 2 and vector.shape[0] == 1 and vector.numel() > 1
     if vector.ndim > 2:
         on_input = bool(note.config.get("feedforward", False))
-    return IA3("input" if on_input else "output", absolute=True), {"vector": vector.reshape(-1)}
+    # it multiplies the bias, too: `attach` knows that, and makes diff_b
+    return IA3("input" if on_input else "output", absolute=True, bias=not on_input), {"vector": vector.reshape(-1)}
 
 
 def _ia3(t: dict[str, Tensor], alpha: float | None, note: Note) -> Made:

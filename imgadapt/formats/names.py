@@ -34,7 +34,9 @@ PREFIXES: tuple[Prefix, ...] = (
     Prefix("lora_te_", ("text_encoder",), "_"),
     Prefix("lora_te1_", ("text_encoder",), "_"),
     Prefix("lora_te2_", ("text_encoder_2",), "_"),
-    Prefix("lora_te3_", ("text_encoder_3", "text_encoder_2"), "_"),  # Flux: te3 of sd-scripts, te2 of OneTrainer
+    Prefix(
+        "lora_te3_", ("text_encoder_3", "text_encoder_2", "text_encoder"), "_"
+    ),  # Flux: te3 of sd-scripts, te2 of OneTrainer
     Prefix("lora_prior_unet_", ("prior",), "_"),
     Prefix("lora_prior_te_", ("text_encoder",), "_"),
     Prefix("lycoris_", _EVERY, "_"),
@@ -49,7 +51,7 @@ PREFIXES: tuple[Prefix, ...] = (
     Prefix("text_encoder_3.", ("text_encoder_3",)),
     Prefix("text_encoders.clip_l.transformer.", ("text_encoder",)),
     Prefix("text_encoders.clip_g.transformer.", ("text_encoder_2",)),
-    Prefix("text_encoders.t5xxl.transformer.", ("text_encoder_3", "text_encoder_2")),
+    Prefix("text_encoders.t5xxl.transformer.", ("text_encoder_3", "text_encoder_2", "text_encoder")),
     *(Prefix(f"{component}.base_model.model.", (component,)) for component in _EVERY),
     Prefix("base_model.model.", _EVERY),
     Prefix("model.", ("model",)),  # a single module of no kind we know, in our own format
@@ -87,15 +89,17 @@ def _index(architecture: Architecture, separator: str) -> dict[Naming, dict[tupl
     return index
 
 
-def find(stem: str, architecture: Architecture, first: Naming) -> Place | None:
-    """The layer that `stem` is of this architecture, in the naming `first` where both have such a layer."""
+def find(stem: str, architecture: Architecture, first: Naming, component: str | None = None) -> Place | None:
+    """The layer that `stem` is of this architecture, in the naming `first` where both have such a layer, and of
+    `component` where the prefix leaves it open.
+    """
     namings: tuple[Naming, Naming] = ("native", "diffusers") if first == "native" else ("diffusers", "native")
     for prefix in prefixes_of(stem):
         path = stem[len(prefix.text) :]
         index = _index(architecture, prefix.separator)
         for naming in namings:
-            for component in prefix.components:
-                if (name := index[naming].get((component, path))) is not None:
+            for own in (c for c in (component, *prefix.components) if c in prefix.components):
+                if (name := index[naming].get((own, path))) is not None:
                     return Place(prefix, naming, name)
     return None
 

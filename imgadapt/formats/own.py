@@ -100,7 +100,7 @@ def read_own(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tupl
             if method.file_rank != inferred.file_rank:
                 raise ValueError(f"its tensors are of rank {inferred.file_rank}, and the metadata says {method}")
             keys = {f"{name}.{end}": tensor for end, tensor in t.items()}
-            parts[name] = Part(method, t, Source("imgadapt", keys))
+            parts[name] = Part(method, t, Source("imgadapt", keys, {name: (method, t)}))
         except (ValueError, TypeError, ImgadaptError) as error:
             unknown |= {f"{name}.{end}": f"{name}: {error}" for end in t}
     return parts, unknown

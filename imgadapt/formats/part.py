@@ -13,12 +13,29 @@ from imgadapt.methods.base import Method
 class Source:
     """What a file had for one of its layers: the tensors untouched, under their keys there.
 
-    format: which one it was in. parts: how many layers of ours it is (a fused q/k/v is three).
+    format: which one it was in. made: what became of them: layers of ours (a fused q/k/v is three) -> method, tensors.
     """
 
     format: str
     tensors: Mapping[str, Tensor]
-    parts: int = 1
+    made: Mapping[str, tuple[Method, Mapping[str, Tensor]]]
+    stamps: Mapping[int, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stamps", {id(t): t._version for t in self._all()})
+
+    def _all(self) -> list[Tensor]:
+        return [*self.tensors.values(), *(t for _, own in self.made.values() for t in own.values())]
+
+    def is_of(self, parts: Mapping[str, "Part"]) -> bool:
+        """Whether these are all the layers it was made into, and nothing has changed them since."""
+        same = parts.keys() == self.made.keys() and all(
+            part.method == method
+            and part.tensors.keys() == own.keys()
+            and all(part.tensors[key] is tensor for key, tensor in own.items())
+            for part, (method, own) in ((parts[name], made) for name, made in self.made.items())
+        )
+        return same and all(self.stamps[id(t)] == t._version for t in self._all())
 
 
 @dataclass(frozen=True)

@@ -36,13 +36,18 @@ def _config(key: str, text: str) -> dict[str, Any]:
 _NESTED = re.compile(r"\([^()]*[*+{|?][^()]*\)\s*[*+{]|\)\)\s*[*+{]|[*+}]\s*[*+{]|\\\d|\(\?P=")
 
 
+def _is_dangerous(pattern: str) -> bool:
+    """Whether matching it can take for ever."""
+    return _NESTED.search(pattern) is not None or len(re.findall(r"[*+{]", pattern)) > 4
+
+
 @lru_cache(maxsize=32)
 def _patterns(key: str, text: str, field: str) -> list[tuple[re.Pattern[str], Any]]:
     """Rows of an `alpha_pattern` or `rank_pattern`, as peft matches them (`get_pattern_key`: the first that does)."""
     patterns: Any = _config(key, text).get(field) or {}
     if not isinstance(patterns, dict):
         raise FormatError(f"'{field}' in the metadata '{key}' is {type(patterns).__name__}, wanted an object")
-    if dangerous := [p for p in cast("dict[str, Any]", patterns) if _NESTED.search(p)]:
+    if dangerous := [p for p in cast("dict[str, Any]", patterns) if _is_dangerous(p)]:
         raise FormatError(
             f"'{field}' in the metadata '{key}' repeats a repetition ({dangerous[0]!r}), which can take for ever"
         )
@@ -82,7 +87,7 @@ def _is_among(path: str, modules: Any, key: str) -> bool:
     """Whether a peft config's modules, a list of ends or a regular expression of whole names, have this one."""
     if not isinstance(modules, str):
         return any(path.endswith(str(module)) for module in modules)
-    if _NESTED.search(modules):
+    if _is_dangerous(modules):
         raise FormatError(
             f"'feedforward_modules' in the metadata '{key}' repeats a repetition, which can take for ever"
         )

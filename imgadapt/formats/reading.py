@@ -1,5 +1,6 @@
 """Reading: which architecture and tool a file's keys are of, and what each layer has."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -12,7 +13,7 @@ from imgadapt.formats.cloneofsimo import CLONEOFSIMO, aliases
 from imgadapt.formats.ends import End, split
 from imgadapt.formats.format import Format
 from imgadapt.formats.meaning import Note, meaning
-from imgadapt.formats.names import Naming, Place, find, find_without_table, prefixes_of
+from imgadapt.formats.names import PREFIXES, Naming, Place, find, find_without_table, prefixes_of
 from imgadapt.formats.own import OWN, is_own, read_own
 from imgadapt.formats.part import Part, Parts, Source
 from imgadapt.formats.peft_config import config_of
@@ -54,7 +55,7 @@ def read(
     Raises:
         FormatError: keys that no table knows, or layers that are no whole adapter: they are counted, the first three
             named. With strict=False the rest is read and these are returned; but a file of which nothing is known is
-            still resplitting.
+            still refused.
     """
     if is_own(metadata):
         parts, unknown = read_own(tensors, metadata)
@@ -114,9 +115,10 @@ def _read(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], architectu
         else:
             stems.setdefault(found[0], {})[key] = found[1:]
     architecture, naming = _architecture(stems, tensors, architectures)
+    component = _component(list(stems), architecture, naming) if architecture else None
     layers: dict[tuple[str, str], _Layer] = {}
     for stem, keys in stems.items():
-        place = find(stem, architecture, naming) if architecture else None
+        place = find(stem, architecture, naming, component) if architecture else None
         place = place or (find_without_table(stem) if architecture is None else None)
         if place is None:
             unknown |= dict.fromkeys(keys, "")
@@ -155,15 +157,15 @@ def _architecture(
     most = max(hits.values(), default=0)
     if not most:
         return None, "diffusers"
+    looked = names[:: max(1, len(names) // 100)]
+    sizes = {stem: _sizes(stems[stem], tensors) for stem in looked}
     rows: list[tuple[int, int, int, Architecture, Naming]] = []
     for architecture in (a for a, n in hits.items() if n >= most - len(sample) // 10):
         for naming in ("diffusers", "native") if architecture.native else ("diffusers",):
             places = {stem: find(stem, architecture, naming) for stem in names}
             in_it = sum(place is not None and place.naming == naming for place in places.values())
             there = sum(place is not None for place in places.values())
-            agree = sum(
-                _agrees(architecture, places[s], stems[s], tensors) for s in names[:: max(1, len(names) // 200)]
-            )
+            agree = sum(_agrees(architecture, places[stem], sizes[stem]) for stem in looked)
             order = _FIRST.index(architecture.name) if architecture.name in _FIRST else len(_FIRST)
             rows.append(
                 (there, agree, 10000 * in_it // len(names) * 100 - order - (naming == "native"), architecture, naming)
@@ -172,18 +174,41 @@ def _architecture(
     return best, naming
 
 
-def _agrees(
-    architecture: Architecture, place: Place | None, keys: Mapping[str, tuple[str, End]], tensors: Mapping[str, Tensor]
-) -> bool:
-    """Whether the layer's size is that of the architecture, as far as its tensors tell by themselves."""
-    if place is None:
+def _component(stems: Sequence[str], architecture: Architecture, naming: Naming) -> str | None:
+    """The component that most layers are of where a prefix says none: peft's files are of one, and CLIP's two encoders
+    have layers of the same names.
+    """
+    unsaid = [stem for stem in stems if len(prefixes_of(stem)[0].components) > 3]
+    counts = (
+        {
+            component: sum(
+                (place := find(stem, architecture, naming, component)) is not None
+                and place.name.startswith(f"{component}.")
+                for stem in unsaid
+            )
+            for component in prefixes_of(unsaid[0])[0].components
+        }
+        if unsaid
+        else {}
+    )
+    return max(counts, key=lambda component: counts[component]) if counts else None
+
+
+def _sizes(keys: Mapping[str, tuple[str, End]], tensors: Mapping[str, Tensor]) -> tuple[int | None, int | None]:
+    """(outputs, inputs) of the layer that a file's tensors are for, as far as they tell."""
+    try:
+        method, t = meaning({said.tensor: tensors[key] for key, (_, said) in keys.items()}, Note())
+        return splitting.rows_of(method, t), splitting.inputs_of(method, t)
+    except (ImgadaptError, ValueError, TypeError, OverflowError, IndexError, RuntimeError, KeyError):
+        return None, None  # it is told when the layer is read
+
+
+def _agrees(architecture: Architecture, place: Place | None, sizes: tuple[int | None, int | None]) -> bool:
+    """Whether a layer's size is that of the architecture."""
+    shape = architecture.shape_of(place.name) if place is not None else None
+    if shape is None or sizes == (None, None):
         return False
-    own = {said.tensor: tensors[key] for key, (_, said) in keys.items()}
-    down, up = own.get("down"), own.get("up")
-    if down is None or up is None or down.ndim < 2 or up.ndim < 2:
-        return False
-    shape = architecture.shape_of(place.name)
-    return shape is not None and len(shape) > 1 and (up.shape[0], down.shape[1]) == shape[:2]
+    return sizes[0] in (None, shape[0]) and sizes[1] in (None, math.prod(shape[1:]))
 
 
 def _tool(
@@ -223,7 +248,7 @@ def _parts(
         return _from_pieces(layer, tensors, note, tool, slices, pieces)
     method, own = meaning({name: tensors[key] for (name, _), key in layer.keys.items()}, note)
     if not slices:
-        return {place.name: Part(method, own, Source(tool.name, raw))}
+        return {place.name: Part(method, own, Source(tool.name, raw, {place.name: (method, own)}))}
     assert architecture is not None
     rows = splitting.rows_of(method, own)
     total = architecture.native_rows[place.name]
@@ -232,8 +257,8 @@ def _parts(
         raise FormatError(f"its {rows} rows do not divide as the {total} of {architecture.name} do")
     split_up: Mapping[str, tuple[Method, dict[str, Tensor]]] | None = splitting.split(method, own, own_slices)
     if split_up is None:
-        return {place.name: Part(method, own, Source(tool.name, raw), own_slices)}
-    source = Source(tool.name, raw, len(split_up))
+        return {place.name: Part(method, own, Source(tool.name, raw, {place.name: (method, own)}), own_slices)}
+    source = Source(tool.name, raw, split_up)
     return {name: Part(made, t, source) for name, (made, t) in split_up.items()}
 
 
@@ -250,23 +275,29 @@ def _from_pieces(
     if pieces != list(range(len(order))):
         raise FormatError(f"it has pieces {', '.join(map(str, pieces))}, and {len(order)} layers are fused here")
     common = {name: tensors[key] for (name, piece), key in layer.keys.items() if piece is None}
-    source = Source(tool.name, {key: tensors[key] for key in layer.keys.values()}, len(order))
-    made: dict[str, Part] = {}
+    made: dict[str, tuple[Method, dict[str, Tensor]]] = {}
     for piece, row in enumerate(order):
         own = {name: tensors[key] for (name, k), key in layer.keys.items() if k == piece}
-        method, t = meaning({**common, **own}, note)
-        made[row.layer] = Part(method, t, source)
-    return made
+        made[row.layer] = meaning({**common, **own}, note)
+    source = Source(tool.name, {key: tensors[key] for key in layer.keys.values()}, made)
+    return {name: Part(method, t, source) for name, (method, t) in made.items()}
 
 
 def architecture_of(parts: Mapping[str, Part], architectures: Sequence[Architecture]) -> Architecture | None:
     """The first that has all of these layers, by its shapes if several have."""
     fitting = [a for a in architectures if all(a.shape_of(name) is not None for name in parts)]
 
-    def agreeing(architecture: Architecture) -> tuple[int, int]:
-        rows = ((splitting.rows_of(p.method, p.tensors), architecture.shape_of(name)) for name, p in parts.items())
-        alike = sum(shape is not None and rows == shape[0] for rows, shape in rows)
+    def agreeing(architecture: Architecture) -> tuple[int, int, int]:
+        own = sum(name in architecture.shapes for name in parts)
+        alike = sum(
+            _agrees(
+                architecture,
+                Place(PREFIXES[0], "diffusers", name),
+                (splitting.rows_of(part.method, part.tensors), splitting.inputs_of(part.method, part.tensors)),
+            )
+            for name, part in parts.items()
+        )
         first = _FIRST.index(architecture.name) if architecture.name in _FIRST else len(_FIRST)
-        return alike, -first
+        return own, alike, -first
 
     return max(fitting, key=agreeing) if fitting and parts else None

@@ -39,6 +39,13 @@ def _whole_kernel(part: Part) -> tuple[Any, dict[str, Tensor]]:
     return method, t
 
 
+def _times(tensor: Tensor, scale: float) -> Tensor:
+    """tensor * scale, in its dtype where that rounds nothing off, else in fp32."""
+    exact = tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * scale
+    narrow = exact.to(tensor.dtype)
+    return narrow if torch.equal(narrow.to(exact.dtype), exact) else exact
+
+
 def _no(method: Any, tool: str, *, dense: bool | None = None) -> Unfusable:
     inner = f" over {method.inner.name}, a magnitude for each {method.axis}," if method.name == "dora" else ""
     core = " with a Tucker core" if getattr(method, "tucker", False) else ""
@@ -125,11 +132,10 @@ def peft(part: Part, axes: int) -> Spelled:
     if method.name == "oft" and method.side == "input" and not method.rescaled:
         return _ends(t, _PEFT)
     if method.name == "boft" and method.side == "input" and method.constraint is None:
-        size = t["stages"].shape[1] * t["stages"].shape[2]
         rescale = t.get("rescale")
         if rescale is None:
             raise _no(method, "peft", dense=False)
-        return {"boft_R": t["stages"], "boft_s": rescale.reshape((1, -1) if axes > 2 and size else (-1, 1))}
+        return {"boft_R": t["stages"], "boft_s": rescale.reshape((1, -1) if axes > 2 else (-1, 1))}
     if method.name == "ia3" and method.axis == "output" and not method.absolute:
         raise Unfusable("peft's IA3 of outputs multiplies the bias, too, and this one does not", dense=False)
     if method.name == "ia3":
@@ -158,7 +164,7 @@ def toolkit(part: Part, axes: int) -> Spelled:
     if method.name != "lora" or method.bias:
         raise _no(method, "this format")
     method, t = _whole_kernel(part)
-    up = t["up"] if method.scale == 1 else t["up"] * method.scale
+    up = _times(t["up"], method.scale)
     return {"lora_A.weight": t["down"], "lora_B.weight": up}
 
 
@@ -168,7 +174,7 @@ def xlabs(part: Part, axes: int) -> Spelled:
     if method.name != "lora" or method.bias:
         raise _no(method, "XLabs' format")
     method, t = _whole_kernel(part)
-    up = t["up"] if method.scale == 1 else t["up"] * method.scale
+    up = _times(t["up"], method.scale)
     return {"down": t["down"], "up": up}
 
 
@@ -205,7 +211,7 @@ def legacy(part: Part, axes: int) -> Spelled:
     if method.name != "lora" or method.bias:
         raise _no(method, "diffusers' older format")
     method, t = _whole_kernel(part)
-    up = t["up"] if method.scale == 1 else t["up"] * method.scale
+    up = _times(t["up"], method.scale)
     return {"lora.down.weight": t["down"], "lora.up.weight": up}
 
 

@@ -38,6 +38,28 @@ def rows_of(method: Method, t: Mapping[str, Tensor]) -> int | None:
     return by_name[method.name]()
 
 
+def inputs_of(method: Method, t: Mapping[str, Tensor]) -> int | None:
+    """Inputs of one output of the layer (its kernel among them) that the tensors are for; None if they do not tell."""
+    name, inner = method.name, getattr(method, "inner", method)
+    if "down" in t:
+        return t["down"][0].numel() * (t["mid"][0, 0].numel() if "mid" in t else 1)
+    if "down_1" in t:
+        return t["down_1"].shape[1] * (t["core_1"][0, 0].numel() if "core_1" in t else 1)
+    if inner.name == "lokr":
+        first = (t["w1"] if "w1" in t else t["w1_b"]).shape[1]
+        if "w2" in t:
+            return first * t["w2"][0].numel()
+        return first * t["w2_b"].shape[1] * (t["t2"][0, 0].numel() if "t2" in t else 1)
+    if "packed" in t and len(t["packed"]) > 1:
+        return len(t["packed"]) * rotation.block_size(t["packed"].shape[1])
+    if name == "boft" and getattr(method, "side", "") == "input":
+        return t["stages"].shape[1] * t["stages"].shape[2]
+    for whole in ("diff", "b2"):
+        if whole in t:
+            return t[whole][0].numel() if t[whole].ndim > 1 else None
+    return None
+
+
 def scaled(slices: Sequence[Slice], total: int, rows: int) -> tuple[Slice, ...] | None:
     """The slices of a model whose fused layer has `rows` rows, where the table's has `total`."""
     if any(n * rows % total for s in slices for n in (s.start, s.first, s.rows)):
@@ -72,6 +94,11 @@ def take(method: Method, t: Mapping[str, Tensor], rows: Rows, total: int) -> Mad
     if list(rows) == [(0, total)]:
         return method, dict(t)
     return _TAKE[method.name](method, dict(t), rows)
+
+
+def taken(method: Method, t: Mapping[str, Tensor], rows: Rows) -> Made:
+    """`take` of a method all of whose tensors are rows: whole differences."""
+    return method, {name: _runs(tensor, rows) for name, tensor in t.items()}
 
 
 def _runs(tensor: Tensor, rows: Rows, axis: int = 0) -> Tensor:
@@ -121,7 +148,7 @@ def _take_oft(method: Any, t: dict[str, Tensor], rows: Rows) -> Made | None:
     if method.constraint is not None:  # it is over all blocks, so it is spent before they part
         q = rotation.skew(t["blocks"].float())
         limited = rotation.limited(q, method.constraint * t["blocks"].shape[0] * t["blocks"].shape[1])
-        t["blocks"] = (limited / 2).to(t["blocks"].dtype)
+        t["blocks"] = limited / 2
         method = replace(method, constraint=None)
     return method, {
         **_some(t, blocks, "blocks"),

@@ -16,7 +16,8 @@ _FLUX = {**_PAIR, "text_encoder_2": "lora_te3_"}
 _TRIPLE = {**_PAIR, "text_encoder_3": "lora_te3_"}
 _KOHYA_OF = {
     **dict.fromkeys(("sdxl", "sdxl_refiner", "kolors", "hunyuandit"), _PAIR),
-    **dict.fromkeys(("flux", "chroma"), _FLUX),
+    "flux": _FLUX,
+    "chroma": {**_PAIR, "text_encoder": "lora_te3_"},
     **dict.fromkeys(("sd3", "sd35_medium", "sd35_large", "hidream"), _TRIPLE),
 }
 _DIFFUSERS_TRAINED = ("sd1", "sd2")
@@ -28,7 +29,8 @@ _COMFY = {
     "text_encoder_2": "text_encoders.clip_g.transformer.",
     "text_encoder_3": "text_encoders.t5xxl.transformer.",
 }
-_COMFY_OF = {"flux": {**_COMFY, "text_encoder_2": "text_encoders.t5xxl.transformer."}}
+_T5 = "text_encoders.t5xxl.transformer."
+_COMFY_OF = {"flux": {**_COMFY, "text_encoder_2": _T5}, "chroma": {**_COMFY, "text_encoder": _T5}}
 _LORA_ENDS = ("lora_down.weight", "lora_up.weight", "alpha")
 _NO_METADATA = own.nothing
 

@@ -13,7 +13,7 @@ from imgadapt.errors import FormatError, first_few
 from imgadapt.formats.format import Format
 from imgadapt.formats.fusing import Unfusable, fuse
 from imgadapt.formats.part import Part, Parts
-from imgadapt.formats.splitting import by_layer, rows_of, scaled
+from imgadapt.formats.splitting import by_layer, rows_of, scaled, taken
 from imgadapt.methods import Full, LoRA
 from imgadapt.sites import Kind, Site
 
@@ -81,7 +81,8 @@ class Writer:
         for name, part in parts.items():
             if part.source is not None and part.source.format == self.form.name:
                 by_source.setdefault(id(part.source), []).append(name)
-        return [n for n in by_source.values() if (s := parts[n[0]].source) is not None and len(n) == s.parts]
+        groups = [(names, parts[names[0]].source) for names in by_source.values()]
+        return [n for n, source in groups if source is not None and source.is_of({name: parts[name] for name in n})]
 
     def _fused(self, parts: Parts) -> dict[str, tuple[Slice, ...]]:
         """Layers of the model's own code -> their slices, where the format has those and parts have some of them."""
@@ -144,8 +145,8 @@ class Writer:
         tensors: dict[str, Tensor] = {}
         made: dict[str, Part] = {}
         for layer, slices in by_layer(part.slices).items():
-            diff = torch.cat([whole.narrow(0, s.first, s.rows) for s in slices])
-            step = self._step(layer, layers, Part(Full(bias=False), {"diff": diff}))
+            rows = [(s.first, s.rows) for s in slices]
+            step = self._step(layer, layers, Part(*taken(whole.method, whole.tensors, rows)))
             if step.tensors is None:
                 return step
             tensors |= step.tensors
@@ -157,16 +158,14 @@ class Writer:
     ) -> Step:
         """A whole difference where the format has one and no weights are needed for it."""
         shapes = {layer: self._shape(layer, part) for layer, part in own.items()}
-        no_weights = error.dense and not any(part.method.needs_weight for part in own.values())
+        no_weights = error.dense and not any(
+            part.method.needs_weight or getattr(part.method, "absolute", False) for part in own.values()
+        )
         if not no_weights or "diff" not in self.form.ends or None in shapes.values():
             return Step(name, layers, "impossible", f"{error}. format='imgadapt' has a word for everything")
         if not self.dense:
             return Step(name, layers, "dense", f"{error}; dense=True (--dense) writes its whole difference")
-        made = {
-            layer: Part(Full(bias=False), {"diff": difference(own[layer], shape)})
-            for layer, shape in shapes.items()
-            if shape is not None
-        }
+        made = {layer: difference(own[layer], shape) for layer, shape in shapes.items() if shape is not None}
         step = self._fused_step(name, slices, made) if slices else self._step(name, layers, made[name])
         return replace(step, loss="dense" if step.tensors else step.loss, reason=str(error))
 
@@ -222,11 +221,14 @@ def _as_lora(part: Part, shape: tuple[int, ...] | None) -> Part | None:
     return Part(LoRA(rank=rank, alpha=method.scale * rank), tensors)
 
 
-def difference(part: Part, shape: tuple[int, ...]) -> Tensor:
-    """scale * delta of a method that needs no weight, in fp32."""
+def difference(part: Part, shape: tuple[int, ...]) -> Part:
+    """scale * delta of a method that needs no weight, and of the bias, in fp32."""
     kind: Kind = "conv" if len(shape) > 2 else "linear" if len(shape) == 2 else "norm"
     t = {name: tensor.float() for name, tensor in part.tensors.items()}
-    return part.method.scale * part.method.delta(t, Site(shape, kind), None)
+    made = {"diff": part.method.scale * part.method.delta(t, Site(shape, kind), None)}
+    if (bias := part.method.bias_delta(t)) is not None:
+        made["diff_b"] = part.method.scale * bias
+    return Part(Full(bias=bias is not None), made)
 
 
 def _axes(part: Part, known: tuple[int, ...] | None) -> int:
