@@ -294,18 +294,20 @@ def _from_file(parts: Mapping[str, nn.Module], file: AdapterFile, targets: Targe
         raise TargetError(
             f"the file has no layer that matches targets={targets!r}; it has {first_few(list(file.parts))}"
         )
+    asked = [layer for name, part in wanted.items() for layer in ({s.layer for s in part.slices} or {name})]
+    if unknown := [name for name in asked if name not in live]:
+        whose = f"the file is for {file.architecture}, " if file.architecture else ""
+        raise TargetError(
+            f"{len(unknown)} of the file's {len(asked)} layers are not in this model ({first_few(unknown)}): "
+            f"{whose}the model has {', '.join(parts)}. Is it for another base? targets= can choose a part of a file."
+        )
     wanted = settled(
         wanted, live, lambda name: (_pristine(live[name]), live[name].site), lambda name: _pristine_bias(live[name])
     )
-    wanted = {name: part for name, part in wanted.items() if chosen(name)}
-    if unknown := [name for name in wanted if name not in live]:
-        whose = f"the file is for {file.architecture}, " if file.architecture else ""
-        raise TargetError(
-            f"{len(unknown)} of the file's {len(wanted)} layers are not in this model ({first_few(unknown)}): "
-            f"{whose}the model has {', '.join(parts)}. Is it for another base? targets= can choose a part of a file."
-        )
     rows: list[Row] = []
     for key, part in wanted.items():
+        if not chosen(key):  # of a fused layer, another of which is
+            continue
         layer = live[key]
         if wrong := part.method.fits(part.tensors, layer.site):
             raise ShapeError(f"{layer.name}: {wrong}; is the file for another base?")

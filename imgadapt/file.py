@@ -124,7 +124,8 @@ def save(
     form = _default(file, architecture) if format is None else _format(format)
     if dtype is not None and not (dtype in _DTYPES and dtype.is_floating_point):
         raise ConfigError(f"an adapter cannot be written as {dtype}; wanted a floating-point dtype of safetensors")
-    others = {key for f in FORMATS if f is not form for key in f.own_metadata}
+    mine = {*form.own_metadata} if form.name == file.format else set[str]()
+    others = {key for f in FORMATS for key in f.own_metadata} - mine
     kept = {key: value for key, value in file.metadata.items() if key not in others}
     if file.parts or not file.embeddings:
         tensors, metadata = write(Writer(form, architecture, architectures(), dense), file.parts, kept)
@@ -138,7 +139,9 @@ def save(
         tensors = exact_alpha(tensors, dtype)
     if broken := [key for key, tensor in tensors.items() if not _finite(tensor)]:
         raise FormatError(f"NaN or infinity in {first_few(broken)}; {path} is not written")
-    if HASHES[0] in form.own_metadata and file.parts:
+    of = {part.source.of if part.source and part.source.format == form.name else 0 for part in file.parts.values()}
+    untouched = dtype is None and of == {len(tensors)} and HASHES[0] in metadata and _as_read(form, file, architecture)
+    if HASHES[0] in form.own_metadata and file.parts and not untouched:  # LyCORIS hashes in an order of its own
         metadata |= _kohya_hashes(tensors, metadata)
     path = Path(path)
     if form.name == "peft" and not path.suffix:
@@ -153,6 +156,10 @@ def save(
         return path
     write_tensors(path, tensors, metadata)
     return path
+
+
+def _as_read(form: Format, file: AdapterFile, architecture: Architecture | None) -> bool:
+    return all(step.verbatim for step in Writer(form, architecture, ()).steps(file.parts))
 
 
 def _format(name: str) -> Format:

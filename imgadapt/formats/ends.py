@@ -80,8 +80,8 @@ ENDS: dict[str, End] = {
 }  # fmt: skip
 
 _ADAPTER = re.compile(
-    r"(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|hada_\w+|lokr_\w+|oft_R|boft_[Rs]|ia3_l)"
-    r"\.(?!weight$|bias$|scaled_oft$)[^.]+(\.weight|\.bias|)$"
+    r"(?:(lora_[AB]|oft_R)\.(?!weight$|bias$|scaled_oft$)[^.]+(\.weight|\.bias|\.scaled_oft)"
+    r"|(lora_embedding_[AB]|lora_magnitude_vector|hada_\w+|lokr_\w+|boft_[Rs]|ia3_l)\.(?!weight$)[^.]+(\.weight|))$"
 )
 
 
@@ -89,7 +89,7 @@ def split(key: str) -> tuple[str, str, End] | None:
     """(layer as it is spelled, end, what the end says); None where no end is known."""
     if (found := _split(key)) is not None and found[1] != "weight":
         return found
-    plain = _ADAPTER.sub(r"\1\2", key)  # peft's adapter names: `lora_A.default.weight`
+    plain = _ADAPTER.sub(r"\1\2\3\4", key)  # peft's adapter names: `lora_A.default.weight`
     return _split(plain) if plain != key else found
 
 

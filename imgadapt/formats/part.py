@@ -14,11 +14,13 @@ class Source:
     """What a file had for one of its layers: the tensors untouched, under their keys there.
 
     format: which one it was in. made: what became of them: layers of ours (a fused q/k/v is three) -> method, tensors.
+    of: how many tensors the file has for layers.
     """
 
     format: str
     tensors: Mapping[str, Tensor]
     made: Mapping[str, tuple[Method, Mapping[str, Tensor]]]
+    of: int = 0
     stamps: Mapping[int, int] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -163,15 +163,19 @@ def _architecture(
     for architecture in (a for a, n in hits.items() if n >= most - len(sample) // 10):
         for naming in ("diffusers", "native") if architecture.native else ("diffusers",):
             places = {stem: find(stem, architecture, naming) for stem in names}
-            in_it = sum(place is not None and place.naming == naming for place in places.values())
+            own = {name.partition(".")[0] for name in architecture.native}  # the rest has no naming of its own
+            in_it = sum(
+                place is not None and (place.naming == naming or place.name.partition(".")[0] not in own)
+                for place in places.values()
+            )
             there = sum(place is not None for place in places.values())
             agree = sum(_agrees(architecture, places[stem], sizes[stem]) for stem in looked)
             order = _FIRST.index(architecture.name) if architecture.name in _FIRST else len(_FIRST)
             rows.append(
                 (there, agree, 10000 * in_it // len(names) * 100 - order - (naming == "native"), architecture, naming)
             )
-    *_, best, naming = max(rows, key=lambda row: row[:3])
-    return best, naming
+    there, *_, best, naming = max(rows, key=lambda row: row[:3])
+    return (best, naming) if there else (None, "diffusers")
 
 
 def _component(stems: Sequence[str], architecture: Architecture, naming: Naming) -> str | None:
@@ -248,7 +252,7 @@ def _parts(
         return _from_pieces(layer, tensors, note, tool, slices, pieces)
     method, own = meaning({name: tensors[key] for (name, _), key in layer.keys.items()}, note)
     if not slices:
-        return {place.name: Part(method, own, Source(tool.name, raw, {place.name: (method, own)}))}
+        return {place.name: Part(method, own, Source(tool.name, raw, {place.name: (method, own)}, len(tensors)))}
     assert architecture is not None
     rows = splitting.rows_of(method, own)
     total = architecture.native_rows[place.name]
@@ -257,8 +261,10 @@ def _parts(
         raise FormatError(f"its {rows} rows do not divide as the {total} of {architecture.name} do")
     split_up: Mapping[str, tuple[Method, dict[str, Tensor]]] | None = splitting.split(method, own, own_slices)
     if split_up is None:
-        return {place.name: Part(method, own, Source(tool.name, raw, {place.name: (method, own)}), own_slices)}
-    source = Source(tool.name, raw, split_up)
+        return {
+            place.name: Part(method, own, Source(tool.name, raw, {place.name: (method, own)}, len(tensors)), own_slices)
+        }
+    source = Source(tool.name, raw, split_up, len(tensors))
     return {name: Part(made, t, source) for name, (made, t) in split_up.items()}
 
 
@@ -279,7 +285,7 @@ def _from_pieces(
     for piece, row in enumerate(order):
         own = {name: tensors[key] for (name, k), key in layer.keys.items() if k == piece}
         made[row.layer] = meaning({**common, **own}, note)
-    source = Source(tool.name, {key: tensors[key] for key in layer.keys.values()}, made)
+    source = Source(tool.name, {key: tensors[key] for key in layer.keys.values()}, made, len(tensors))
     return {name: Part(method, t, source) for name, (method, t) in made.items()}
 
 

@@ -142,6 +142,7 @@ DIFFUSERS_LEGACY = Format(
     spelling.legacy,
     LEGACY,
     _NO_METADATA,
+    also_prefixes=("",),
     key=spelling.legacy_key,
 )
 PEFT_FORMAT = Format(

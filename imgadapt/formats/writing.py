@@ -73,6 +73,12 @@ class Writer:
             said = ", ".join(f"{kind} on {component}" for component, kind in sorted(kinds))
             reason = f"{self.form.name} has one method and one component in a file; this has {said}: write them apart"
             return [replace(step, loss="impossible", reason=reason, tensors=None) for step in done]
+        if self.form.single and all(step.tensors is not None for step in done):
+            try:  # it may have no words for them together
+                self.form.metadata({name: part for step in done for name, part in step.parts.items()}, {})
+            except FormatError as error:
+                if not all(step.verbatim for step in done):
+                    return [replace(step, loss="impossible", reason=str(error), tensors=None) for step in done]
         return done
 
     def _untouched(self, parts: Parts) -> list[list[str]]:
@@ -264,7 +270,7 @@ def write(writer: Writer, parts: Parts, metadata: Mapping[str, str]) -> tuple[di
                 both = f"{first_few(list(step.layers))} and another layer are both {step.name}"
                 raise FormatError(f"{both} in {form.name}; one would be lost")
             tensors[key] = tensor
-    if all(step.verbatim for step in steps):
+    if all(step.verbatim for step in steps) and not (form.single and not metadata.keys() >= {*form.own_metadata}):
         return tensors, dict(metadata)  # what it says is as true as it was
     written = {name: part for step in steps for name, part in step.parts.items()}
     return tensors, {**metadata, **form.metadata(written, metadata)}
