@@ -506,9 +506,11 @@ def test_deltas_of_mixed_ranks_and_alphas_survive_a_file(
     again = load(save(file, tmp_path / "x.safetensors", format=form.name))
     assert (again.architecture, again.unknown) == ("sd1", {})
     assert set(again.parts) == set(file.parts)
-    assert all(tensor.dtype == dtype for own in again.parts.values() for tensor in own.tensors.values())
+    # a scale that a format has no word for is multiplied into `up`, which is then as wide as that takes
+    narrow = [tensor.dtype == dtype for own in again.parts.values() for tensor in own.tensors.values()]
+    assert all(narrow) if as_it_is(form) else sum(narrow) >= len(narrow) / 2
     after = deltas(again, sites)
-    rounding = 0.0 if as_it_is(form) else 1e-6 if dtype == torch.float32 else 2**-7
+    rounding = 0.0 if as_it_is(form) else 1e-6
     for name, change in deltas(file, sites).items():
         assert float((change - after[name]).norm()) <= rounding * float(change.norm()), name
 
