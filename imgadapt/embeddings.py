@@ -141,7 +141,9 @@ def write_embeddings(embeddings: Mapping[str, Embedding], form: Form | None) -> 
     made: dict[str, Tensor] = {}
     for token, embedding in embeddings.items():
         wanted = form or ("diffusers" if embedding.form == "a1111" else embedding.form)
-        as_it_was = embedding.form == wanted and embedding.source and token == embedding.token
+        places = {tensor.data_ptr() for tensor in embedding.source.values()}
+        same = all(v.data_ptr() in places for v in (*embedding.vectors.values(), *embedding.outputs.values()))
+        as_it_was = embedding.form == wanted and embedding.source and token == embedding.token and same
         rows = embedding.source if as_it_was else _written(token, embedding, wanted)
         if twice := sorted(made.keys() & rows.keys()):
             raise FormatError(

@@ -1233,3 +1233,63 @@ def test_a_format_spells_the_layers_of_an_architecture_apart(form: Format) -> No
                 spelled.setdefault(name.partition(".")[0] if form.single else "", []).append(text)
         assert spelled
         assert all(len(set(texts)) == len(texts) for texts in spelled.values()), architecture.name
+
+
+def test_what_was_changed_since_it_was_read_is_written_anew(tmp_path: Path) -> None:
+    """Other tensors in the place of a part's, another layer's name, and values written into its tensors."""
+    path = Path(__file__).parent / "ground_truth" / "flux_tiny" / "kohya_lora.safetensors"
+    name = "transformer.transformer_blocks.0.attn.to_q"  # one of three that are one in the file
+    zeroed = load(path)
+    part = zeroed.parts[name]
+    changed = replace(
+        zeroed, parts={**zeroed.parts, name: replace(part, tensors={k: v * 0 for k, v in part.tensors.items()})}
+    )
+    again = load(save(changed, tmp_path / "a.safetensors", format="kohya"))
+    assert not (again.parts[name].tensors["up"] @ again.parts[name].tensors["down"]).any()
+    part.tensors["up"].mul_(0)  # `down` is that of k and v, too
+    again = load(save(zeroed, tmp_path / "b.safetensors", format="kohya"))
+    assert not (again.parts[name].tensors["up"] @ again.parts[name].tensors["down"]).any()
+    other = name.replace("to_q", "to_k")
+    assert (again.parts[other].tensors["up"] @ again.parts[other].tensors["down"]).any()
+
+
+@pytest.mark.parametrize(("architecture", "suffixes"), [("zimage", ("attention.qkv", "attention.out")), ("flux2_klein_4b", ("img_attn.qkv", "img_mlp.0"))])  # fmt: skip  # noqa: E501
+def test_an_architecture_is_told_by_its_sizes_whatever_the_method(
+    architecture: str, suffixes: tuple[str, ...], tmp_path: Path
+) -> None:
+    """LoHa on layers that others have under the same names: Lumina2 those of Z-Image, Flux those of Klein."""
+    known = next(a for a in architectures() if a.name == architecture)
+    tensors: dict[str, Tensor] = {}
+    for name in known.native:
+        path = name.partition(".")[2]
+        shape = known.shape_of(name)
+        if path.endswith(suffixes) and "." in path and shape is not None and int(path.split(".")[1]) < 3:
+            for k in (1, 2):
+                tensors[f"diffusion_model.{path}.hada_w{k}_a"] = torch.randn(shape[0], 2)
+                tensors[f"diffusion_model.{path}.hada_w{k}_b"] = torch.randn(2, shape[1])
+    save_file(tensors, tmp_path / "x.safetensors")
+    assert load(tmp_path / "x.safetensors").architecture == architecture
+
+
+def test_peft_s_file_is_read_with_the_config_beside_it(tmp_path: Path) -> None:
+    file = AdapterFile({"unet.mid_block.attentions.0.proj_in": Part(LoRA(2, 16.0), {"down": torch.randn(2, 8, 1, 1), "up": torch.randn(8, 2, 1, 1)})})  # fmt: skip  # noqa: E501
+    save(file, tmp_path / "a", format="peft")
+    inner = load(tmp_path / "a" / "adapter_model.safetensors")
+    assert [part.method.scale for part in inner.parts.values()] == [8.0]
+
+
+def test_whole_differences_have_the_bias_s_too(tmp_path: Path) -> None:
+    name = "unet.time_embedding.linear_1"
+    t = {"down": torch.randn(2, 5), "up": torch.randn(6, 2), "bias": torch.randn(6)}
+    file = AdapterFile({name: Part(LoRA(2, 3.0, bias=True), t)})
+    again = load(save(file, tmp_path / "x.safetensors", format="ai-toolkit", dense=True)).parts[name]
+    torch.testing.assert_close(again.tensors["diff"], 1.5 * t["up"] @ t["down"])
+    torch.testing.assert_close(again.tensors["diff_b"], 1.5 * t["bias"])
+
+
+def test_a_pattern_of_many_repetitions_is_refused_at_once(tmp_path: Path) -> None:
+    config = {"unet.r": 2, "unet.lora_alpha": 2, "unet.alpha_pattern": {".*" * 14 + "X": 3}}
+    tensors = {f"unet.mid_block.attentions.0.proj_in.lora_{x}.weight": torch.randn(2, 2) for x in "AB"}
+    save_file(tensors, tmp_path / "x.safetensors", {"lora_adapter_metadata": json.dumps(config)})
+    with pytest.raises(FormatError, match="repeats a repetition"):
+        load(tmp_path / "x.safetensors")

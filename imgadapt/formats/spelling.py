@@ -35,15 +35,18 @@ def _whole_kernel(part: Part) -> tuple[Any, dict[str, Tensor]]:
     if "mid" in t:
         core, down = t.pop("mid"), t["down"]
         product = torch.einsum("rs...,si->ri...", core.float(), down.flatten(1).float())
-        t["down"], method = product.to(down.dtype), replace(method, tucker=False)
+        t["down"], method = held(product, down.dtype), replace(method, tucker=False)
     return method, t
 
 
-def _times(tensor: Tensor, scale: float) -> Tensor:
-    """tensor * scale, in its dtype where that rounds nothing off, else in fp32."""
-    exact = tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * scale
-    narrow = exact.to(tensor.dtype)
+def held(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in `dtype` where that rounds nothing off, else as it is."""
+    narrow = exact.to(dtype)
     return narrow if torch.equal(narrow.to(exact.dtype), exact) else exact
+
+
+def _times(tensor: Tensor, scale: float) -> Tensor:
+    return held(tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * scale, tensor.dtype)
 
 
 def _no(method: Any, tool: str, *, dense: bool | None = None) -> Unfusable:

@@ -13,6 +13,7 @@ from imgadapt.errors import FormatError, first_few
 from imgadapt.formats.format import Format
 from imgadapt.formats.fusing import Unfusable, fuse
 from imgadapt.formats.part import Part, Parts
+from imgadapt.formats.spelling import held
 from imgadapt.formats.splitting import by_layer, rows_of, scaled, taken
 from imgadapt.methods import Full, LoRA
 from imgadapt.sites import Kind, Site
@@ -223,7 +224,10 @@ def _as_lora(part: Part, shape: tuple[int, ...] | None) -> Part | None:
         return None
     up, down = pair
     dtype, rank = next(iter(part.tensors.values())).dtype, up.shape[1]
-    tensors = {"down": down.reshape(rank, *shape[1:]).to(dtype), "up": up.reshape(*up.shape, *site.ones).to(dtype)}
+    tensors = {
+        "down": held(down.reshape(rank, *shape[1:]), dtype),
+        "up": held(up.reshape(*up.shape, *site.ones), dtype),
+    }
     return Part(LoRA(rank=rank, alpha=method.scale * rank), tensors)
 
 
