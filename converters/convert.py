@@ -19,6 +19,7 @@ from imgadapt import load, plan, save
 from imgadapt.cli import program
 from imgadapt.errors import ConfigError, ImgadaptError, first_few
 from imgadapt.formats import FORMATS
+from imgadapt.summary import NO_CONFIG, alpha_unsaid
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ENDS = (".safetensors", ".pt", ".bin", ".ckpt")
@@ -43,7 +44,10 @@ def pairs(source: Path, target: Path | None, to: str) -> Iterator[tuple[Path, Pa
             taken[target] = path
             yield path, target
         return
-    yield source, target or source.with_name(f"{source.stem}.{to}.safetensors")
+    target = target or source.with_name(f"{source.stem}.{to}.safetensors")
+    if target.resolve() == source.resolve():
+        raise ConfigError(f"{target} is the input; wanted another name")
+    yield source, target
 
 
 def convert(source: Path, target: Path, args: Any) -> dict[str, Any]:
@@ -55,6 +59,8 @@ def convert(source: Path, target: Path, args: Any) -> dict[str, Any]:
         if step.reason:
             by_reason.setdefault(step.reason, []).append(step.name)
     row: dict[str, Any] = {"from": file.format, "base": file.architecture, "layers": len(file.parts), "to": args.to}
+    if alpha_unsaid(file):
+        row["note"] = NO_CONFIG
     row |= {"loss": Counter(step.loss for step in steps), "reasons": by_reason}
     if not args.plan:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -94,11 +100,14 @@ def main(argv: Sequence[str]) -> None:
         if not args.json:
             start = f"[{k}/{len(todo)}] " if len(todo) > 1 else ""
             if "error" in row:
-                print(f"{start}{row['error']}", file=sys.stderr)
+                said = row["error"] if str(source) in row["error"] else f"{source}: {row['error']}"
+                print(f"{start}{said}", file=sys.stderr)
                 continue
             losses = ", ".join(f"{count} {loss}" for loss, count in row["loss"].items()) or "words only"
             base = row["base"] or "no table of its base"
             print(f"{start}{source}: {row['from']}, {base}, {row['layers']} layers -> {args.to}: {losses}")
+            if "note" in row:
+                print(f"  {row['note']}")
             for reason, names in row["reasons"].items():
                 print(f"  {reason} ({first_few(names)})")
             if "written" in row:

@@ -17,7 +17,9 @@ from imgadapt import load
 from imgadapt.arch import architectures
 from imgadapt.cli import program
 from imgadapt.errors import first_few
-from imgadapt.summary import misfits, summary
+from imgadapt.summary import NO_CONFIG, alpha_unsaid, misfits, summary
+
+_MOST = 40  # lines of metadata
 
 
 def _plain(text: str) -> str:
@@ -67,8 +69,12 @@ def main(argv: Sequence[str]) -> None:
         for row in found.rows:
             shapes = ", ".join(f"{key} {shape}" for key, shape in row.shapes.items())
             print(f"  {row.layer}: {row.method}, {f'norm {row.norm:.4g}, ' if row.norm is not None else ''}{shapes}")
-    for key, value in sorted(found.metadata.items()):
+    if alpha_unsaid(file):
+        print(f"NOTE          {NO_CONFIG}")
+    for key, value in sorted(found.metadata.items())[:_MOST]:
         print(_plain(f"metadata      {key} = {value if len(value) <= 80 else f'{value[:77]}...'}"))
+    if len(found.metadata) > _MOST:
+        print(f"metadata      and {len(found.metadata) - _MOST} more; --json has them all")
     if args.base:
         print(f"on {args.base:<11}{'all of it fits' if not wrong else f'{len(wrong)} layers do not fit:'}")
         for layer, reason in list(wrong.items())[:10]:

@@ -32,7 +32,7 @@ class AdapterFile:
     unknown: keys that a `load(..., strict=False)` left out, and why ("": no table knows them).
     """
 
-    parts: Parts
+    parts: Parts = field(repr=False)
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
     format: str | None = None
     architecture: str | None = None
@@ -112,7 +112,7 @@ def save(
     The same adapter gives the same bytes. What has not changed since it was read in this format is written as it was.
 
     Raises:
-        ConfigError: no such format, or a dtype that is not one of floating-point numbers in files.
+        ConfigError: no such format, a name that ends as pickles' do, or a dtype that is not of floating-point numbers.
         FormatError: the format cannot say what the adapter holds, or that is not finite (in `dtype`).
         OutputError: the file cannot be written.
     """
@@ -120,6 +120,8 @@ def save(
         raise ConfigError(
             f"{type(file).__name__} is no adapter; wanted what `load` or `collect` gave, and then the path"
         )
+    if Path(path).suffix.lower() in (".pt", ".pth", ".bin", ".ckpt"):
+        raise ConfigError(f"{path}: only safetensors is written; other tools would take this name for a pickle")
     architecture = _architecture(file)
     form = _default(file, architecture) if format is None else _format(format)
     if dtype is not None and not (dtype in _DTYPES and dtype.is_floating_point):

@@ -13,8 +13,10 @@ import torch
 from imgadapt.arch import Architecture
 from imgadapt.file import AdapterFile
 from imgadapt.formats import Part
+from imgadapt.formats.peft_config import PEFT_KEY
 from imgadapt.sites import Kind, Site
 
+NO_CONFIG = "peft's file without its adapter_config.json: alpha is not known and taken as the rank; keep them together"
 _TAGS = 10
 _WIDE = 512  # rank of a pair above which its norm is not worked out
 
@@ -82,6 +84,11 @@ def summary(file: AdapterFile, *, norms: bool = True) -> Summary:
         file.metadata,
         file.unknown,
     )
+
+
+def alpha_unsaid(file: AdapterFile) -> bool:
+    """Whether it is peft's weights without peft's config, which alone has alpha."""
+    return file.format == "peft" and PEFT_KEY not in file.metadata
 
 
 def block_of(layer: str) -> str:

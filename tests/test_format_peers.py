@@ -185,6 +185,8 @@ def adapter(model: Any, methods: Sequence[Method], targets: Targets = "*", std: 
             method = method.at(layer.site)
             fresh = method.init(layer.site, layer.module.get_parameter("weight").detach())
             tensors = {name: tensor + torch.randn(tensor.shape) * std for name, tensor in fresh.items()}
+            if method.name == "ia3":
+                tensors.pop("diff_b", None)  # as peft's, which multiplies the bias
             parts[canonical(layer.name)] = Part(method, tensors, shape=layer.site.shape)
     return AdapterFile(parts)
 
@@ -248,9 +250,9 @@ LINEAR_ONLY: dict[str, Sequence[Method]] = {
     "oft shared": (OFT(4, "input", shared=True),),
     "coft": (OFT(4, "input", constraint=0.5),),
     "boft": (BOFT(4, 1, "input", rescaled=True),),
-    "ia3": (IA3(absolute=True),),
+    "ia3": (IA3(absolute=True, bias=True),),
     "ia3 of inputs": (IA3("input", absolute=True),),
-    "ia3 of both": (IA3(absolute=True), IA3("input", absolute=True)),
+    "ia3 of both": (IA3(absolute=True, bias=True), IA3("input", absolute=True)),
 }
 
 
@@ -308,10 +310,10 @@ HARD: dict[str, Hard] = {
     "tucker loha": ("sd1", (LoHa(rank=3, alpha=2, tucker=True),), ["*.conv1"], ""),
     "biases": ("sd1", (LoRA(rank=4, alpha=2, bias=True),), ["*.ff.net.2"], ""),
     "ia3 of both in Flux": (
-        *("flux", (IA3(absolute=True), IA3("input", absolute=True)), "*"),
+        *("flux", (IA3(absolute=True, bias=True), IA3("input", absolute=True)), "*"),
         "",
     ),
-    "ia3 without a table": ("net", (IA3(absolute=True),), ["*conv"], ""),
+    "ia3 without a table": ("net", (IA3(absolute=True, bias=True),), ["*conv"], ""),
     "boft without a table": ("net", (BOFT(4, 1, "input", rescaled=True),), ["*conv"], ""),
 }
 

@@ -717,14 +717,22 @@ def test_t_lora_is_refused_with_what_to_do() -> None:
     assert (list(rest.parts), set(rest.unknown)) == (["unet.conv_in"], set(tensors))
 
 
-@pytest.mark.parametrize(
-    "keys",
-    [
-        ["conv_in.weights", "conv_in.biases"],
-        ["first_stage_model.decoder.conv_in.weight", "cond_stage_model.x.bias"],
-    ],
-    ids=["no ends", "a checkpoint"],
-)
+def test_a_checkpoint_is_called_one(tmp_path: Path) -> None:
+    tensors = {"first_stage_model.decoder.conv_in.weight": torch.ones(2, 4), "cond_stage_model.x.bias": torch.ones(4)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(FormatError, match=r"these are a model's own weights \(.*cond_stage_model\.x\.bias.*\), not an"):
+        load(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("end", [".pt", ".ckpt", ".bin"])
+def test_nothing_is_written_under_a_pickle_s_name(end: str, tmp_path: Path) -> None:
+    file = AdapterFile({QUERY: Part(LoRA(2), {"down": torch.randn(2, 320), "up": torch.randn(320, 2)})})
+    with pytest.raises(ConfigError, match="only safetensors is written"):
+        save(file, tmp_path / f"x{end}", format="kohya")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("keys", [["conv_in.weights", "conv_in.biases"], ["x.y.lora_z.weight"]])
 def test_a_file_that_is_not_ours_to_read_is_refused_clearly(keys: list[str], tmp_path: Path) -> None:
     path = tmp_path / "foreign.safetensors"
     save_file({key: torch.ones(1, 4) for key in keys}, path)

@@ -51,8 +51,8 @@ class Part:
     """
 
     method: Method
-    tensors: Mapping[str, Tensor]
-    source: Source | None = field(default=None, compare=False)
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    source: Source | None = field(default=None, compare=False, repr=False)
     slices: tuple[Slice, ...] = ()
     shape: tuple[int, ...] | None = field(default=None, compare=False)
 

@@ -65,6 +65,8 @@ def read(
         reading = Reading(parts, OWN.name, architecture.name if architecture else None, unknown)
     else:
         reading = _read(tensors, metadata, architectures)
+    if not reading.parts and _is_model(tensors):
+        raise FormatError(f"these are a model's own weights ({first_few(list(tensors))}), not an adapter's")
     if not reading.parts and len(reading.unknown) == len(tensors):
         raise (
             FormatError(
@@ -78,6 +80,14 @@ def read(
     if reading.unknown and strict:
         raise _refusal(reading, len(tensors))
     return reading
+
+
+def _is_model(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether they are called as whole weights are, and by none of the words that adapters' are."""
+    weights = sum(tensor.ndim > 1 and key.endswith(".weight") for key, tensor in tensors.items())
+    return weights > len(tensors) / 4 and not any(
+        word in key for key in tensors for word in ("lora", "lokr", "hada", "oft", "ia3")
+    )
 
 
 def _whole(name: str, part: Part, architecture: Architecture) -> Part:

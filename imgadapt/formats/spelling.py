@@ -50,7 +50,7 @@ def _times(tensor: Tensor, scale: float) -> Tensor:
 
 
 def _no(method: Any, tool: str, *, dense: bool | None = None) -> Unfusable:
-    inner = f" over {method.inner.name}, a magnitude for each {method.axis}," if method.name == "dora" else ""
+    inner = f" over {method.inner.name} with a magnitude for each {method.axis}" if method.name == "dora" else ""
     core = " with a Tucker core" if getattr(method, "tucker", False) else ""
     return Unfusable(
         f"{tool} has no word for {method.name}{inner}{core}", dense=not method.needs_weight if dense is None else dense
@@ -87,7 +87,7 @@ def _lycoris_rotation(method: Any, t: dict[str, Tensor], axes: int) -> Spelled:
 
 
 def _lycoris_ia3(method: Any, t: dict[str, Tensor], axes: int) -> Spelled:
-    if method.absolute and method.axis == "output":
+    if method.bias:
         raise Unfusable("peft's IA3 of outputs multiplies the bias, too, and LyCORIS' does not", dense=False)
     vector = t["vector"] - 1 if method.absolute else t["vector"]
     on_input = method.axis == "input"
@@ -139,8 +139,8 @@ def peft(part: Part, axes: int) -> Spelled:
         if rescale is None:
             raise _no(method, "peft", dense=False)
         return {"boft_R": t["stages"], "boft_s": rescale.reshape((1, -1) if axes > 2 else (-1, 1))}
-    if method.name == "ia3" and method.axis == "output" and not method.absolute:
-        raise Unfusable("peft's IA3 of outputs multiplies the bias, too, and this one does not", dense=False)
+    if method.name == "ia3" and method.axis == "output" and not (method.bias and "diff_b" not in t):
+        raise Unfusable("peft's IA3 of outputs multiplies the bias, too, as only what peft trained does", dense=False)
     if method.name == "ia3":
         vector = t["vector"] if method.absolute else t["vector"] + 1
         ones = tuple(1 for _ in range(axes - 2))

@@ -36,9 +36,9 @@ class Step:
     layers: tuple[str, ...]
     loss: Loss
     reason: str = ""
-    tensors: Mapping[str, Tensor] | None = None
+    tensors: Mapping[str, Tensor] | None = field(default=None, repr=False)
     verbatim: bool = False
-    parts: Mapping[str, Part] = field(default_factory=dict[str, Part])
+    parts: Mapping[str, Part] = field(default_factory=dict[str, Part], repr=False)
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class Writer:
             part.method.needs_weight or getattr(part.method, "absolute", False) for part in own.values()
         )
         if not no_weights or "diff" not in self.form.ends or None in shapes.values():
-            return Step(name, layers, "impossible", f"{error}. format='imgadapt' has a word for everything")
+            return Step(name, layers, "impossible", f"{error}; 'lycoris' has for most, 'imgadapt' for all")
         if not self.dense:
             return Step(name, layers, "dense", f"{error}; dense=True (--dense) writes its whole difference")
         made = {layer: difference(own[layer], shape) for layer, shape in shapes.items() if shape is not None}

@@ -17,8 +17,8 @@ class IA3(Method):
 
     axis: "output", or "input" (peft's `feedforward_modules`, LyCORIS' `train_on_input`).
     absolute: vector is the factor itself, 1 when fresh, as peft stores it; else what is added to 1, as LyCORIS does.
-    bias: the bias changes, too, by `diff_b` (out,). peft multiplies it like the rest of the output, so `attach` makes
-        this of its files.
+    bias: the bias changes, too, by `diff_b` (out,). peft multiplies it like the rest of the output: its files have no
+        `diff_b`, and `attach` makes it.
 
     Raises:
         ConfigError: an axis that is neither.
