@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from imgadapt import cli, demo, load
 from imgadapt.errors import ConfigError, DataError, FormatError, OutputError, TargetError
@@ -165,6 +166,31 @@ def test_a_folder_is_converted_and_what_cannot_be_is_said(
     assert "diffusers has no word for boft" in said.err
     run("convert", [str(folder), "--to", "diffusers", "--plan"])
     assert "16 impossible" in capsys.readouterr().out
+
+
+def test_a_file_is_not_converted_onto_itself_nor_into_another(run: Run, tmp_path: Path) -> None:
+    truth = Path(__file__).parent / "ground_truth" / "lycoris" / "lora.safetensors"
+    shutil.copy(truth, tmp_path / "a.safetensors")
+    with pytest.raises(ConfigError, match="is the input; wanted another name"):
+        run("convert", [str(tmp_path / "a.safetensors"), str(tmp_path / "a.safetensors"), "--to", "kohya"])
+    assert (tmp_path / "a.safetensors").read_bytes() == truth.read_bytes()
+    (tmp_path / "in").mkdir()
+    shutil.copy(truth, tmp_path / "in" / "x.safetensors")
+    shutil.copy(truth, tmp_path / "in" / "x.pt")
+    with pytest.raises(ConfigError, match="would both be written as"):
+        run("convert", [str(tmp_path / "in"), str(tmp_path / "out"), "--to", "kohya"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_alpha_that_peft_s_file_alone_does_not_say_is_remarked(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = {f"base_model.model.mid_block.attentions.0.proj_in.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}
+    save_file(tensors, tmp_path / "lone.safetensors")
+    run("show", [str(tmp_path / "lone.safetensors")])
+    run("convert", [str(tmp_path / "lone.safetensors"), "--to", "kohya"])
+    said = capsys.readouterr().out
+    assert said.count("peft's file without its adapter_config.json: alpha is not known") == 2
 
 
 def test_show_says_what_would_not_fit_and_writes_json(
