@@ -6,7 +6,7 @@ model's own code, dotted and flattened, and keys are looked up.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Literal
 
 from imgadapt.arch import Architecture, canonical
@@ -59,9 +59,13 @@ PREFIXES: tuple[Prefix, ...] = (
 )
 
 
-def prefixes_of(stem: str) -> list[Prefix]:
+_LONGEST_FIRST = sorted(PREFIXES, key=lambda prefix: -len(prefix.text))
+
+
+@lru_cache(maxsize=4096)  # a file asks for each of its layers some ten times
+def prefixes_of(stem: str) -> tuple[Prefix, ...]:
     """Those that a key's layer begins with, the longest first."""
-    return sorted((p for p in PREFIXES if stem.startswith(p.text)), key=lambda p: -len(p.text))
+    return tuple(prefix for prefix in _LONGEST_FIRST if stem.startswith(prefix.text))
 
 
 @dataclass(frozen=True)
