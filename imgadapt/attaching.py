@@ -1,8 +1,6 @@
 """Putting adapters on a model and taking them off: attach, detach, swap."""
 
-import gc
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 from imgadapt import targets as where
 from imgadapt import tokens
 from imgadapt.arch import canonical
+from imgadapt.collector import uncollected
 from imgadapt.dequantize import weight_of
 from imgadapt.errors import ConfigError, FormatError, ShapeError, StateError, TargetError, first_few
 from imgadapt.file import AdapterFile
@@ -75,7 +74,7 @@ def attach(
     by_layer = strengths(weight, [layer.name for layer, _ in chosen]) if chosen else {}
     learns = not isinstance(adapter, AdapterFile) if trainable is None else trainable
     try:
-        with _uncollected():
+        with uncollected():
             _put_on(chosen, name, by_layer, left_out, learns)
             if words:
                 tokens.add(model, words, name)
@@ -101,18 +100,6 @@ def _put_on(
         wrapper.add(Slot(name, part.method, layer.site, part.tensors, by_layer[layer.name], dropout, learns))
         if wrapper is not layer.module:
             layer.replace(wrapper)
-
-
-@contextmanager
-def _uncollected() -> Generator[None]:
-    """Thousands of new modules would set off the collector, which looks at every object there is, and free nothing."""
-    on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if on:
-            gc.enable()
 
 
 def detach(model: Any, *names: str) -> None:

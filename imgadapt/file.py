@@ -16,6 +16,7 @@ from torch import Tensor
 
 from imgadapt.arch import Architecture, architectures
 from imgadapt.atomic import atomically
+from imgadapt.collector import uncollected
 from imgadapt.embeddings import Embedding, read_embeddings, read_pickle, write_embeddings
 from imgadapt.errors import ConfigError, FormatError, OutputError, first_few
 from imgadapt.formats import DIFFUSERS, FORMATS, Format, Parts, Step, Writer, architecture_of, exact_alpha, read, write
@@ -49,7 +50,11 @@ def load(path: str | PathLike[str], *, strict: bool = True) -> AdapterFile:
     Raises:
         FormatError: there is no such file, it is not whole, or it is not an adapter that imgadapt knows.
     """
-    path = Path(path)
+    with uncollected():
+        return _load(Path(path), strict=strict)
+
+
+def _load(path: Path, *, strict: bool) -> AdapterFile:
     tensors, metadata = _contents(path)
     try:
         embeddings, keys = read_embeddings(tensors, metadata, path.stem)
