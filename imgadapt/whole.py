@@ -59,7 +59,9 @@ def _difference(part: Part, weight: Tensor, site: Site) -> Part:
     value = part.tensors[method.of_weight]
     if tuple(value.shape) != site.shape:
         raise ShapeError(f"it sets a weight of {tuple(value.shape)}, this layer's is {site.shape}")
-    return Part(replace(method, absolute=False, bias=False), {method.of_weight: value.float() - weight.float()})
+    return Part(
+        replace(method, absolute=False, bias=False), {method.of_weight: value.float() - weight.float().to(value.device)}
+    )
 
 
 @torch.no_grad()

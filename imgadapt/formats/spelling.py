@@ -49,6 +49,15 @@ def _times(tensor: Tensor, scale: float) -> Tensor:
     return held(tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * scale, tensor.dtype)
 
 
+def _without_alpha(part: Part, tool: str) -> tuple[Tensor, Tensor]:
+    """(down, up) of LoRA for a tool that knows no alpha: its scale is in up."""
+    method: Any = part.method
+    if method.name != "lora" or method.bias:
+        raise _no(method, tool)
+    method, t = _whole_kernel(part)
+    return t["down"], _times(t["up"], method.scale)
+
+
 def _no(method: Any, tool: str, *, dense: bool | None = None) -> Unfusable:
     inner = f" over {method.inner.name} with a magnitude for each {method.axis}" if method.name == "dora" else ""
     core = " with a Tucker core" if getattr(method, "tucker", False) else ""
@@ -164,21 +173,14 @@ def toolkit(part: Part, axes: int) -> Spelled:
     if method.name in ("full", "norm") and not method.absolute:
         names = {"diff": "diff", "diff_b": "diff_b", "w_norm": "diff", "b_norm": "diff_b"}
         return _ends(part.tensors, names)
-    if method.name != "lora" or method.bias:
-        raise _no(method, "this format")
-    method, t = _whole_kernel(part)
-    up = _times(t["up"], method.scale)
-    return {"lora_A.weight": t["down"], "lora_B.weight": up}
+    down, up = _without_alpha(part, "this format")
+    return {"lora_A.weight": down, "lora_B.weight": up}
 
 
 def xlabs(part: Part, axes: int) -> Spelled:
     """XLabs': LoRA, alpha = rank."""
-    method: Any = part.method
-    if method.name != "lora" or method.bias:
-        raise _no(method, "XLabs' format")
-    method, t = _whole_kernel(part)
-    up = _times(t["up"], method.scale)
-    return {"down": t["down"], "up": up}
+    down, up = _without_alpha(part, "XLabs' format")
+    return {"down": down, "up": up}
 
 
 def xlabs_key(stem: str, end: str) -> str:
@@ -210,12 +212,8 @@ def plain_key(stem: str, end: str) -> str:
 
 def legacy(part: Part, axes: int) -> Spelled:
     """diffusers before peft: LoRA, alpha = rank."""
-    method: Any = part.method
-    if method.name != "lora" or method.bias:
-        raise _no(method, "diffusers' older format")
-    method, t = _whole_kernel(part)
-    up = _times(t["up"], method.scale)
-    return {"lora.down.weight": t["down"], "lora.up.weight": up}
+    down, up = _without_alpha(part, "diffusers' older format")
+    return {"lora.down.weight": down, "lora.up.weight": up}
 
 
 def kohya(part: Part, axes: int) -> Spelled:

@@ -168,7 +168,7 @@ def _take_dora(method: Any, t: dict[str, Tensor], rows: Rows) -> Made | None:
 
 
 def _take_ia3(method: Any, t: dict[str, Tensor], rows: Rows) -> Made:
-    return method, (t if method.axis == "input" else _some(t, rows, "vector"))
+    return method, (t if method.axis == "input" else _some(t, rows, "vector", "diff_b"))
 
 
 _TAKE: dict[str, Callable[[Any, dict[str, Tensor], Rows], Made | None]] = {
