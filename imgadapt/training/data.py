@@ -1,76 +1,109 @@
-"""Pictures and captions from a folder."""
+"""The pictures of a folder, whatever its layout, each with its captions and its mask."""
 
 import hashlib
-from collections.abc import Sequence
+import io
+import json
+import re
+import unicodedata
+import warnings
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
+from PIL import Image, UnidentifiedImageError
 
 from imgadapt.errors import DataError, first_few
+from imgadapt.training.captions import beside, table, with_trigger, wordings
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+UNREAD = frozenset({".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw"})
 CAPTIONS = (".txt", ".caption")
+METADATA = ("metadata.jsonl", "metadata.csv")  # of Hugging Face's imagefolder
+MASKS = ("-mask", "-masklabel")  # ends of names; the second is OneTrainer's
+SMALLEST = 8  # pixels of a side
+ORIENTATION = 0x0112  # EXIF; 5 to 8 swap width and height
+# Pillow opens more, some of it by starting other programs (EPS)
+_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF")
+_CONCEPT = re.compile(r"(\d{1,3})_(.*)")  # kohya's `10_ohwx man`; four digits are a year
 
 
 @dataclass(frozen=True)
 class Example:
-    """One picture with its caption. digest: SHA-256 of the file's bytes."""
+    """One picture with all that is known of it.
+
+    captions: one or more wordings; ("",) for a picture that is trained without. digest: SHA-256 of the file's bytes.
+    width, height: pixels, upright. mask: a picture, white where to train. alpha: some pixels are transparent.
+    repeats, concept: of kohya's folder `repeats_concept`.
+    """
 
     path: Path
-    caption: str
+    captions: tuple[str, ...]
     digest: str
+    width: int
+    height: int
+    mask: Path | None = None
+    alpha: bool = False
+    repeats: int = 1
+    concept: str = ""
 
 
-def scan(folder: Path, caption: str | None = None) -> list[Example]:
+def scan(folder: Path, caption: str | None = None, trigger: str | None = None) -> list[Example]:
     """The pictures of a folder, by name, each opened once to the last pixel.
 
-    caption: for pictures without a caption file beside them.
+    The layout is found by looking: pictures in the folder, kohya's folders `10_ohwx man` in it (or such a folder
+    itself), or the rows of a metadata.jsonl or metadata.csv. Captions are in .txt or .caption files beside the
+    pictures, or in a column text, caption or prompt.
+
+    caption: for pictures that have none of their own; without it kohya's folder name is taken, then the trigger alone.
+    trigger: stands for `[trigger]` in captions, and is put before those that do not have it.
 
     Raises:
-        DataError: the folder is not there or has no pictures; pictures cannot be read; captions are missing. All
-            that are at fault are counted and the first are named.
+        DataError: the folder is not there, has no pictures, or two layouts; pictures or masks cannot be read or used;
+            captions are missing or contradict each other. Those at fault are counted and the first are named.
     """
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder")
-    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-    if not paths:
-        inner = [d.name for d in sorted(folder.iterdir()) if d.is_dir() and any(_pictures(d))]
-        hint = f"; did you mean its folder {first_few(inner)}?" if inner else f"; wanted {', '.join(sorted(SUFFIXES))}"
-        raise DataError(f"{folder}: no pictures in it{hint}")
+    trigger = (trigger or "").strip() or None
+    found = [(*item, _concept(place.folder)) for place in _places(folder) for item in _pictures(place)]
+    if not found:
+        raise DataError(f"{folder}: no pictures in it{_hint(folder)}")
     broken: list[str] = []
     silent: list[str] = []
     examples: list[Example] = []
-    for path in paths:
+    for path, texts, mask, (repeats, concept) in found:
+        name = path.relative_to(folder).as_posix()
+        if not texts:
+            if caption is None and not concept and trigger is None:
+                silent.append(name)
+            texts = wordings([concept if caption is None else caption], "the caption for all") or [""]
+        captions = tuple(dict.fromkeys(with_trigger(text, trigger, path) for text in texts))
         try:
-            data = path.read_bytes()
-            with Image.open(path) as image:
-                image.load()
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError) as error:
-            broken.append(f"{path.name} ({error})")
-            continue
-        text = _caption(path)
-        if text is None and caption is None:
-            silent.append(path.name)
-        examples.append(Example(path, caption or "" if text is None else text, hashlib.sha256(data).hexdigest()))
+            mark, size, alpha = _look(path)
+            if mask:
+                _look_at_mask(mask, size)
+        except _Unusable as error:
+            broken.append(f"{name} ({error})")
+        else:
+            examples.append(Example(path, captions, mark, *size, mask, alpha, repeats, concept))
     if broken:
         raise DataError(
-            f"{folder}: {len(broken)} of {len(paths)} pictures cannot be read; mend or remove {first_few(broken)}"
+            f"{folder}: {len(broken)} of {len(found)} pictures cannot be read; mend or remove {first_few(broken)}"
         )
     if silent:
         raise DataError(
-            f"{folder}: {len(silent)} of {len(paths)} pictures have no caption ({first_few(silent)}); write "
+            f"{folder}: {len(silent)} of {len(found)} pictures have no caption ({first_few(silent)}); write "
             f"{Path(silent[0]).stem}.txt beside each, or give one for all: --caption 'a drawing'"
         )
     return examples
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
-    """SHA-256 of all pictures and captions, in order."""
-    return digest([f"{e.digest} {e.caption}" for e in examples])
+    """SHA-256 of all that decides what is trained, in order: pictures, captions, masks, repeats; no paths.
+
+    Raises:
+        DataError: a mask is gone.
+    """
+    parts = [(e.digest, e.captions, file_digest(e.mask) if e.mask else None, e.repeats) for e in examples]
+    return digest([json.dumps(part) for part in parts])
 
 
 def digest(lines: Sequence[str]) -> str:
@@ -78,34 +111,223 @@ def digest(lines: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _pictures(folder: Path) -> list[Path]:
-    return [p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES]
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey as 8-bit grey: Pillow's own conversion clips it to white."""
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image, np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+# --- which pictures, with which words
+
+
+class Listing:
+    """The files of one folder, by name, found whatever their case and unicode form (macOS takes names apart).
+
+    Raises:
+        DataError: the folder cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            found = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: p.name)
+        except OSError as error:
+            raise DataError(f"{folder}: cannot be read ({error.strerror})") from error
+        self.folder = folder
+        self.folders = [p for p in found if p.is_dir()]
+        self.files = [p for p in found if p not in set(self.folders)]
+        self.pictures = [p for p in self.files if p.suffix.lower() in SUFFIXES]
+        self._named: dict[str, list[Path]] = {}
+        for path in self.files:
+            self._named.setdefault(key(path.name), []).append(path)
+
+    def find(self, name: str) -> Path | None:
+        """The file of a name; that of the same spelling first."""
+        found = self._named.get(key(name), [])
+        return next((p for p in found if p.name == name), found[0] if found else None)
+
+    def captions(self, picture: Path) -> list[Path]:
+        """The caption files of a picture."""
+        return [file for suffix in CAPTIONS if (file := self.find(picture.stem + suffix))]
+
+    def paired(self, known: Collection[Path] = ()) -> list[tuple[Path, Path | None]]:
+        """The pictures to train, with their masks: `fox-mask.png`, `fox-masklabel.png` or `masks/fox.png`.
+
+        known: pictures for certain, whatever they are called.
+
+        Raises:
+            DataError: a picture has two masks, or a mask no picture.
+        """
+        stems = {key(p.stem) for p in self.pictures}
+        inner = next((d for d in self.folders if key(d.name) == "masks"), None)
+        masks: dict[str, list[Path]] = {}
+        for path in Listing(inner).pictures if inner else []:
+            masks.setdefault(key(path.stem), []).append(path)
+        plain: list[Path] = []
+        lost: list[str] = []
+        for path in self.pictures:
+            stem = key(path.stem)
+            of = next((stem.removesuffix(end) for end in MASKS if stem.endswith(end)), None)
+            if of is None or path in known:
+                plain.append(path)
+            elif of in stems:
+                masks.setdefault(of, []).append(path)
+            elif self.captions(path):
+                plain.append(path)
+            else:
+                lost.append(path.name)
+        if lost:
+            raise DataError(
+                f"{self.folder}: {len(lost)} masks have no picture ({first_few(lost)}); name them as their pictures, "
+                "or write captions beside them if they are pictures to train"
+            )
+        for path in plain:
+            if len(two := masks.get(key(path.stem), [])) > 1:
+                raise DataError(f"{two[0]} and {two[1]} are both masks of {path.name}; remove one of them")
+        return [(path, next(iter(masks.get(key(path.stem), [])), None)) for path in plain]
+
+
+def key(name: str) -> str:
+    """A name as it is compared."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _places(folder: Path) -> list[Listing]:
+    """The folders that hold the pictures: it, or kohya's in it."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    top = Listing(folder)
+    inner = [listing for d in top.folders if _CONCEPT.fullmatch(d.name) and (listing := Listing(d)).pictures]
+    if not inner or any(top.find(name) for name in METADATA):
+        return [top]
+    if top.pictures:
+        raise DataError(
+            f"{folder}: {len(top.pictures)} pictures ({first_few([p.name for p in top.pictures])}) lie beside kohya's "
+            f"folders ({first_few([x.folder.name for x in inner])}); move them into one of these, or elsewhere"
+        )
+    return inner
+
+
+def _concept(folder: Path) -> tuple[int, str]:
+    """Repeats and words that a folder's name says."""
+    name = folder.absolute().name
+    if not (parts := _CONCEPT.fullmatch(name)):
+        return 1, ""
+    if int(parts[1]) == 0:
+        raise DataError(f"{folder}: its name says 0 repeats; name it 1_{parts[2]}, or move it away")
+    return int(parts[1]), parts[2].strip()
+
+
+def _hint(folder: Path) -> str:
+    inner = [d.name for d in Listing(folder).folders if Listing(d).pictures]
+    return f"; did you mean its folder {first_few(inner)}?" if inner else f"; wanted {', '.join(sorted(SUFFIXES))}"
+
+
+def _pictures(top: Listing) -> list[tuple[Path, list[str], Path | None]]:
+    """The pictures of a folder, with their own wordings and masks. If it has metadata, this must name them all."""
+    tables = [file for name in METADATA if (file := top.find(name))]
+    if len(tables) > 1:
+        raise DataError(f"{tables[0]} and {tables[1]} are both there; remove one of them")
+    rows = {top.folder / name: said for name, said in table(tables[0]).items()} if tables else {}
+    listings = {d: Listing(d) for d in dict.fromkeys(path.parent for path in rows) if d.is_dir()} or {top.folder: top}
+    files = {path: listings[path.parent].find(path.name) if path.parent in listings else None for path in rows}
+    said = {file: rows[path] for path, file in files.items() if file}
+    paired = [pair for listing in listings.values() for pair in listing.paired(said)]
+    pictures = [path for path, _ in paired]
+    source = f"{tables[0]}'s row" if tables else ""
+    _none([p for x in listings.values() for p in x.files if p.suffix.lower() in UNREAD], top.folder,
+          "are in formats that are not read; save them as .png or .jpg")  # fmt: skip
+    if tables:
+        _none([path for path, file in files.items() if file not in pictures], tables[0],
+              "that it names are not there; correct or remove their rows")  # fmt: skip
+        _none([path for path in pictures if path not in said], tables[0],
+              "beside it have no row in it; add rows, or move them away")  # fmt: skip
+    return [
+        (path, beside(listings[path.parent].captions(path), said.get(path, []), source), mask) for path, mask in paired
+    ]
+
+
+def _none(paths: Sequence[Path], where: Path, fault: str) -> None:
+    if paths:
+        raise DataError(f"{where}: {len(paths)} pictures ({first_few([p.name for p in paths])}) {fault}")
+
+
+# --- what is in a picture
+
+
+class _Unusable(Exception):
+    """Why a picture cannot be used."""
+
+
+def opened(source: Path | io.BytesIO) -> Image.Image:
+    """A picture of which the header is read; its pixels follow when they are asked for."""
+    with warnings.catch_warnings():  # of 90 million pixels; at twice as many comes an error
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(source, formats=_FORMATS)
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) after EXIF's rotation."""
+    turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+    return (image.height, image.width) if turned else image.size
+
+
+def _look(path: Path) -> tuple[str, tuple[int, int], bool]:
+    """Digest, upright (width, height), and whether some pixels are transparent, of a picture read to its end."""
+    data = _bytes(path)
+    image = _decoded(data)
+    size = upright_size(image)
+    if min(size) < SMALLEST:
+        raise _Unusable(f"{size[0]}x{size[1]} pixels, wanted {SMALLEST} a side or more")
+    if image.mode == "F" or (image.mode.startswith("I") and np.asarray(image).max() > 0xFFFF):
+        raise _Unusable("numbers of 32 bits, whose white is not known; save it with 8 or 16")
+    if not image.has_transparency_data:
+        return hashlib.sha256(data).hexdigest(), size, False
+    alpha = np.asarray(image.convert("RGBA"))[..., 3]
+    if not alpha.any():
+        raise _Unusable("transparent all over")
+    return hashlib.sha256(data).hexdigest(), size, bool(alpha.min() < 255)
+
+
+def _look_at_mask(path: Path, size: tuple[int, int]) -> None:
+    """Raises _Unusable for a mask that does not fit a picture of (width, height), or leaves nothing of it."""
+    try:
+        image = _decoded(_bytes(path))
+    except _Unusable as error:
+        raise _Unusable(f"its mask {path.name}: {error}") from error
+    (width, height), (across, down) = size, upright_size(image)
+    if abs(across - down * width / height) > 1 and abs(down - across * height / width) > 1:
+        raise _Unusable(f"its mask {path.name} is {across}x{down}, not the shape of {width}x{height}")
+    seen = image if image.mode.startswith(("I", "F")) else image.convert("LA")
+    # what is transparent in a mask was not painted
+    if not (np.asarray(seen) > 0).reshape(down * across, -1).all(1).any():
+        raise _Unusable(f"its mask {path.name} is black all over")
+
+
+def _bytes(path: Path) -> bytes:
+    if not path.is_file():
+        raise _Unusable("a link to nothing" if path.is_symlink() else "not a file")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise _Unusable(str(error.strerror)) from error
+    if not data:
+        raise _Unusable("an empty file")
+    return data
+
+
+def _decoded(data: bytes) -> Image.Image:
+    try:
+        image = opened(io.BytesIO(data))
+        image.load()
+        upright_size(image)
+    except UnidentifiedImageError as error:
+        raise _Unusable("not a picture, whatever its name says") from error
+    except Exception as error:  # Pillow's readers raise whatever damaged bytes lead them to
+        raise _Unusable(str(error) or type(error).__name__) from error
     return image
-
-
-def _caption(path: Path) -> str | None:
-    """The words of the caption file beside a picture; None when there is none, or nothing in it."""
-    for suffix in CAPTIONS:
-        file = path.with_suffix(suffix)
-        if file.is_file():
-            try:
-                return " ".join(file.read_text("utf-8-sig").split()) or None
-            except UnicodeDecodeError as error:
-                raise DataError(f"{file}: not UTF-8 text ({error})") from error
-    return None
-
-
-def pixels(path: Path, size: int, *, flip: bool = False) -> Tensor:
-    """The picture upright (EXIF), over white, covering and cropped to the centre: (3, size, size) in [-1, 1]."""
-    with Image.open(path) as image:
-        upright = _eight_bits(ImageOps.exif_transpose(image)).convert("RGBA")
-    flat = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright).convert("RGB")
-    square = ImageOps.fit(flat, (size, size), Image.Resampling.LANCZOS)
-    array = np.asarray(ImageOps.mirror(square) if flip else square, np.float32)
-    return torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1).contiguous()
