@@ -1,57 +1,115 @@
 """Load a base by name or path, and find its family."""
 
-import os
+import json
+import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from imgadapt import demo
 from imgadapt.errors import ConfigError, MissingExtra
+from imgadapt.training.families import hub, single_file
+from imgadapt.training.families import quantise as quantising
+from imgadapt.training.families.family import Family
+from imgadapt.training.families.flux import Flux
+from imgadapt.training.families.quantise import Storage
 from imgadapt.training.families.sd import StableDiffusion
+from imgadapt.training.families.sd3 import StableDiffusion3
+from imgadapt.training.families.sdxl import StableDiffusionXL
 
-FAMILIES = {family.pipeline_class: family for family in (StableDiffusion,)}
+FAMILIES: Mapping[str, type[Family]] = {
+    name: family for family in (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux) for name in family.pipelines
+}
+"""By the name of diffusers' class."""
+
+_OTHERS = {
+    "Inpaint": "for inpainting",
+    "Fill": "for inpainting",
+    "Pix2Pix": "for editing",
+    "Kontext": "for editing",
+    "Control": "led by a control picture",
+    "Img2Img": "a refiner, or made to redraw pictures",
+    "Upscale": "for enlarging",
+    "Depth": "led by depth",
+}
+"""What a pipeline is whose class has such a word in its name."""
+
+_UNREADABLE = (
+    *(OSError, ValueError, KeyError, AttributeError, RuntimeError, TypeError),
+    *(SafetensorError, pickle.UnpicklingError),
+)
 
 
-def load(base: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> StableDiffusion:
-    """The base, frozen, on a device.
+def load(
+    base: str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    quantise: Storage | None = None,
+) -> Family:
+    """The base, frozen, on a device; it is read in `dtype` at once and never lies in memory as fp32.
 
-    base: "demo", a folder in diffusers format, or a single-file checkpoint (`.safetensors`).
+    base: "demo"; one of `hub.NAMES` or `owner/name`, out of the hub's cache; a folder in diffusers format; a
+        single-file checkpoint. quantise: "nf4" or "int8": how the denoiser's layers are kept (see quantise.py).
 
     Raises:
-        ConfigError: there is no such base, it cannot be read, or its family is not one that imgadapt trains.
+        ConfigError: there is no such base, it cannot be read, or its kind is not one that imgadapt trains.
+        MissingExtra: diffusers, or for `quantise` bitsandbytes, is not installed.
     """
-    pipeline = open_pipeline(base)
-    kind = type(pipeline).__name__
-    if kind not in FAMILIES:
-        raise ConfigError(f"{base} is a {kind}; imgadapt trains {', '.join(FAMILIES)} so far")
-    return FAMILIES[kind](pipeline, torch.device(device), dtype)
+    pipeline = open_pipeline(base, dtype)
+    family = family_of(base, type(pipeline).__name__)
+    if quantise is not None:
+        denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
+        quantising.quantise(denoiser, quantise, device=torch.device(device), dtype=dtype)
+    return family(pipeline, torch.device(device), dtype)
 
 
-def open_pipeline(base: str) -> Any:
-    """The diffusers pipeline of a base; nothing is ever downloaded.
+def open_pipeline(base: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The diffusers pipeline of a base, in `dtype` but for its autoencoder, which is in fp32 (see `Family`).
 
     Raises:
-        ConfigError: there is no such base, or it cannot be read.
+        ConfigError: there is no such base, it cannot be read, or its kind is not one that imgadapt trains.
     """
     if base == "demo":
         return demo.pipeline()
-    try:
-        import diffusers
-    except ModuleNotFoundError as error:
-        raise MissingExtra("diffusers", "diffusers") from error
     path = Path(base).expanduser()
     try:
-        if (path / "model_index.json").is_file():
-            return diffusers.DiffusionPipeline.from_pretrained(path, local_files_only=True)
         if path.is_file():
-            return diffusers.StableDiffusionPipeline.from_single_file(os.fspath(path), local_files_only=True)
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        hint = (
-            ""
-            if path.is_dir()
-            else " (diffusers needs its configs in the hub's cache for a single file; a folder has them)"
+            return single_file.open_pipeline(path, dtype)
+        return _open_folder(base, path if path.is_dir() else hub.folder(base), dtype)
+    except _UNREADABLE as error:
+        hint = "" if path.exists() else f" (if it is not whole: {hub.command(hub.NAMES.get(base, base))})"
+        raise ConfigError(f"{base} cannot be read as a base: {error}{hint}") from error
+
+
+def family_of(base: str, pipeline_class: str) -> type[Family]:
+    """The family of a diffusers class.
+
+    Raises:
+        ConfigError: there is none; it says what the base is, where its class does.
+    """
+    if pipeline_class in FAMILIES:
+        return FAMILIES[pipeline_class]
+    what = next((f", {text}" for word, text in _OTHERS.items() if word in pipeline_class), "")
+    raise ConfigError(f"{base} is a {pipeline_class}{what}; imgadapt trains {', '.join(FAMILIES)}")
+
+
+def _open_folder(base: str, folder: Path, dtype: torch.dtype) -> Any:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ConfigError(
+            f"base {base} has no model_index.json; wanted 'demo', a diffusers folder, or a checkpoint file"
         )
-        raise ConfigError(f"{base} cannot be read as a base{hint}: {error}") from error
-    what = "has no model_index.json" if path.is_dir() else "is not there"
-    raise ConfigError(f"base {base} {what}; wanted 'demo', a diffusers folder, or a checkpoint file")
+    family_of(base, json.loads(index.read_text("utf-8"))["_class_name"])  # before gigabytes are read
+    try:
+        from diffusers import DiffusionPipeline
+    except ModuleNotFoundError as error:
+        raise MissingExtra("diffusers", "diffusers") from error
+    weights = [*folder.glob("unet/*.safetensors"), *folder.glob("transformer/*.safetensors")]
+    half = {"variant": "fp16"} if weights and all(".fp16." in file.name for file in weights) else {}
+    return DiffusionPipeline.from_pretrained(
+        folder, local_files_only=True, dtype={"default": dtype, "vae": torch.float32}, **half
+    )
