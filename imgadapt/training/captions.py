@@ -1,6 +1,7 @@
 """Captions: the wordings that files hold, and which one a picture is shown with the n-th time."""
 
 import csv
+import io
 import json
 import math
 import re
@@ -147,9 +148,8 @@ def beside(files: Sequence[Path], row: Sequence[str] = (), table: str = "") -> l
     (first, said), *others = list(sources.items()) or [("", [])]
     for other, texts in others:
         if set(texts) != set(said):
-            raise DataError(
-                f"{first} says {said[0]!r} and {other} says {texts[0]!r} of one picture; remove one of them"
-            )
+            a, b = ([x for x in one if x not in two] or one for one, two in ((said, texts), (texts, said)))
+            raise DataError(f"{first} says {a[0]!r} and {other} says {b[0]!r} of one picture; remove one of them")
     return said
 
 
@@ -182,14 +182,16 @@ def table(file: Path) -> dict[str, list[str]]:
             raise DataError(f"{where}: wanted 'file_name', the picture's name, among {', '.join(map(str, row))}")
         # as Windows reads it, so that a drive or a backslash does not get out either
         path = PureWindowsPath(name)
-        if path.anchor or ".." in path.parts:
-            raise DataError(f"{where}: {name!r} is outside the folder; move the picture into it and name it from there")
+        if path.anchor or ".." in path.parts or not path.name:
+            raise DataError(
+                f"{where}: {name!r} is not inside the folder; move the picture there and name it from there"
+            )
         said.setdefault(path.as_posix(), []).extend(_texts(row, where))
     return {name: wordings(list(dict.fromkeys(lines)), f"{file}: {name}") for name, lines in said.items()}
 
 
 def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    lines = text(file).splitlines(keepends=True)
+    lines = io.StringIO(text(file), newline="")  # not splitlines: U+2028 may stand inside a text
     if file.suffix.lower() == ".csv":
         reader = csv.DictReader(lines, strict=True)
         try:
