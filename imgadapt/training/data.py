@@ -23,8 +23,8 @@ METADATA = ("metadata.jsonl", "metadata.csv")  # of Hugging Face's imagefolder
 MASKS = ("-mask", "-masklabel")  # ends of names; the second is OneTrainer's
 SMALLEST = 8  # pixels of a side
 ORIENTATION = 0x0112  # EXIF; 5 to 8 swap width and height
-# Pillow opens more, some of it by starting other programs (EPS)
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF")
+# Pillow opens more, some of it by starting other programs (EPS); cameras' MPO is opened as JPEG
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 _CONCEPT = re.compile(r"(\d{1,3})_(.*)")  # kohya's `10_ohwx man`; four digits are a year
 
 
