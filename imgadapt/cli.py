@@ -9,7 +9,11 @@ from pathlib import Path
 
 PROGRAMS = {
     "demo": ("train_scripts/demo.py", "train a style on the embedded base, prove it, and write a report"),
-    "train": ("train_scripts/style.py", "train a LoRA on a folder of pictures"),
+    "train": ("train_scripts/train.py", "look at a folder of pictures, plan a training, and run it"),
+    "style": ("train_scripts/style.py", "train a style on pictures with captions"),
+    "dreambooth": ("train_scripts/dreambooth.py", "train a character or a thing, and keep the rest of its class"),
+    "textual_inversion": ("train_scripts/textual_inversion.py", "train a new word, or a word and an adapter"),
+    "check": ("train_scripts/check.py", "what a training would do, what it takes, and what is wrong with its pictures"),
     "generate": ("train_scripts/generate.py", "draw prompts with a base and adapters"),
     "show": ("converters/show.py", "what is in an adapter file"),
     "convert": ("converters/convert.py", "write an adapter in another tool's format"),

@@ -1,7 +1,7 @@
 """Latents and text states on disk, keyed by content: safe to edit the data between runs."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -11,20 +11,21 @@ from imgadapt.file import read_tensors, write_tensors
 
 
 class Cache:
-    """Tensors in a folder; a key is hashed text of everything that the tensor depends on."""
+    """Tensors in a folder, by name; a key is hashed text of everything that they depend on."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def get(self, make: Callable[[], Tensor], *key: str) -> Tensor:
-        """The tensor of `key`; made, and kept, when it is not there or not whole."""
+    def get(self, make: Callable[[], Mapping[str, Tensor]], *key: str) -> dict[str, Tensor]:
+        """The tensors of `key`; made, and kept, when they are not there or not whole. They are the file's own pages."""
         name = hashlib.sha256("\n".join(key).encode()).hexdigest()
-        path = self.folder / f"{name}.safetensors"
+        path = self.folder / name[:2] / f"{name}.safetensors"
         if path.exists():
             try:
-                return read_tensors(path)[0][name[:8]]
-            except (FormatError, KeyError):
-                path.unlink()  # torn by a crash; made again below
-        value = make()
-        write_tensors(path, {name[:8]: value}, {})
-        return value
+                tensors, metadata = read_tensors(path)
+                if metadata.get("key") == name:
+                    return tensors
+            except FormatError:
+                pass  # torn by a crash; made again below
+        write_tensors(path, {k: v.contiguous() for k, v in make().items()}, {"key": name})
+        return read_tensors(path)[0]

@@ -1,17 +1,18 @@
-"""TrainConfig: every setting of a training, from TOML and flags, strict."""
+"""The settings of a training: each is a TOML key and a flag; unknown ones are errors."""
 
-import argparse
 import json
-import tomllib
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, Self, get_origin
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from imgadapt.errors import ConfigError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "lion", "schedule-free", "came")
+_NO_CAPTION = "trained without caption"
 
 
 class TrainConfig(BaseModel):
@@ -19,34 +20,117 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    folder: Path = Field(description="pictures, each with its caption in a .txt or .caption file of its name")
-    base: str = Field("demo", description="'demo', a diffusers folder, or a checkpoint file whose configs are cached")
-    output: Path = Field(Path("adapter_out"), description="folder for adapter.safetensors, checkpoints, log, samples")
+    # what
+    folder: Path = Field(description="pictures with captions: fox.png and fox.txt, N_concept folders, metadata.jsonl")
+    base: str = Field("demo", description="demo, sd1, sdxl, sd3, flux, ...; a diffusers folder; or a checkpoint file")
+    output: Path = Field(Path("adapter_out"), description="folder for the adapter, checkpoints, log, samples, report")
+    cache: Path | None = Field(None, description="folder of latents and text states; OUTPUT/cache when not given")
     steps: int = Field(1000, ge=1, description="optimiser steps")
     seed: int = Field(0, ge=0, lt=2**63, description="the same seed gives the same file on the same machine")
 
-    rank: int = Field(16, ge=1, description="rank of the LoRA")
+    # the adapter
+    method: str = Field("lora", description="lora, loha, lokr, oft, boft, glora, ia3, full, dora; or with fields: lokr(factor=8)")  # fmt: skip  # noqa: E501
+    rank: int | None = Field(None, ge=1, description="the method's rank; its own default when not given")
     alpha: float | None = Field(None, gt=0, description="the change is scaled by alpha / rank; rank when not given")
     rank_stabilised: bool = Field(False, description="scale by alpha / sqrt(rank) (rsLoRA)")
-    targets: list[str] = Field(["transformer"], description="presets and globs of layers; '!glob' leaves out")
+    targets: list[str] = Field(["transformer"], description="presets and globs of layers; '!glob' leaves out; 'text': encoders")  # fmt: skip  # noqa: E501
+    methods: dict[str, str] = Field({}, description="targets that have a method of their own: convolution=lokr(rank=4)")
+    ranks: dict[str, int] = Field({}, description="targets that have a rank of their own: unet.mid_block.*=32")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of the input that the adapter does not see")
+    rank_dropout: float = Field(0.0, ge=0, lt=1, description="share of the ranks left out")
+    module_dropout: float = Field(0.0, ge=0, lt=1, description="how often a layer goes without the adapter")
 
-    learning_rate: float = Field(1e-4, gt=0, description="AdamW's peak rate")
-    warmup_steps: int = Field(20, ge=0, description="steps from 0 to the peak; then a cosine to 0")
-    weight_decay: float = Field(1e-3, ge=0, description="AdamW's")
+    # optimisation
+    optimizer: Literal[OPTIMIZERS] = Field("adamw", description=", ".join(OPTIMIZERS))  # pyright: ignore[reportInvalidTypeForm]
+    optimizer_options: dict[str, float | bool] = Field({}, description="further arguments of it: d_coef=2 weight_lr_power=1")  # fmt: skip  # noqa: E501
+    learning_rate: float = Field(1e-4, gt=0, description="peak rate (1 for prodigy)")
+    learning_rates: dict[str, float] = Field({}, description="rates of targets: text_encoder*=5e-5")
+    lora_plus: float | None = Field(None, gt=0, description="tensors that start at zero (up, B) learn this much faster")
+    schedule: Literal["cosine", "linear", "constant", "restarts"] = Field("cosine", description="of the rate, after warm-up")  # fmt: skip  # noqa: E501
+    restarts: int = Field(3, ge=1, description="cycles of the schedule 'restarts'")
+    warmup_steps: int = Field(20, ge=0, description="steps from 0 to the peak")
+    weight_decay: float = Field(1e-3, ge=0, description="the optimiser's")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
-    batch_size: int = Field(4, ge=1, description="pictures a step")
+    batch_size: int = Field(4, ge=1, description="pictures a step, over all processes and pieces")
+    pieces: int = Field(1, ge=1, description="in how many pieces a process computes its share (gradient accumulation)")
+    ema: float | None = Field(None, ge=0, lt=1, description="decay of a running mean, which becomes the adapter")
+    precision: Precision = Field("fp32", description="of the frozen base: fp32, bf16 or fp16; the adapter is fp32")
+    quantise: Literal["nf4", "int8"] | None = Field(None, description="the base's linear layers: nf4 or int8")
+    checkpointing: bool = Field(False, description="compute activations twice instead of keeping them")
+    compile: bool = Field(False, description="torch.compile the denoiser")
+
+    # the objective
+    prediction: Literal["epsilon", "v_prediction"] | None = Field(None, description="what the base predicts, where its config is wrong")  # fmt: skip  # noqa: E501
     min_snr_gamma: float | None = Field(None, gt=0, description="min-SNR weighting (5 is usual); off when not given")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the frozen base; the adapter is fp32")
+    debiased: bool = Field(False, description="debiased weighting, instead of min-SNR")
+    huber: Literal["constant", "exponential", "snr"] | None = Field(None, description="pseudo-Huber loss, and its schedule")  # fmt: skip  # noqa: E501
+    huber_c: float = Field(0.1, gt=0, description="where the Huber loss turns from square to linear")
+    noise_offset: float = Field(0.0, ge=0, description="0.05 at most; for bases that predict noise")
+    pyramid_noise: float = Field(0.0, ge=0, lt=1, description="discount of noise at lower resolutions (0.3 is usual)")
+    input_perturbation: float = Field(
+        0.0, ge=0, description="more noise in the input than in the target (0.1 is usual)"
+    )
+    zero_terminal_snr: bool = Field(False, description="rescale the noise schedule; for velocity")
+    timesteps: Literal["uniform", "logit_normal", "mode"] | None = Field(None, description="distribution; the base's own when not given")  # fmt: skip  # noqa: E501
+    logit_mean: float = Field(0.0, description="of logit_normal")
+    logit_spread: float = Field(1.0, gt=0, description="of logit_normal")
+    mode_scale: float = Field(1.29, description="of mode")
+    shift: float | None = Field(None, gt=0, description="towards noise; the base's own when not given")
+    timestep_range: tuple[float, float] = Field((0.0, 1.0), description="share of the noise levels that is trained")
 
-    resolution: int | None = Field(None, ge=8, description="pixels of the square crop; the base's own when not given")
+    # pictures and captions
+    resolution: list[int] = Field([], description="pixels of a square of the same area, or several; the base's own")
+    buckets: bool = Field(True, description="keep the shapes of pictures; else squares")
+    crop: Literal["centre", "random", "pad"] = Field("centre", description="what is cut to fit a bucket")
+    crops: int = Field(4, ge=1, description="how many random crops of a picture there are")
     flip: bool = Field(False, description="train on mirror images, too")
-    caption: str | None = Field(None, description="for pictures that have no caption file")
-    caption_dropout: float = Field(0.05, ge=0, le=1, description="share of pictures trained without caption")
+    mask: Literal["none", "alpha", "file"] = Field("none", description="train inside of the alpha channel or NAME-mask.png only")  # fmt: skip  # noqa: E501
+    unmasked_weight: float = Field(0.0, ge=0, le=1, description="how much the rest counts")
+    caption: str | None = Field(None, description="for pictures that have no caption")
+    trigger: str | None = Field(None, description="word in every caption: ohwx")
+    caption_dropout: float = Field(0.05, ge=0, le=1, description=f"share of pictures {_NO_CAPTION}")
+    shuffle_tags: bool = Field(False, description="tags between commas come in any order")
+    keep_tags: int = Field(1, ge=0, description="of which the first ones stay in front")
+    tag_dropout: float = Field(0.0, ge=0, lt=1, description="share of the tags left out")
+    caption_variants: int = Field(8, ge=1, description="shuffled wordings of a caption")
 
-    held_out: Path | None = Field(None, description="pictures never trained on; their loss is measured")
+    # watching
+    held_out: Path | None = Field(None, description="pictures never trained on; their loss picks the best checkpoint")
+    held_out_count: int = Field(0, ge=0, description="or: how many of the folder's are kept out of the training")
+    evaluate_every: int | None = Field(None, ge=1, description="steps between evaluations; a fifth of them when not given")  # fmt: skip  # noqa: E501
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints; the last two are kept")
-    sample_prompts: list[str] = Field([], description="drawn at the end (and at checkpoints, see sample_every)")
-    sample_every: int | None = Field(None, ge=1, description="steps between samples; only at the end when not given")
+    sample_prompts: list[str] = Field([], description="drawn for the report; OUTPUT/prompts.txt may be edited meanwhile")  # fmt: skip  # noqa: E501
+    sample_every: int | None = Field(None, ge=1, description="steps between samples; at the end only when not given")
+    log_with: list[Literal["tensorboard", "wandb"]] = Field(["tensorboard"], description="tensorboard, wandb")
+    report: bool = Field(True, description="write OUTPUT/report.html")
+    strengths: list[float] = Field([0.5, 1.0], description="of the adapter in the report's grid")
+
+    # the file
+    title: str | None = Field(None, description="the adapter's name in its metadata; that of OUTPUT when not given")
+    formats: list[str] = Field([], description="formats to write; what diffusers and kohya's tools read when not given")
+    exports: dict[str, str] = Field({}, description="further files of a part of the layers: style=b-lora-style")
+    private: bool = Field(False, description="no captions, names or paths in the file's metadata")
+
+    WATCHED: ClassVar[frozenset[str]] = frozenset({
+        *("folder", "output", "base", "cache", "held_out", "checkpoint_every", "evaluate_every", "log_with", "report"),
+        *("sample_prompts", "sample_every", "strengths", "title", "formats", "exports", "private"),
+        *("caption", "trigger", "resolution", "buckets", "mask"),  # in the fingerprints, as what they come to
+        *("pieces", "checkpointing", "compile"),  # another way to the same numbers, but for their last bits
+    })  # fmt: skip
+
+    @field_validator("learning_rates", "ranks", "optimizer_options", "methods", mode="after")
+    @classmethod
+    def _named(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if any(not key for key in value):
+            raise ValueError("wanted NAME=VALUE")
+        return value
+
+    @field_validator("timestep_range", mode="after")
+    @classmethod
+    def _rising(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= value[0] < value[1] <= 1:
+            raise ValueError("wanted two numbers in [0, 1], the first below the second")
+        return value
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
@@ -62,10 +146,40 @@ class TrainConfig(BaseModel):
 
     def identity(self, fingerprint: Mapping[str, str]) -> dict[str, str]:
         """What decides the result, as text: settings (but for paths and what is only watched) and fingerprints."""
-        watched = {"folder", "output", "base", "held_out", "checkpoint_every", "sample_prompts", "sample_every"}
-        watched |= {"caption", "resolution"}  # in the fingerprints, as what they come to
-        settings = self.model_dump(mode="json", exclude=watched)
-        return {**{key: json.dumps(value) for key, value in settings.items()}, **fingerprint}
+        settings = self.model_dump(mode="json", exclude=set(self.WATCHED))
+        return {**{key: json.dumps(value, sort_keys=True) for key, value in settings.items()}, **fingerprint}
+
+
+class DreamBoothConfig(TrainConfig):
+    """And what a subject needs: the class that it is one of, and how the rest of the class is kept."""
+
+    class_prompt: str | None = Field(None, description="what the subject is one of: 'a man'; the caption without the trigger")  # fmt: skip  # noqa: E501
+    preservation: Literal["class-free", "classic", "none"] = Field("class-free", description="class-free: the base's own answers are kept; classic: class pictures are trained, too")  # fmt: skip  # noqa: E501
+    preservation_weight: float = Field(1.0, gt=0, description="of it in the loss")
+    preservation_share: float = Field(0.5, gt=0, le=1, description="of the steps that have it, class-free")
+    class_folder: Path | None = Field(None, description="class pictures; OUTPUT/class when not given")
+    class_count: int = Field(100, ge=1, description="pictures that the folder is filled up to by drawing")
+
+
+class InversionConfig(TrainConfig):
+    """And what a new word needs."""
+
+    word: str = Field(description="the new word: <ohwx>")
+    initial: str = Field("object", description="words whose meaning it starts from")
+    vectors: int = Field(1, ge=1, le=75, description="how many tokens it stands for")
+    embedding_rate: float = Field(5e-3, gt=0, description="learning rate of its vectors")
+    norm_control: bool = Field(True, description="pull the vectors' spread back to that of the vocabulary")
+    pivot: float = Field(
+        0.5, gt=0, le=1, description="share of the steps that train the word; an adapter is trained in all"
+    )
+    adapter: bool = Field(False, description="train an adapter with it (pivotal tuning); one file holds both")
+
+    @field_validator("word", mode="after")
+    @classmethod
+    def _a_word(cls, value: str) -> str:
+        if not value.strip() or any(c.isspace() for c in value):
+            raise ValueError("wanted one word without spaces, say <ohwx>")
+        return value
 
 
 def _explain(row: Any, known: Sequence[str]) -> str:
@@ -75,59 +189,5 @@ def _explain(row: Any, known: Sequence[str]) -> str:
         return f"unknown key '{key}'" + (f", did you mean '{near[0]}'?" if near else f"; there are: {', '.join(known)}")
     if row["type"] == "missing":
         return f"'{key}' is not given"
-    return f"'{key}' is {row['input']!r}: {row['msg'][0].lower()}{row['msg'][1:]}"
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """The keys of a TOML file; relative paths in it count from its folder.
-
-    Raises:
-        ConfigError: it is not there, or not TOML.
-    """
-    try:
-        values = tomllib.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    for key in ("steps", "seed", "rank", "batch_size", "alpha", "learning_rate"):
-        if isinstance(values.get(key), bool | str):
-            raise ConfigError(f"{path}: '{key}' is {values[key]!r}, wanted a number")
-    for key in ("folder", "output", "held_out"):
-        if isinstance(values.get(key), str):
-            values[key] = path.parent / values[key]
-    return values
-
-
-def parser(description: str) -> argparse.ArgumentParser:
-    """A command line with `FOLDER`, `--config FILE` and a flag for every field of TrainConfig."""
-    made = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    made.add_argument("folder", nargs="?", type=Path, default=None, help=TrainConfig.model_fields["folder"].description)
-    made.add_argument("--config", type=Path, help="TOML with any of these settings; flags win over it")
-    for name, field in TrainConfig.model_fields.items():
-        if name != "folder":
-            _add_flag(made, name, field)
-    return made
-
-
-def _add_flag(made: argparse.ArgumentParser, name: str, field: FieldInfo) -> None:
-    default = "" if field.default in (None, []) else f" [{field.default}]"
-    text = f"{field.description}{default}".replace("%", "%%")
-    flag = f"--{name.replace('_', '-')}"
-    if field.annotation is bool:
-        made.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
-    elif get_origin(field.annotation) is list:
-        made.add_argument(flag, nargs="*", default=None, help=text, metavar="TEXT")
-    else:
-        made.add_argument(flag, default=None, help=text, metavar=name.rpartition("_")[2].upper())
-
-
-def from_arguments(args: argparse.Namespace) -> TrainConfig:
-    """The config that parsed flags, and the TOML they name, give.
-
-    Raises:
-        ConfigError: see `TrainConfig.of` and `read_toml`.
-    """
-    values = read_toml(args.config) if args.config else {}
-    flags = {key: value for key, value in vars(args).items() if key in TrainConfig.model_fields and value is not None}
-    return TrainConfig.of({**values, **flags})
+    message = row["msg"].removeprefix("Value error, ")
+    return f"'{key}' is {row['input']!r}: {message[0].lower()}{message[1:]}"

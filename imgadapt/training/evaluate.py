@@ -7,30 +7,32 @@ import torch
 from torch import Tensor
 
 from imgadapt.training import noise
-from imgadapt.training.families import StableDiffusion
+from imgadapt.training.families import Family
+from imgadapt.training.material import Material
+from imgadapt.training.objective import Objective
 
 
 @torch.no_grad()
 def held_out_losses(
-    family: StableDiffusion, latents: Tensor, states: Tensor, *, timesteps: int = 8, seed: int = 0, batch: int = 32
+    family: Family, objective: Objective, material: Material, *, timesteps: int = 8, seed: int = 0
 ) -> Tensor:
-    """Losses (pictures, timesteps) of the model as it is now, unweighted.
+    """Losses (views, timesteps) of the model as it is now, unweighted.
 
-    latents: (pictures, channels, h, w); states: (pictures, tokens, width). The timesteps are the middles of equal
-    bins; the noise depends on seed, picture and timestep only, so that two calls compare like with like.
+    material: a fixed one. The timesteps are the middles of equal bins; the noise depends on seed, place and timestep only,
+    so that two calls compare like with like.
     """
-    rows: list[Tensor] = []
-    for k in range(timesteps):
-        t = torch.full((len(latents),), int((k + 0.5) / timesteps * family.timesteps))
-        fixed = torch.stack(
-            [
-                torch.randn(latents.shape[1:], generator=noise.generator(seed, k, i, "held out"))
-                for i in range(len(latents))
-            ]
-        )
-        pieces = [slice(i, i + batch) for i in range(0, len(latents), batch)]
-        rows.append(torch.cat([family.losses(latents[s], states[s], fixed[s], t[s]).float().cpu() for s in pieces]))
-    return torch.stack(rows, 1)
+    losses = torch.zeros(len(material.views), timesteps)
+    schedule = objective.schedule
+    for places, batch in material.all():
+        for k in range(timesteps):
+            t = torch.full((len(places),), (k + 0.5) / timesteps * schedule.total, device=family.device)
+            t = t if schedule.alphas is None else t.long()
+            shape = batch.latents.shape[1:]
+            eps = torch.stack([torch.randn(shape, generator=noise.generator(seed, k, i, "held out")) for i in places])
+            eps = eps.to(family.device)
+            guess = family.predict(schedule.noised(batch.latents, eps, t), batch.conditions, t)
+            losses[places, k] = objective.losses(guess, batch.latents, eps, t, batch.mask).raw.float().cpu()
+    return losses
 
 
 def bootstrap(lower: Tensor, higher: Tensor, *, draws: int = 10_000, seed: int = 0) -> tuple[float, float, float]:

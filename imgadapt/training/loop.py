@@ -1,29 +1,49 @@
-"""Run: what surrounds the steps of a training: resuming, checkpoints, learning rate, bar, log, interrupts."""
+"""Run: what surrounds the steps of a training: resuming, checkpoints, rates, gradients, memory, log, interrupts."""
 
-import contextlib
-import json
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import FrameType, TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from imgadapt.atomic import write_bytes
 from imgadapt.errors import Interrupted, OutputError, TrainingError, first_few
-from imgadapt.training import checkpoint
+from imgadapt.training import checkpoint, noise, recipe
+from imgadapt.training.averaging import Averages
 from imgadapt.training.config import TrainConfig
+from imgadapt.training.log import Figures, Lines, Status, peak_memory
+from imgadapt.training.processes import Processes
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The losses of some samples of a step, (n,) each.
+
+    total: what is trained; raw: the plain error of the prediction. names: of the pictures. further: others, to be logged.
+    """
+
+    total: Tensor
+    raw: Tensor
+    times: Tensor
+    names: Sequence[str]
+    further: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+
+Loss = Callable[[int, range], Terms]
+"""Of a step and some places of its batch."""
 
 
 class Run:
     """One training in `config.output`; use it as a context, so that signals stop it between steps.
 
     identity: what decides the result (see `TrainConfig.identity`); a checkpoint of another one is refused.
+    spare: called when memory is out and a batch cannot be cut further: saves some and says how, or returns None.
 
     Raises:
         TrainingError: the folder holds a run with other settings.
@@ -33,24 +53,39 @@ class Run:
     def __init__(
         self,
         config: TrainConfig,
-        parameters: Sequence[nn.Parameter],
+        rows: Sequence[recipe.Tensor],
         optimizer: torch.optim.Optimizer,
         identity: Mapping[str, str],
+        processes: Processes,
+        spare: Callable[[], str | None] = lambda: None,
     ) -> None:
-        self.config, self.parameters, self.optimizer, self.identity = config, parameters, optimizer, dict(identity)
+        self.config, self.rows, self.optimizer, self.identity = config, rows, optimizer, dict(identity)
+        self.processes, self.spare, self.pieces = processes, spare, config.pieces
+        self.parameters = [row.parameter for row in rows]
         self.folder = config.output / "checkpoints"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"cannot write to {config.output}: {error.strerror}") from error
-        self.first = checkpoint.resume(self.folder, parameters, optimizer, self.identity)
-        self.log = Log(config.output / "log.jsonl", self.first)
-        self._start = [parameter.detach().clone() for parameter in parameters] if self.first == 0 else None
+        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=config.precision == "fp16")  # pyright: ignore[reportPrivateImportUsage]
+        self.averages = Averages(config.ema, self.parameters, optimizer)
+        self._states: dict[str, checkpoint.Stateful] = {"optimizer": optimizer, "scaler": self.scaler}
+        self._states |= self.averages.states()
+        self._tensors = {f"{k}": p for k, p in enumerate(self.parameters)}
+        self._start = [parameter.detach().clone() for parameter in self.parameters]
+        self.first = checkpoint.resume(self.folder, self._tensors, self._states, self.identity)
+        self.last: dict[str, float] = {}
+        self._silent = 0  # steps without any gradient
         self._stop: str | None = None
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        self.log.open()
+        main = self.processes.main
+        self._log = Lines(self.config.output / "log.jsonl", self.first) if main else None
+        self._figures = Figures(self.config, self.processes.accelerator)
+        self._status = Status(self.config.output / "status.json", self.config.steps, self.config.batch_size)
+        self._status.begin(self.first)
+        self._begin = time.monotonic()
         for number in (signal.SIGINT, signal.SIGTERM):
             self._handlers[number] = signal.signal(number, self._on_signal)
         return self
@@ -58,115 +93,202 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.log.close()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        if self._log is not None:
+            self._log.close()
+        self._figures.close()
+        if kind is not None and self.processes.main and not issubclass(kind, OutputError):
+            state = "stopped" if issubclass(kind, Interrupted | KeyboardInterrupt) else "failed"
+            self._status.write(state, int(self.last.get("step", self.first)), now=True, reason=str(value))
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._stop is not None:  # asked twice: at once
             raise KeyboardInterrupt
         self._stop = signal.Signals(number).name
 
-    def rate(self, step: int) -> float:
-        """Learning rate of a step: linear warm-up, then a cosine to zero at the last."""
-        warmup = min(self.config.warmup_steps, self.config.steps)
-        if step < warmup:
-            return self.config.learning_rate * (step + 1) / warmup
-        share = (step - warmup) / max(1, self.config.steps - warmup)
-        return self.config.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
-
     def steps(self) -> Iterator[int]:
-        """The steps still to do, each with its learning rate set; checkpoints between them and at the end.
+        """The steps still to do, each with its learning rates set; checkpoints between them and at the end.
 
         Raises:
             Interrupted: a signal came; the step in progress is done and saved.
             TrainingError: nothing was learnt in the first 20 steps.
         """
-        done = self.first
-        with tqdm(total=self.config.steps, initial=done, unit="step", desc="training", dynamic_ncols=True) as bar:
-            while done < self.config.steps:
+        done, config = self.first, self.config
+        quiet = not self.processes.main
+        with tqdm(
+            total=config.steps, initial=done, unit="step", desc="training", dynamic_ncols=True, disable=quiet
+        ) as bar:
+            while done < config.steps:
                 for group in self.optimizer.param_groups:
-                    group["lr"] = self.rate(done)
+                    group["lr"] = group["peak"] * rate(config, done)
                 yield done
                 done += 1
                 bar.update()
-                if self.log.last is not None:
-                    bar.set_postfix(loss=f"{self.log.last:.4f}", refresh=False)
-                if done == 20:
+                bar.set_postfix(loss=f"{self.last.get('loss', math.nan):.4f}", refresh=False)
+                if done == 20 and self.first < 20:
                     self._check_learning()
-                if done % self.config.checkpoint_every == 0 or done == self.config.steps or self._stop:
-                    checkpoint.save(self.folder, done, self.parameters, self.optimizer, self.identity)
-                if self._stop and done < self.config.steps:
+                if done % config.checkpoint_every == 0 or done == config.steps or self._stop:
+                    self._save(done)
+                if self._stop and done < config.steps:
                     raise Interrupted(f"stopped by {self._stop} after step {done}; run the same command to go on")
+        if self.processes.main:
+            self._status.write("done", done, now=True)
 
-    def record(self, step: int, losses: Tensor, timesteps: Tensor, names: Sequence[str]) -> None:
-        """Log a step's losses, (batch,).
+    def _save(self, done: int) -> None:
+        if self.processes.main:
+            checkpoint.save(self.folder, done, self._tensors, self._states, self.identity)
+        self.processes.wait()
+
+    def learn(self, step: int, loss: Loss) -> None:
+        """One step: the loss of its batch, in pieces, its gradient, and what the optimiser makes of it.
 
         Raises:
-            TrainingError: one is NaN or infinite; the last checkpoint is kept.
+            TrainingError: a loss or a gradient is not finite, no gradient comes, or memory is out. The last checkpoint is
+                kept.
         """
-        values = losses.detach().float().cpu()
-        if not torch.isfinite(values).all():
-            bad = [f"{n} at t={int(t)}" for n, t, v in zip(names, timesteps, values, strict=True) if not v.isfinite()]
+        terms = self._gradients(step, loss)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if self.processes.count > 1:
+            for parameter in self.parameters:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradients = [p.grad for p in self.parameters if p.grad is not None]
+            self.processes.sum(gradients)
+        self.scaler.unscale_(self.optimizer)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
+        self._check_gradients(step, norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.averages.step()
+        self.optimizer.zero_grad()
+        self._record(step, terms, norm)
+
+    def _gradients(self, step: int, loss: Loss) -> list[Terms]:
+        """The step's gradients, in smaller pieces when memory is out: the same sum."""
+        places = self.processes.share(self.config.batch_size)
+        while True:
+            try:
+                return [self._piece(step, loss, piece) for piece in _cut(places, self.pieces)]
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:  # pyright: ignore[reportPrivateImportUsage]
+                if not _out_of_memory(error):
+                    raise
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self.optimizer.zero_grad()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self._make_room(step, len(places), reason)
+
+    def _make_room(self, step: int, count: int, reason: str) -> None:
+        if self.pieces < count:
+            self.pieces = min(count, 2 * self.pieces)
+            said = f"its batch is computed in {self.pieces} pieces from now on, with the same result"
+        else:
+            said = self.spare()
+        if said is None:
             raise TrainingError(
-                f"the loss is not finite in step {step} ({first_few(bad)}); the last checkpoint is kept. "
-                "Lower --learning-rate, or use --precision fp32"
+                f"out of memory in step {step}, one picture at a time ({reason}); the last checkpoint is kept. Lower "
+                "--resolution or --rank, or give --precision bf16, --quantise nf4 or --optimizer adamw8bit"
             )
-        self.log.write(step, values.mean().item(), self.optimizer.param_groups[0]["lr"])
+        tqdm.write(f"imgadapt: out of memory in step {step}: {said}")
+
+    def _piece(self, step: int, loss: Loss, places: range) -> Terms:
+        torch.manual_seed(noise.number(self.config.seed, step, places.start, "dropout"))
+        terms = loss(step, places)
+        bad = ~(terms.total.detach().isfinite() & terms.raw.isfinite())
+        if bad.any():
+            rows = [f"{n} at t={float(t):g}" for n, t, b in zip(terms.names, terms.times, bad, strict=True) if b]
+            raise TrainingError(
+                f"the loss is not finite in step {step} ({first_few(rows)}); the last checkpoint is kept. "
+                f"Lower --learning-rate, or use --precision fp32; {self._broken()}"
+            )
+        self.scaler.scale(terms.total.sum() / self.config.batch_size).backward()
+        detached = {name: value.detach() for name, value in terms.further.items()}
+        return Terms(terms.total.detach(), terms.raw.detach(), terms.times, terms.names, detached)
+
+    def _broken(self) -> str:
+        rows = [str(row) for row in self.rows if not row.parameter.detach().isfinite().all()]
+        return f"not finite in the adapter: {first_few(rows)}" if rows else "the adapter itself is finite"
+
+    def _check_gradients(self, step: int, norm: float) -> None:
+        if not math.isfinite(norm):
+            rows = [str(r) for r in self.rows if r.parameter.grad is not None and not r.parameter.grad.isfinite().all()]
+            if not self.scaler.is_enabled():
+                raise TrainingError(
+                    f"the gradient is not finite in step {step}, in {len(rows)} of {len(self.rows)} tensors: "
+                    f"{first_few(rows)}; the last checkpoint is kept. Lower --learning-rate, or use --precision fp32"
+                )
+            if self.scaler.get_scale() < 1e-4:  # fp16 begins too high and halves: that is how it is found
+                raise TrainingError(
+                    f"fp16 does not hold this base's gradients ({first_few(rows)}); use --precision bf16"
+                )
+        self._silent = self._silent + 1 if norm == 0 else 0
+        if self._silent == 5:
+            raise TrainingError(
+                f"no gradient has reached the adapter in 5 steps, up to step {step}: do its layers ({self.rows[0].layer}) "
+                "take part in the loss, and is the mask empty?"
+            )
+
+    def _record(self, step: int, terms: Sequence[Terms], norm: float) -> None:
+        count, held = self.config.batch_size, [t for t in terms if len(t.total)]
+        keys = sorted({key for t in held for key in t.further})
+        sums = [
+            sum((t.total.float().sum() for t in held), torch.zeros(())),
+            sum((t.raw.float().sum() for t in held), torch.zeros(())),
+        ]
+        for key in keys:
+            sums.append(sum((t.further[key].float().sum() for t in held if key in t.further), torch.zeros(())))
+        whole = torch.stack([s.detach().to(self.processes.device) for s in sums])
+        self.processes.sum([whole])
+        loss, raw, *others = (whole / count).tolist()
+        rates = sorted({group["lr"] * group.get("d", 1.0) for group in self.optimizer.param_groups}, reverse=True)
+        figures = {"loss": loss, "raw": raw, "lr": rates[0], "grad_norm": norm, **dict(zip(keys, others, strict=True))}
+        self.last = {"step": step + 1, **figures}
+        if self._log is not None:
+            seconds = round(time.monotonic() - self._begin, 2)
+            own = {"t": [round(float(x), 1) for t in held for x in t.times.cpu()],
+                   "losses": [round(float(x), 6) for t in held for x in t.raw.float().cpu()]}  # fmt: skip
+            self._log.write({"step": step, **figures, "seconds": seconds, **own})
+            self._figures.add(
+                step, {**figures, **{f"lr/{k}": x for k, x in enumerate(rates)}, "memory_mb": peak_memory() / 1e6}
+            )
+            self._status.write("training", step + 1, **{k: float(f"{v:.6g}") for k, v in figures.items()})
+
+    @contextmanager
+    def averaged(self) -> Generator[None]:
+        """Within the block the adapter is what will be written: the running mean, where there is one."""
+        with self.averages.shown():
+            yield
 
     def _check_learning(self) -> None:
-        if self._start is None:
-            return
-        moved = any(not torch.equal(a, b.detach()) for a, b in zip(self._start, self.parameters, strict=True))
-        self._start = None
-        if not moved:
+        moved = [not torch.equal(a, b.detach()) for a, b in zip(self._start, self.parameters, strict=True)]
+        if not any(moved):
             raise TrainingError("no adapter tensor changed in 20 steps; is the learning rate too small to count?")
+        self._start = []
 
 
-class Log:
-    """`log.jsonl`: a line a step; a resumed run drops the lines past its checkpoint first."""
-
-    def __init__(self, path: Path, first: int) -> None:
-        self.path, self.first = path, first
-        self.last: float | None = None
-        self._start = time.monotonic()
-        self._file: TextIO | None = None
-
-    def open(self) -> None:
-        """Keep the lines of the steps before `first`, and go on after them.
-
-        Raises:
-            OutputError: the file cannot be written.
-        """
-        try:
-            lines = self.path.read_text("utf-8", "replace").splitlines() if self.path.exists() else []
-        except OSError as error:
-            raise OutputError(f"cannot go on with {self.path}: {error.strerror}") from error
-        kept = [line for line in lines if (step := _step(line)) is not None and step < self.first]
-        write_bytes(self.path, "".join(f"{line}\n" for line in kept).encode())
-        self._file = self.path.open("a", encoding="utf-8", buffering=1)
-
-    def write(self, step: int, loss: float, rate: float) -> None:
-        """Add the line of a step."""
-        self.last = loss
-        if self._file is not None:
-            seconds = round(time.monotonic() - self._start, 2)
-            try:
-                self._file.write(json.dumps({"step": step, "loss": loss, "lr": rate, "seconds": seconds}) + "\n")
-            except OSError as error:
-                raise OutputError(f"cannot write {self.path}: {error.strerror}; the last checkpoint is kept") from error
-
-    def close(self) -> None:
-        """Close the file; a full disk has been reported by `write`."""
-        if self._file is not None:
-            with contextlib.suppress(OSError):
-                self._file.close()
-            self._file = None
+def rate(config: TrainConfig, step: int) -> float:
+    """Share of the peak learning rate in a step: a linear warm-up, then the schedule, to zero at the end."""
+    warmup = min(config.warmup_steps, config.steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    share = (step - warmup) / max(1, config.steps - warmup)
+    if config.schedule == "constant":
+        return 1.0
+    if config.schedule == "linear":
+        return 1 - share
+    if config.schedule == "restarts":
+        share = share * config.restarts % 1
+    return 0.5 * (1 + math.cos(math.pi * share))
 
 
-def _step(line: str) -> int | None:
-    """The step of a log line; None for a line that a crash tore."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return None
+def _cut(places: range, pieces: int) -> list[range]:
+    """Places in so many nearly equal pieces; none is empty."""
+    count = len(places)
+    ends = [places.start + count * k // pieces for k in range(pieces + 1)]
+    return [range(a, b) for a, b in zip(ends, ends[1:], strict=False) if b > a]
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):  # pyright: ignore[reportPrivateImportUsage]
+        return True
+    return "can't allocate memory" in str(error) or "out of memory" in str(error).lower()

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from imgadapt.atomic import write_bytes
-from imgadapt.training.families import StableDiffusion
+from imgadapt.training.families import Family
 
 
 def sheet(
@@ -52,13 +52,15 @@ def png(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def samples(family: StableDiffusion, prompts: Sequence[str], path: Path, *, seeds: Sequence[int] = (0, 1)) -> None:
-    """Draw the prompts with the model as it is now, a row a seed, and write the sheet.
+def samples(
+    family: Family, prompts: Sequence[str], path: Path, *, seeds: Sequence[int] = (0, 1), side: int | None = None
+) -> None:
+    """Draw the prompts with the model as it is now, a row a seed, and write the sheet. side: pixels.
 
     Raises:
         OutputError: it cannot be written.
     """
-    rows = [family.draw(prompts, [seed] * len(prompts)) for seed in seeds]
+    rows = [family.draw(prompts, [seed] * len(prompts), side=side) for seed in seeds]
     write_bytes(path, png(sheet(rows, [f"seed {seed}" for seed in seeds], prompts)))
 
 

@@ -1,0 +1,94 @@
+"""Evidence: what is looked at while a run goes on: held-out loss, snapshots of the adapter, samples."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from imgadapt import live
+from imgadapt.errors import OutputError
+from imgadapt.file import save
+from imgadapt.training import pictures
+from imgadapt.training.config import TrainConfig
+from imgadapt.training.evaluate import bootstrap, held_out_losses
+from imgadapt.training.families import Family
+from imgadapt.training.log import Lines, read_lines
+from imgadapt.training.material import Material
+from imgadapt.training.objective import Objective
+
+
+class Evidence:
+    """Looks at a run: `evaluations.jsonl`, `snapshots/`, `samples/`; the prompts are read anew from `prompts.txt`.
+
+    held_out: pictures never trained on, or None; the training pictures' own loss is followed in any case, on fixed noise.
+    """
+
+    def __init__(
+        self, config: TrainConfig, family: Family, objective: Objective, seen: Material, held_out: Material | None
+    ) -> None:
+        self.config, self.family, self.objective = config, family, objective
+        self.materials = {"seen": seen, **({"held_out": held_out} if held_out else {})}
+        self.snapshots, self.samples = config.output / "snapshots", config.output / "samples"
+        self.prompts = config.output / "prompts.txt"
+        with live.disabled(family.pipeline):
+            self.base = {k: held_out_losses(family, objective, m) for k, m in self.materials.items()}
+        self.last = dict(self.base)
+
+    def begin(self, first: int) -> None:
+        """Go on after `first` steps."""
+        self._lines = Lines(self.config.output / "evaluations.jsonl", first + 1)
+        if self.config.sample_prompts and not (first and self.prompts.exists()):
+            try:
+                self.prompts.write_text("".join(f"{p}\n" for p in self.config.sample_prompts), "utf-8")
+            except OSError as error:
+                raise OutputError(f"cannot write {self.prompts}: {error.strerror}") from error
+
+    def due(self, done: int) -> bool:
+        """Whether to look after so many steps."""
+        return self._measured(done) or self._drawn(done)
+
+    def _measured(self, done: int) -> bool:
+        every = self.config.evaluate_every or max(50, self.config.steps // 5)
+        return done % every == 0 or done == self.config.steps
+
+    def _drawn(self, done: int) -> bool:
+        return done == self.config.steps or bool(self.config.sample_every and done % self.config.sample_every == 0)
+
+    def look(self, done: int) -> None:
+        """Measure, keep a snapshot, and draw, as far as it is due after so many steps."""
+        if self._measured(done):
+            figures: dict[str, float] = {}
+            for name, material in self.materials.items():
+                losses = held_out_losses(self.family, self.objective, material)
+                mean, low, high = bootstrap(losses, self.base[name])
+                self.last[name] = losses
+                figures |= {name: losses.mean().item(), f"{name}_base": self.base[name].mean().item()}
+                figures |= {f"{name}_gain": mean, f"{name}_gain_low": low, f"{name}_gain_high": high}
+            save(live.collect(self.family.pipeline), self._snapshot(done))
+            self._lines.write({"step": done, **{k: round(v, 6) for k, v in figures.items()}})
+        if self._drawn(done) and (prompts := self.wanted()):
+            pictures.samples(self.family, prompts, self.samples / f"step-{done:07d}.png", side=self.side)
+
+    @property
+    def side(self) -> int:
+        """Pixels of a side of samples."""
+        return max(self.config.resolution or [self.family.native])
+
+    def _snapshot(self, step: int) -> Path:
+        return self.snapshots / f"step-{step:07d}.safetensors"
+
+    def wanted(self) -> Sequence[str]:
+        """The prompts of the file, as it is now."""
+        if not self.prompts.exists():
+            return []
+        return [line.strip() for line in self.prompts.read_text("utf-8").splitlines() if line.strip()]
+
+    def finish(self) -> tuple[int, float] | None:
+        """Copy the snapshot of the least held-out loss to `best.safetensors`; returns its step and loss."""
+        self._lines.close()
+        rows = [(row["held_out"], row["step"]) for row in read_lines(self._lines.path) if "held_out" in row]
+        rows = [(loss, step) for loss, step in rows if self._snapshot(step).exists()]
+        if not rows:
+            return None
+        loss, step = min(rows)
+        shutil.copyfile(self._snapshot(step), self.config.output / "best.safetensors")
+        return step, loss

@@ -1,0 +1,126 @@
+"""Settings from the command line and from TOML, and back to TOML."""
+
+import argparse
+import json
+import tomllib
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from imgadapt.errors import ConfigError
+from imgadapt.training.config import TrainConfig
+
+Config = TypeVar("Config", bound=TrainConfig)
+_PATHS = ("folder", "output", "held_out", "cache", "class_folder")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The keys of a TOML file; relative paths in it count from its folder.
+
+    Raises:
+        ConfigError: it is not there, or not TOML.
+    """
+    try:
+        values = tomllib.loads(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    for key, value in values.items():
+        field = TrainConfig.model_fields.get(key)
+        numeric = field is not None and {int, float} & {field.annotation, *get_args(field.annotation)}
+        if numeric and isinstance(value, bool | str):
+            raise ConfigError(f"{path}: '{key}' is {value!r}, wanted a number")
+    for key in _PATHS:
+        if isinstance(values.get(key), str):
+            values[key] = path.parent / values[key]
+    return values
+
+
+def write_toml(config: TrainConfig, why: dict[str, str] | None = None) -> str:
+    """All settings of a config as TOML, each with its description, or with the reason for its value."""
+    lines: list[str] = []
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        comment = (why or {}).get(name) or field.description
+        text = "" if value is None else _toml(value.absolute() if isinstance(value, Path) else value)
+        lines.append(f"{'# ' if value is None else ''}{name} = {text}".rstrip() + f"  # {comment}")
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)
+
+
+class _Parser(argparse.ArgumentParser):
+    """One that names the nearest flag."""
+
+    def error(self, message: str) -> Any:
+        if message.startswith("unrecognized arguments: "):
+            given = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0]
+            near = get_close_matches(given, self._option_string_actions, n=1)
+            message = f"unknown flag {given}" + (f", did you mean {near[0]}?" if near else "; --help lists them all")
+        super().error(message)
+
+
+def parser(description: str, kind: type[TrainConfig] = TrainConfig) -> argparse.ArgumentParser:
+    """A command line with `FOLDER`, `--config FILE` and a flag for every field of a config."""
+    made = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    made.add_argument("folder", nargs="?", type=Path, default=None, help=kind.model_fields["folder"].description)
+    made.add_argument("--config", type=Path, help="TOML with any of these settings; flags win over it")
+    add_flags(made, kind)
+    return made
+
+
+def add_flags(made: argparse.ArgumentParser, kind: type[TrainConfig]) -> None:
+    """A flag for every field but `folder`."""
+    for name, field in kind.model_fields.items():
+        if name != "folder":
+            _add_flag(made, name, field)
+
+
+def _add_flag(made: argparse.ArgumentParser, name: str, field: FieldInfo) -> None:
+    default = "" if field.is_required() or field.default in (None, [], {}) else f" [{field.default}]"
+    text = f"{field.description}{default}".replace("%", "%%")
+    flag, origin = f"--{name.replace('_', '-')}", get_origin(field.annotation)
+    if field.annotation is bool:
+        made.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+    elif origin is dict:
+        made.add_argument(flag, nargs="*", default=None, help=text, metavar="NAME=VALUE", type=_pair)
+    elif origin is list or origin is tuple:
+        made.add_argument(flag, nargs="*", default=None, help=text, metavar=name.rpartition("_")[2].upper())
+    else:
+        made.add_argument(flag, default=None, help=text, metavar=name.rpartition("_")[2].upper())
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    """`unet.*=16`: split at the first `=`, for methods have some in their brackets."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"'{text}': wanted NAME=VALUE")
+    return name, {"true": True, "false": False}.get(value, value)
+
+
+def from_arguments(args: argparse.Namespace, kind: type[Config]) -> Config:
+    """The config that parsed flags, and the TOML they name, give.
+
+    Raises:
+        ConfigError: see `TrainConfig.of` and `read_toml`.
+    """
+    return kind.of(given(args, kind))
+
+
+def given(args: argparse.Namespace, kind: type[TrainConfig]) -> dict[str, Any]:
+    """What flags and TOML say, and nothing else.
+
+    Raises:
+        ConfigError: see `read_toml`.
+    """
+    values = read_toml(args.config) if args.config else {}
+    flags = {key: value for key, value in vars(args).items() if key in kind.model_fields and value is not None}
+    pairs = {k: dict(v) for k, v in flags.items() if get_origin(kind.model_fields[k].annotation) is dict}
+    return {**values, **flags, **pairs}

@@ -1,0 +1,184 @@
+"""Job: all that a training program needs around its loss, from settings to proved files."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from imgadapt import live
+from imgadapt.errors import ConfigError
+from imgadapt.file import AdapterFile
+from imgadapt.formats import architecture_of
+from imgadapt.arch import architectures
+from imgadapt.training import families, objective, optimizers, probe, recipe, results
+from imgadapt.training.config import TrainConfig
+from imgadapt.training.data import digest, fingerprint, scan
+from imgadapt.training.evaluate import describe
+from imgadapt.training.evidence import Evidence
+from imgadapt.training.loop import Run
+from imgadapt.training.material import Material, kept_out
+from imgadapt.training.metadata import metadata
+from imgadapt.training.processes import Processes
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_FOLLOWED = 16  # training pictures whose loss is measured beside that of the held-out ones
+
+
+class Job:
+    """A training that is ready to run: pictures, base, adapter, optimiser, caches, objective.
+
+    words: called with the family before the adapter goes on, to add what else is trained (see textual_inversion).
+    adapter: whether there is one beside that. further: more fingerprints of what decides the result.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        words: Callable[[families.Family], Sequence[recipe.Tensor]] | None = None,
+        adapter: bool = True,
+    ) -> None:
+        self.config, self.processes = config, Processes()
+        examples, held_out = pictures(config)
+        self.examples = examples
+        self.family = families.load(
+            config.base, device=self.processes.device, dtype=DTYPES[config.precision], quantise=config.quantise
+        )
+        identity = self.family.identity()
+        self.objective = objective.of(config, self.family.schedule, self._usual())
+        torch.manual_seed(config.seed)
+        extra = list(words(self.family)) if words else []
+        if adapter:
+            recipe.put_on(config, self.family.pipeline)
+        self.trained = [*(recipe.tensors(self.family.pipeline) if adapter else []), *extra]
+        self.optimizer = optimizers.build(config, recipe.groups(config, self.trained))
+        self.live_text = bool(extra) or any(row.layer.startswith("text_encoder") for row in self.trained)
+        if config.checkpointing:
+            self.checkpoint_activations()
+
+        self.material = self.of(examples)
+        self.say(self._described())
+        self.prepare(self.material)
+        followed, fresh = self.of(examples[:_FOLLOWED], fixed=True), self.of(held_out, fixed=True) if held_out else None
+        for some in (followed, fresh):
+            if some is not None:
+                self.prepare(some)
+        if config.compile:
+            self.family.denoiser.compile()
+        self.evidence = Evidence(config, self.family, self.objective, followed, fresh)
+        layers = digest([f"{row} {tuple(row.parameter.shape)}" for row in self.trained])
+        views = digest([f"{view.size} {view.example.digest}" for view in self.material.views])
+        self.origin = {**identity, "data": fingerprint(examples), "views": views, "layers": layers}
+
+    def of(self, examples: Sequence[Any], *, fixed: bool = False) -> Material:
+        """Examples as the base takes them."""
+        return Material(self.config, self.family, examples, live=self.live_text, fixed=fixed)
+
+    def prepare(self, material: Material) -> None:
+        """Fill the cache; one process computes, the others then read."""
+        if self.processes.main:
+            material.prepare()
+        self.processes.wait()
+        if not self.processes.main:
+            material.prepare(quiet=True)
+
+    def _usual(self) -> objective.Sampling:
+        side = max(self.config.resolution or [self.family.native]) // self.family.latent_shape[1]
+        return self.family.sampling(side, side)
+
+    def checkpoint_activations(self) -> str | None:
+        """Compute activations twice from now on; None where they are already."""
+        denoiser: Any = self.family.denoiser
+        if getattr(denoiser, "is_gradient_checkpointing", False):
+            return None
+        denoiser.enable_gradient_checkpointing()
+        denoiser.train()  # diffusers does it in training only; no layer of these models has dropout of its own
+        return "activations are computed twice from now on (gradient checkpointing), with the same result"
+
+    def _described(self) -> str:
+        config, numbers = self.config, sum(row.parameter.numel() for row in self.trained)
+        sizes = sorted({view.size for view in self.material.views})
+        shapes = " and ".join(f"{w} x {h}" for w, h in sizes[:3]) + (
+            f" and {len(sizes) - 3} more" if len(sizes) > 3 else ""
+        )
+        return (
+            f"{len(self.examples)} pictures at {shapes}, {config.steps} steps of {config.batch_size} on {self.family.device}\n"
+            f"{config.method}: {numbers:,} numbers in {len(self.trained)} tensors of "
+            f"{len({row.layer for row in self.trained})} layers, {config.optimizer}"
+        )
+
+    def say(self, text: str) -> None:
+        """Print, in one process."""
+        if self.processes.main:
+            print(text, flush=True)
+
+    def run(self) -> Run:
+        """The steps, from where an earlier run stopped.
+
+        Raises:
+            TrainingError: the output folder holds another run.
+        """
+        made = Run(
+            self.config, self.trained, self.optimizer, self.config.identity(self.origin), self.processes,
+            self.checkpoint_activations,
+        )  # fmt: skip
+        if made.first:
+            self.say(f"going on after step {made.first}")
+        if self.processes.main:
+            self.evidence.begin(made.first)
+        return made
+
+    def look(self, run: Run, done: int) -> None:
+        """Evaluate and draw after so many steps, where it is due."""
+        if not self.evidence.due(done):
+            return
+        if self.processes.main:
+            with run.averaged():
+                self.evidence.look(done)
+        self.processes.wait()
+
+    def finish(self, run: Run, words: Callable[[AdapterFile], AdapterFile] = lambda file: file) -> None:
+        """Write the adapter, prove the files, and say what was learnt. words: puts what else was trained into the file.
+
+        Raises:
+            TrainingError: a file, read back, acts otherwise than what was trained.
+        """
+        if not self.processes.main:
+            return
+        config = self.config
+        with run.averaged():
+            parts = live.collect(self.family.pipeline).parts if live.adapters(self.family.pipeline) else {}
+            taken = probe.take(self.family, self.objective.schedule, next(iter(self.evidence.materials.values())))
+        probe.save(taken, config.output / "probe.safetensors")
+        architecture = architecture_of(parts, architectures()) if parts else None
+        told = metadata(
+            config, config.identity(self.origin), self.material, architecture.name if architecture else None
+        )
+        file = words(AdapterFile(parts, told, architecture=architecture.name if architecture else None))
+        paths = results.write(file, config.output, config.formats, config.exports)
+        worst = results.prove(self.family, paths, taken)
+        for path in paths:
+            self.say(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+        self.say(f"read back, predictions differ by {worst:.1e} from the live model's")
+        for name, losses in self.evidence.last.items():
+            said = describe("adapted", losses, [("the base's", self.evidence.base[name])])
+            self.say(f"{'held-out loss' if name == 'held_out' else 'loss on training pictures'}: {said}")
+        if best := self.evidence.finish():
+            self.say(
+                f"{config.output / 'best.safetensors'}: the snapshot of step {best[0]}, held-out loss {best[1]:.4f}"
+            )
+
+
+def pictures(config: TrainConfig) -> tuple[list[Any], list[Any]]:
+    """(to train on, held out) of a config's folders.
+
+    Raises:
+        DataError: see `scan`.
+        ConfigError: both ways to hold out are given.
+    """
+    examples = scan(config.folder, config.caption, config.trigger)
+    if config.held_out and config.held_out_count:
+        raise ConfigError("held_out and held_out_count are two ways to hold pictures out; choose one")
+    if config.held_out_count:
+        return kept_out(examples, config.held_out_count)
+    return examples, scan(config.held_out, config.caption, config.trigger) if config.held_out else []

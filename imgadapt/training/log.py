@@ -1,0 +1,132 @@
+"""What a run says while it goes on: a line a step, figures for TensorBoard or wandb, and a live status file."""
+
+import contextlib
+import json
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from imgadapt.atomic import write_bytes
+from imgadapt.errors import MissingExtra, OutputError
+from imgadapt.training.config import TrainConfig
+
+
+class Lines:
+    """A file of JSON lines, each with its "step"; a resumed run drops the lines past its checkpoint first."""
+
+    def __init__(self, path: Path, first: int) -> None:
+        self.path = path
+        try:
+            lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
+        except OSError as error:
+            raise OutputError(f"cannot go on with {path}: {error.strerror}") from error
+        kept = [line for line in lines if (step := _step(line)) is not None and step < first]
+        write_bytes(path, "".join(f"{line}\n" for line in kept).encode())
+        self._file: TextIO | None = path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Add a line.
+
+        Raises:
+            OutputError: the disk is full.
+        """
+        assert self._file is not None
+        try:
+            self._file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise OutputError(f"cannot write {self.path}: {error.strerror}; the last checkpoint is kept") from error
+
+    def close(self) -> None:
+        """Close the file; a full disk has been reported by `write`."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+            self._file = None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of such a file; none where there is no file."""
+    lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if _step(line) is not None]
+
+
+def _step(line: str) -> int | None:
+    """The step of a line; None for one that a crash tore."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+class Figures:
+    """TensorBoard and wandb, by accelerate's trackers.
+
+    Raises:
+        MissingExtra: one that is asked for is not installed.
+    """
+
+    def __init__(self, config: TrainConfig, accelerator: Any) -> None:
+        from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+        from accelerate.utils import is_tensorboard_available, is_wandb_available
+
+        self._trackers: list[GeneralTracker] = []
+        if not accelerator.is_main_process:
+            return
+        if "tensorboard" in config.log_with:
+            if not is_tensorboard_available():
+                raise MissingExtra("tensorboard", "train")
+            self._trackers.append(TensorBoardTracker("tensorboard", logging_dir=config.output))
+        if "wandb" in config.log_with:
+            if not is_wandb_available():
+                raise MissingExtra("wandb", "wandb")
+            self._trackers.append(WandBTracker("imgadapt", name=config.output.name))
+        settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in config.model_dump().items()}
+        for tracker in self._trackers:
+            tracker.start()
+            tracker.store_init_configuration(settings)
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Figures of a step."""
+        for tracker in self._trackers:
+            tracker.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """Flush and close."""
+        for tracker in self._trackers:
+            tracker.finish()
+
+
+class Status:
+    """`status.json`: where a run is, for those who look in from outside; written at most once a second."""
+
+    def __init__(self, path: Path, steps: int, batch: int) -> None:
+        self.path, self.steps, self.batch = path, steps, batch
+        self._start, self._first, self._last = time.monotonic(), 0, 0.0
+
+    def begin(self, step: int) -> None:
+        """The steps before were another process's."""
+        self._start, self._first = time.monotonic(), step
+
+    def write(self, state: str, step: int, *, now: bool = False, **figures: Any) -> None:
+        """state: "training", "done", "stopped" or "failed". step: how many are done."""
+        if not now and time.monotonic() - self._last < 1:
+            return
+        self._last = time.monotonic()
+        seconds, done = self._last - self._start, step - self._first
+        pace = {"seconds_a_step": seconds / done, "eta_seconds": seconds / done * (self.steps - step),
+                "pictures_a_second": done * self.batch / seconds} if done and seconds else {}  # fmt: skip
+        text = {"state": state, "step": step, "steps": self.steps, **{k: round(v, 3) for k, v in pace.items()}}
+        content = {**text, "peak_memory_mb": peak_memory() // 10**6, "time": round(time.time()), **figures}
+        write_bytes(self.path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def peak_memory() -> int:
+    """Bytes that this process had at most: of the GPU where there is one, else of the machine."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024

@@ -1,0 +1,52 @@
+"""One process or many: who computes what of a step, and how it is put together (accelerate)."""
+
+from collections.abc import Sequence
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from imgadapt.errors import ConfigError
+
+
+class Processes:
+    """The processes that `accelerate launch` started, or this one.
+
+    index, count: which of how many; main: whether it is the one that writes; device: where it computes.
+
+    The base is in every process; adapters are a few MB, so their gradients are summed in one piece when a step's are
+    complete. A step's batch, its noise and its order do not depend on the number of processes.
+    """
+
+    def __init__(self, *, cpu: bool = False) -> None:
+        self.accelerator = Accelerator(cpu=cpu)
+        if self.accelerator.mixed_precision not in ("no", "fp8") or self.accelerator.gradient_accumulation_steps > 1:
+            raise ConfigError("set --precision and --pieces instead of accelerate's mixed_precision and accumulation")
+        self.index, self.count = self.accelerator.process_index, self.accelerator.num_processes
+        self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
+
+    def share(self, batch: int) -> range:
+        """The places of a step's batch that this process computes.
+
+        Raises:
+            ConfigError: there are fewer pictures than processes.
+        """
+        if batch < self.count:
+            raise ConfigError(
+                f"batch_size is {batch}, for {self.count} processes; it is the whole step's: give it more"
+            )
+        return range(self.index * batch // self.count, (self.index + 1) * batch // self.count)
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Each tensor becomes its sum over all processes, in place."""
+        if self.count == 1 or not tensors:
+            return
+        flat = torch.cat([tensor.reshape(-1).float() for tensor in tensors])
+        whole = self.accelerator.reduce(flat, "sum")
+        assert isinstance(whole, Tensor)
+        for tensor, part in zip(tensors, whole.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def wait(self) -> None:
+        """Until all are here."""
+        self.accelerator.wait_for_everyone()

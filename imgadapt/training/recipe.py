@@ -1,0 +1,149 @@
+"""The adapter that settings ask for: methods from text, on the model, and its tensors in groups for the optimiser."""
+
+import ast
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from typing import Any
+
+from torch import nn
+
+from imgadapt import attaching, live
+from imgadapt import targets as where
+from imgadapt.errors import ConfigError, first_few
+from imgadapt.methods import METHODS, DoRA, LoRA, Method
+from imgadapt.slot import Dropout
+from imgadapt.training.config import TrainConfig
+
+_KINDS = {kind.name: kind for kind in METHODS}
+
+
+def method(text: str, defaults: Mapping[str, Any]) -> Method:
+    """The method that `lora`, `lokr(factor=8)` or `dora(loha(rank=4))` says.
+
+    defaults: rank, alpha and the like, for methods that have such a field and are not told otherwise.
+
+    Raises:
+        ConfigError: no such method or field, or a value that it does not take.
+    """
+    try:
+        return _made(ast.parse(text.strip(), mode="eval").body, defaults)
+    except (SyntaxError, ValueError) as error:
+        raise ConfigError(f"method '{text}' is not NAME or NAME(field=value, ...): {error}") from error
+
+
+def _made(node: ast.AST, defaults: Mapping[str, Any]) -> Method:
+    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])  # pyright: ignore[reportArgumentType] # checked next
+    if not isinstance(call.func, ast.Name) or any(word.arg is None for word in call.keywords):
+        raise ValueError("wanted a name, and fields by name")
+    name = call.func.id.lower()
+    if name not in _KINDS:
+        near = get_close_matches(name, _KINDS, n=1)
+        raise ConfigError(
+            f"no method '{name}'" + (f", did you mean '{near[0]}'?" if near else f"; there are: {', '.join(_KINDS)}")
+        )
+    kind = _KINDS[name]
+    known = [field.name for field in fields(kind)]
+    if kind is DoRA:
+        inner = _made(call.args[0], defaults) if call.args else LoRA(**_fitting(LoRA, defaults))
+        values: dict[str, Any] = {"inner": inner}
+    elif call.args:
+        raise ValueError(f"{name} takes its fields by name: {', '.join(known)}")
+    else:
+        values = _fitting(kind, defaults)
+    for word in call.keywords:
+        if word.arg not in known:
+            raise ConfigError(f"{name} has no field '{word.arg}'; it has: {', '.join(known)}")
+        values[word.arg] = ast.literal_eval(word.value)
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ConfigError(f"{name}: {error}") from error
+
+
+def _fitting(kind: type[Method], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    own = inspect.signature(kind).parameters
+    return {name: value for name, value in defaults.items() if name in own and value is not None}
+
+
+def methods(config: TrainConfig) -> dict[str, Method]:
+    """Targets -> methods, those with settings of their own first.
+
+    Raises:
+        ConfigError: a method is not known, or does not take its settings.
+    """
+    usual = {"rank": config.rank, "alpha": config.alpha, "rank_stabilised": config.rank_stabilised or None}
+    main = method(config.method, usual)
+    given = [name for name, value in usual.items() if value is not None]
+    deaf = [name for name in given if name not in {f.name for f in fields(_innermost(main))}]
+    if deaf and not config.methods:
+        raise ConfigError(f"{config.method} has no {first_few(deaf)}; leave it out, or choose another method")
+    found = {glob: method(text, usual) for glob, text in config.methods.items()}
+    for glob, rank in config.ranks.items():
+        inner = _innermost(main)
+        if "rank" not in {f.name for f in fields(inner)}:
+            raise ConfigError(f"ranks: {inner.name} has no rank")
+        own = replace(inner, rank=rank)  # pyright: ignore[reportCallIssue] # it has one
+        found.setdefault(glob, DoRA(own) if isinstance(main, DoRA) else own)
+    return {**found, "*": main}
+
+
+def _innermost(method: Method) -> Method:
+    return method.inner if isinstance(method, DoRA) else method
+
+
+def put_on(config: TrainConfig, model: Any) -> None:
+    """Attach a fresh adapter, its tensors a function of the seed.
+
+    Raises:
+        ConfigError, TargetError: see `methods` and `attach`; targets with settings of their own must be targets, too.
+    """
+    chosen = methods(config)
+    adapter = chosen["*"] if len(chosen) == 1 else chosen
+    dropout = Dropout(config.dropout, config.rank_dropout, config.module_dropout)
+    attaching.attach(model, adapter, targets=config.targets, dropout=dropout)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor that is trained: `unet.mid_block...to_q` and `up`, for messages."""
+
+    layer: str
+    key: str
+    parameter: nn.Parameter
+
+    def __str__(self) -> str:
+        return f"{self.layer} ({self.key})"
+
+
+def tensors(model: Any) -> list[Tensor]:
+    """What of a model's adapter is trained, in its order."""
+    return [
+        Tensor(name, key, getattr(slot, key)) for name, _, slot in live.slots(model, "default") for key in slot.keys
+    ]
+
+
+def groups(config: TrainConfig, rows: list[Tensor]) -> list[dict[str, Any]]:
+    """Parameter groups for an optimiser, each of one learning rate.
+
+    Raises:
+        ConfigError: `learning_rates` names layers that are not trained.
+    """
+    names = list(dict.fromkeys(row.layer for row in rows))
+    if wrong := where.idle(list(config.learning_rates), names):
+        raise ConfigError(
+            f"learning_rates names {first_few(wrong)}, which no trained layer matches: {first_few(names)}"
+        )
+    by_rate: dict[float, list[nn.Parameter]] = {}
+    for rate, row in _rates(config, rows):
+        by_rate.setdefault(rate, []).append(row.parameter)
+    return [{"params": found, "lr": rate, "peak": rate} for rate, found in by_rate.items()]
+
+
+def _rates(config: TrainConfig, rows: list[Tensor]) -> Iterator[tuple[float, Tensor]]:
+    for row in rows:
+        own = (rate for glob, rate in config.learning_rates.items() if where.matches(row.layer, glob))
+        rate = next(own, config.learning_rate)
+        faster = config.lora_plus is not None and not row.parameter.detach().any()  # what starts at zero
+        yield rate * (config.lora_plus if faster and config.lora_plus else 1), row
