@@ -2,7 +2,7 @@
 
 Replaced are the layers of the blocks, nearly all of the weight. Kept are those outside of them (first and last
 projection, time, text and guidance embedders, the last norm's modulation: all that is predicted passes through each,
-and together they are some hundredths of the weight), what a UNet's residual blocks add for the time (`time_emb_proj`, as
+together some hundredths of the weight), what a UNet's residual blocks add for the time (`time_emb_proj`, as
 sensitive and as small), and those whose inputs are no multiple of 64, the block that shares a scale in NF4 (QLoRA,
 arXiv 2305.14314).
 """
