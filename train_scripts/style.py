@@ -2,9 +2,9 @@
 
     imgadapt style ./pictures --base demo --steps 250 --output ./out
 
-Beside each picture lies its caption (`fox.png`, `fox.txt`). Writes OUTPUT/adapter.safetensors, the same in kohya's format,
-report.html, log.jsonl, checkpoints/, snapshots/ and samples/. Run again, it goes on from the newest whole checkpoint, to the
-same bytes as if it had never stopped. Ctrl-C saves first. `accelerate launch` starts it in several processes.
+Beside each picture lies its caption (`fox.png`, `fox.txt`). Writes OUTPUT/adapter.safetensors, the same in kohya's
+format, report.html, log.jsonl, checkpoints/, snapshots/ and samples/. Run again, it goes on from the newest whole
+checkpoint, to the same bytes as if it had never stopped. Ctrl-C saves first. `accelerate launch` starts several processes.
 
 Meant to be read and copied: change the loss below and run the copy with python.
 """
@@ -27,16 +27,14 @@ def main(argv: Sequence[str]) -> None:
     job = Job(config)
     family, objective, material = job.family, job.objective, job.material
 
-    # All that is random is a function of seed, step and place in the batch, so a resumed run is the same run, and a batch
-    # may be computed in pieces or by several processes.
+    # All that is random is a function of seed, step and place in the batch, so a resumed run is the same run, and a
+    # batch may be computed in pieces or by several processes.
     def loss(step: int, places: range) -> Terms:
         batch = material.batch(step, places)
-        times = objective.times(config.seed, step, config.batch_size)[places.start : places.stop].to(family.device)
-        noise, input_noise = objective.noises(config.seed, step, batch.latents.shape, places.start)
-        noisy = objective.schedule.noised(batch.latents, input_noise.to(family.device), times)
-        guess = family.predict(noisy, batch.conditions, times)
-        losses = objective.losses(guess, batch.latents, noise.to(family.device), times, batch.mask)
-        return Terms(losses.weighted, losses.raw, times, batch.names)
+        asked = objective.ask(batch.latents, config.seed, step, places, config.batch_size)
+        guess = family.predict(asked.noisy, batch.conditions, asked.times)
+        losses = objective.losses(guess, batch.latents, asked.noise, asked.times, batch.mask)
+        return Terms(losses.weighted, losses.raw, asked.times, batch.names)
 
     with job.run() as run:
         for step in run.steps():

@@ -1,4 +1,4 @@
-"""Checkpoints: adapter, optimiser and all else that a run goes on from in one file, whole or not there, verified when read."""
+"""Checkpoints: all that a run goes on from in one file, whole or not there, verified when read."""
 
 import hashlib
 import json

@@ -18,8 +18,8 @@ def held_out_losses(
 ) -> Tensor:
     """Losses (views, timesteps) of the model as it is now, unweighted.
 
-    material: a fixed one. The timesteps are the middles of equal bins; the noise depends on seed, place and timestep only,
-    so that two calls compare like with like.
+    material: a fixed one. The timesteps are the middles of equal bins; the noise depends on seed, place and timestep
+    only, so that two calls compare like with like.
     """
     losses = torch.zeros(len(material.views), timesteps)
     schedule = objective.schedule

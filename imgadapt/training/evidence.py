@@ -19,7 +19,7 @@ from imgadapt.training.objective import Objective
 class Evidence:
     """Looks at a run: `evaluations.jsonl`, `snapshots/`, `samples/`; the prompts are read anew from `prompts.txt`.
 
-    held_out: pictures never trained on, or None; the training pictures' own loss is followed in any case, on fixed noise.
+    held_out: pictures never trained on, or None; the loss on training pictures is followed in any case, on fixed noise.
     """
 
     def __init__(

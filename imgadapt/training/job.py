@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from imgadapt import live
+from imgadapt.arch import architectures
 from imgadapt.errors import ConfigError
 from imgadapt.file import AdapterFile
 from imgadapt.formats import architecture_of
-from imgadapt.arch import architectures
 from imgadapt.training import families, objective, optimizers, probe, recipe, results
 from imgadapt.training.config import TrainConfig
 from imgadapt.training.data import digest, fingerprint, scan
@@ -102,7 +102,8 @@ class Job:
             f" and {len(sizes) - 3} more" if len(sizes) > 3 else ""
         )
         return (
-            f"{len(self.examples)} pictures at {shapes}, {config.steps} steps of {config.batch_size} on {self.family.device}\n"
+            f"{len(self.examples)} pictures at {shapes}, {config.steps} steps of {config.batch_size} "
+            f"on {self.family.device}\n"
             f"{config.method}: {numbers:,} numbers in {len(self.trained)} tensors of "
             f"{len({row.layer for row in self.trained})} layers, {config.optimizer}"
         )

@@ -110,7 +110,7 @@ class Status:
         """The steps before were another process's."""
         self._start, self._first = time.monotonic(), step
 
-    def write(self, state: str, step: int, *, now: bool = False, **figures: Any) -> None:
+    def write(self, state: str, step: int, figures: Mapping[str, Any], *, now: bool = False) -> None:
         """state: "training", "done", "stopped" or "failed". step: how many are done."""
         if not now and time.monotonic() - self._last < 1:
             return

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -25,7 +26,7 @@ from imgadapt.training.processes import Processes
 class Terms:
     """The losses of some samples of a step, (n,) each.
 
-    total: what is trained; raw: the plain error of the prediction. names: of the pictures. further: others, to be logged.
+    total: what is trained; raw: the plain error of the prediction. names: of the pictures. further: to be logged.
     """
 
     total: Tensor
@@ -100,7 +101,7 @@ class Run:
         self._figures.close()
         if kind is not None and self.processes.main and not issubclass(kind, OutputError):
             state = "stopped" if issubclass(kind, Interrupted | KeyboardInterrupt) else "failed"
-            self._status.write(state, int(self.last.get("step", self.first)), now=True, reason=str(value))
+            self._status.write(state, int(self.last.get("step", self.first)), {"reason": str(value)}, now=True)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._stop is not None:  # asked twice: at once
@@ -133,7 +134,7 @@ class Run:
                 if self._stop and done < config.steps:
                     raise Interrupted(f"stopped by {self._stop} after step {done}; run the same command to go on")
         if self.processes.main:
-            self._status.write("done", done, now=True)
+            self._status.write("done", done, {}, now=True)
 
     def _save(self, done: int) -> None:
         if self.processes.main:
@@ -144,8 +145,8 @@ class Run:
         """One step: the loss of its batch, in pieces, its gradient, and what the optimiser makes of it.
 
         Raises:
-            TrainingError: a loss or a gradient is not finite, no gradient comes, or memory is out. The last checkpoint is
-                kept.
+            TrainingError: a loss or a gradient is not finite, no gradient comes, or memory is out. The last checkpoint
+                is kept.
         """
         terms = self._gradients(step, loss)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
@@ -224,8 +225,8 @@ class Run:
         self._silent = self._silent + 1 if norm == 0 else 0
         if self._silent == 5:
             raise TrainingError(
-                f"no gradient has reached the adapter in 5 steps, up to step {step}: do its layers ({self.rows[0].layer}) "
-                "take part in the loss, and is the mask empty?"
+                f"no gradient has reached the adapter in 5 steps, up to step {step}: do its layers "
+                f"({self.rows[0].layer}) take part in the loss, and is the mask empty?"
             )
 
     def _record(self, step: int, terms: Sequence[Terms], norm: float) -> None:
@@ -251,7 +252,7 @@ class Run:
             self._figures.add(
                 step, {**figures, **{f"lr/{k}": x for k, x in enumerate(rates)}, "memory_mb": peak_memory() / 1e6}
             )
-            self._status.write("training", step + 1, **{k: float(f"{v:.6g}") for k, v in figures.items()})
+            self._status.write("training", step + 1, {k: float(f"{v:.6g}") for k, v in figures.items()})
 
     @contextmanager
     def averaged(self) -> Generator[None]:
@@ -285,7 +286,7 @@ def _cut(places: range, pieces: int) -> list[range]:
     """Places in so many nearly equal pieces; none is empty."""
     count = len(places)
     ends = [places.start + count * k // pieces for k in range(pieces + 1)]
-    return [range(a, b) for a, b in zip(ends, ends[1:], strict=False) if b > a]
+    return [range(a, b) for a, b in pairwise(ends) if b > a]
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -21,8 +21,8 @@ from imgadapt.training.order import Order
 class Batch:
     """Samples of one size, on the device.
 
-    latents: (n, channels, h, w); conditions: as `Family.predict` takes them; mask: (n, h, w) weights of places, or None;
-    captions, names: of each.
+    latents: (n, channels, h, w); conditions: as `Family.predict` takes them; mask: (n, h, w) weights of places, or
+    None; captions, names: of each.
     """
 
     latents: Tensor

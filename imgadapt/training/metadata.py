@@ -1,7 +1,7 @@
 """What a trained file says of itself: kohya's `ss_*`, which A1111 and ComfyUI's managers show, and modelspec.
 
-Keys: sd-scripts' train_network.py; modelspec: https://github.com/Stability-AI/ModelSpec (1.0.0). No date is written: the
-same training gives the same bytes.
+Keys: sd-scripts' train_network.py; modelspec: https://github.com/Stability-AI/ModelSpec (1.0.0). No date is written:
+the same training gives the same bytes.
 """
 
 import json

@@ -23,6 +23,11 @@ def uniform(seed: int, step: int, batch: int, purpose: str) -> Tensor:
     return torch.rand(batch, generator=generator(seed, step, purpose))
 
 
+def chance(seed: int, step: int, purpose: str) -> float:
+    """A number in [0, 1)."""
+    return uniform(seed, step, 1, purpose).item()
+
+
 def stratified(seed: int, step: int, batch: int, purpose: str = "timestep") -> Tensor:
     """(batch,) numbers in [0, 1), one in each of `batch` equal bins, in a random order."""
     bins = torch.randperm(batch, generator=generator(seed, step, purpose, "bins"))

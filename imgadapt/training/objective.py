@@ -113,6 +113,15 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Question:
+    """What is put to the model: times (n,), the noise of the target, and the noised latents (n, channels, h, w)."""
+
+    times: Tensor
+    noise: Tensor
+    noisy: Tensor
+
+
+@dataclass(frozen=True)
 class Losses:
     """raw: mean squared error of each sample's prediction, (batch,), over its mask; weighted: what is trained."""
 

@@ -35,7 +35,7 @@ KINDS: Mapping[str, Kind] = {
         "Prodigy",
         {"betas": (0.9, 0.99), "bias_correction": True, "safeguard_warmup": True},
         own_rate=True,
-    ),  # fmt: skip  # noqa: E501
+    ),
     "adafactor": Kind("pytorch_optimizer", "AdaFactor", {"scale_parameter": False, "relative_step": False}),
     "lion": Kind("pytorch_optimizer", "Lion", {}),
     "schedule-free": Kind("pytorch_optimizer", "ScheduleFreeAdamW", {}),

@@ -1,4 +1,4 @@
-"""The files of a training: written in the formats that other tools read, read back, and proved to act as what was trained."""
+"""The files of a training: written as other tools read them, read back, and proved to act as what was trained."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -60,7 +60,7 @@ def write(file: AdapterFile, folder: Path, wanted: Sequence[str], exports: Mappi
 
 
 def prove(family: Family, paths: Sequence[Path], taken: Mapping[str, torch.Tensor]) -> float:
-    """Attach each file to the bare base and compare its prediction with the live model's; returns the largest difference.
+    """Attach each file to the bare base and compare its prediction with the live model's; the largest difference.
 
     The trained adapter is taken off, and nothing is put in its place.
 
