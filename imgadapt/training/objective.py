@@ -167,6 +167,13 @@ class Objective:
             return eps, eps
         return eps, eps + self.perturbation * noise.gaussian(seed, step, shape, first, purpose="perturbation")
 
+    def ask(self, latents: Tensor, seed: int, step: int, places: range, batch: int) -> Question:
+        """What some places of a step are asked: a function of seed, step and place. batch: of the whole step."""
+        times = self.times(seed, step, batch)[places.start : places.stop].to(latents.device)
+        target, added = self.noises(seed, step, latents.shape, places.start)
+        noisy = self.schedule.noised(latents, added.to(latents.device), times)
+        return Question(times, target.to(latents.device), noisy)
+
     def losses(self, guess: Tensor, latents: Tensor, eps: Tensor, times: Tensor, mask: Tensor | None = None) -> Losses:
         """Losses of a prediction (batch, channels, h, w).
 
