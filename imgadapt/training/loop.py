@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from imgadapt.errors import Interrupted, OutputError, TrainingError, first_few
-from imgadapt.training import checkpoint, noise, recipe
+from imgadapt.training import checkpoint, learning, noise, recipe
 from imgadapt.training.averaging import Averages
 from imgadapt.training.config import TrainConfig
 from imgadapt.training.log import Figures, Lines, Status, peak_memory
@@ -122,19 +122,28 @@ class Run:
         ) as bar:
             while done < config.steps:
                 for group in self.optimizer.param_groups:
-                    group["lr"] = group["peak"] * rate(config, done)
+                    self._set(group, done)
                 yield done
                 done += 1
                 bar.update()
                 bar.set_postfix(loss=f"{self.last.get('loss', math.nan):.4f}", refresh=False)
-                if done == 20 and self.first < 20:
-                    self._check_learning()
+                if done == learning.LOOKED_AT:
+                    if odd := learning.check(self.rows, self._start, config.learning_rate):
+                        tqdm.write(f"imgadapt: {odd}")
+                    self._start = []
                 if done % config.checkpoint_every == 0 or done == config.steps or self._stop:
                     self._save(done)
                 if self._stop and done < config.steps:
                     raise Interrupted(f"stopped by {self._stop} after step {done}; run the same command to go on")
         if self.processes.main:
             self._status.write("done", done, {}, now=True)
+
+    def _set(self, group: dict[str, Any], step: int) -> None:
+        """The rate of a group; after its step "until", if it has one, its tensors stay, whatever the optimiser does."""
+        over = step >= group.get("until", math.inf)
+        group["lr"] = 0.0 if over else group["peak"] * rate(self.config, step)
+        for parameter in group["params"] if over else ():
+            parameter.requires_grad_(False)
 
     def _save(self, done: int) -> None:
         if self.processes.main:
@@ -149,12 +158,10 @@ class Run:
                 is kept.
         """
         terms = self._gradients(step, loss)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if self.processes.count > 1:
-            for parameter in self.parameters:
-                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            gradients = [p.grad for p in self.parameters if p.grad is not None]
-            self.processes.sum(gradients)
+        for parameter in self.parameters:  # one that took no part has zero, in one process as in many
+            if parameter.grad is None and parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        self.processes.sum([p.grad for p in self.parameters if p.grad is not None])
         self.scaler.unscale_(self.optimizer)
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
         self._check_gradients(step, norm)
@@ -202,7 +209,8 @@ class Run:
                 f"the loss is not finite in step {step} ({first_few(rows)}); the last checkpoint is kept. "
                 f"Lower --learning-rate, or use --precision fp32; {self._broken()}"
             )
-        self.scaler.scale(terms.total.sum() / self.config.batch_size).backward()
+        if terms.total.requires_grad:  # else nothing that is trained took part, which is noticed by its gradient
+            self.scaler.scale(terms.total.sum() / self.config.batch_size).backward()
         detached = {name: value.detach() for name, value in terms.further.items()}
         return Terms(terms.total.detach(), terms.raw.detach(), terms.times, terms.names, detached)
 
@@ -224,9 +232,10 @@ class Run:
                 )
         self._silent = self._silent + 1 if norm == 0 else 0
         if self._silent == 5:
+            layers = first_few(list(dict.fromkeys(row.layer for row in self.rows)))
             raise TrainingError(
-                f"no gradient has reached the adapter in 5 steps, up to step {step}: do its layers "
-                f"({self.rows[0].layer}) take part in the loss, and is the mask empty?"
+                f"no gradient has reached the adapter in 5 steps, up to step {step}: do its layers ({layers}) take part in "
+                "the loss, and is the mask empty?"
             )
 
     def _record(self, step: int, terms: Sequence[Terms], norm: float) -> None:
@@ -248,7 +257,8 @@ class Run:
             seconds = round(time.monotonic() - self._begin, 2)
             own = {"t": [round(float(x), 1) for t in held for x in t.times.cpu()],
                    "losses": [round(float(x), 6) for t in held for x in t.raw.float().cpu()]}  # fmt: skip
-            self._log.write({"step": step, **figures, "seconds": seconds, **own})
+            said = {name: value if math.isfinite(value) else None for name, value in figures.items()}  # a skipped step
+            self._log.write({"step": step, **said, "seconds": seconds, **own})
             self._figures.add(
                 step, {**figures, **{f"lr/{k}": x for k, x in enumerate(rates)}, "memory_mb": peak_memory() / 1e6}
             )
@@ -259,12 +269,6 @@ class Run:
         """Within the block the adapter is what will be written: the running mean, where there is one."""
         with self.averages.shown():
             yield
-
-    def _check_learning(self) -> None:
-        moved = [not torch.equal(a, b.detach()) for a, b in zip(self._start, self.parameters, strict=True)]
-        if not any(moved):
-            raise TrainingError("no adapter tensor changed in 20 steps; is the learning rate too small to count?")
-        self._start = []
 
 
 def rate(config: TrainConfig, step: int) -> float:
