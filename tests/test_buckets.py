@@ -65,9 +65,9 @@ def test_sizes_of_the_embedded_base_and_of_sdxl() -> None:
 
 
 def test_every_legal_size_is_there_or_a_larger_one_of_its_aspect() -> None:
-    made = sizes(512, 32)
-    for w in range(32, 2048, 32):
-        for h in range(32, 2048, 32):
+    made = sizes(512, 16)
+    for w in range(16, 1024, 16):
+        for h in range(16, 1024, 16):
             if 0.85 * 512**2 <= w * h <= 512**2 and 0.5 <= w / h <= 2:
                 assert any(a * h == b * w and a >= w for a, b in made)
 
@@ -121,7 +121,7 @@ def test_the_bucket_is_the_one_that_cuts_least_and_a_lying_picture_takes_the_tur
 
 
 def test_a_picture_is_taken_at_the_resolutions_that_it_fills_and_always_at_the_smallest() -> None:
-    small, middle, large = example(100, 100, "s"), example(300, 300, "m"), example(900, 512, "l")
+    small, middle, large = example(100, 100, "s"), example(500, 500, "m"), example(900, 512, "l")
     made = views([small, middle, large], [512, 128, 256], 64)
     taken = [(view.example.path.name, view.size) for view in made]
     assert taken == [
@@ -146,7 +146,7 @@ def test_square_takes_squares_only() -> None:
 
 def test_a_small_bucket_is_joined_to_its_neighbour_where_that_cuts_little() -> None:
     many = [example(1024, 1024, f"{k}") for k in range(8)]
-    near, far = example(2200, 2000, "near"), example(1000, 2000, "far")
+    near, far = example(2200, 2000, "near"), example(2000, 4000, "far")
     assert len({view.size for view in views([*many, near, far], [1024], 64)}) == 3
     by_name = {view.example.path.name: view for view in views([*many, near, far], [1024], 64, batch=4)}
     assert by_name["near"].size == (1024, 1024)
@@ -157,9 +157,14 @@ def test_a_small_bucket_is_joined_to_its_neighbour_where_that_cuts_little() -> N
 
 
 def test_joining_enlarges_nothing_that_was_large_enough() -> None:
-    exact, many = example(1088, 960, "exact"), [example(3000, 3000, f"{k}") for k in range(4)]
-    assert views([exact], [1024], 64)[0].size == (1088, 960)
-    assert views([*many, exact], [1024], 64, batch=4)[-1].size == (1088, 960)
+    exact, many = example(1024, 960, "exact"), [example(3000, 3000, f"{k}") for k in range(4)]
+    assert views([*many, exact], [1024], 64, batch=4)[-1].size == (1024, 960)
+    assert views([*many, replace(exact, width=1023)], [1024], 64, batch=4)[-1].size == (1024, 1024)
+
+
+def test_enlarged_is_by_the_side_that_needs_it_most() -> None:
+    assert View(example(100, 50), (120, 80)).enlarged == 1.6
+    assert View(example(400, 200), (120, 80)).enlarged == 0.4
 
 
 def test_the_table_counts_repeats_cuts_and_enlarged() -> None:
