@@ -1,12 +1,12 @@
 """Evidence: what is looked at while a run goes on: held-out loss, snapshots of the adapter, samples."""
 
-import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from imgadapt import live
+from imgadapt.atomic import write_bytes
 from imgadapt.errors import OutputError
-from imgadapt.file import save
+from imgadapt.file import AdapterFile, save
 from imgadapt.training import pictures
 from imgadapt.training.config import TrainConfig
 from imgadapt.training.evaluate import bootstrap, held_out_losses
@@ -20,12 +20,22 @@ class Evidence:
     """Looks at a run: `evaluations.jsonl`, `snapshots/`, `samples/`; the prompts are read anew from `prompts.txt`.
 
     held_out: pictures never trained on, or None; the loss on training pictures is followed in any case, on fixed noise.
+    collect: what is trained, as it is now. spelled: a prompt as the pipeline takes it.
     """
 
     def __init__(
-        self, config: TrainConfig, family: Family, objective: Objective, seen: Material, held_out: Material | None
+        self,
+        config: TrainConfig,
+        family: Family,
+        objective: Objective,
+        seen: Material,
+        held_out: Material | None,
+        *,
+        collect: Callable[[], AdapterFile],
+        spelled: Callable[[str], str] = str,
     ) -> None:
         self.config, self.family, self.objective = config, family, objective
+        self.collect, self.spelled = collect, spelled
         self.materials = {"seen": seen, **({"held_out": held_out} if held_out else {})}
         self.snapshots, self.samples = config.output / "snapshots", config.output / "samples"
         self.prompts = config.output / "prompts.txt"
@@ -63,7 +73,7 @@ class Evidence:
                 self.last[name] = losses
                 figures |= {name: losses.mean().item(), f"{name}_base": self.base[name].mean().item()}
                 figures |= {f"{name}_gain": mean, f"{name}_gain_low": low, f"{name}_gain_high": high}
-            save(live.collect(self.family.pipeline), self._snapshot(done))
+            save(self.collect(), self._snapshot(done))
             self._lines.write({"step": done, **{k: round(v, 6) for k, v in figures.items()}})
         if self._drawn(done) and (prompts := self.wanted()):
             pictures.samples(self.family, prompts, self.samples / f"step-{done:07d}.png", side=self.side)
@@ -77,10 +87,10 @@ class Evidence:
         return self.snapshots / f"step-{step:07d}.safetensors"
 
     def wanted(self) -> Sequence[str]:
-        """The prompts of the file, as it is now."""
+        """The prompts of the file, as it is now, spelled for the pipeline."""
         if not self.prompts.exists():
             return []
-        return [line.strip() for line in self.prompts.read_text("utf-8").splitlines() if line.strip()]
+        return [self.spelled(line.strip()) for line in self.prompts.read_text("utf-8").splitlines() if line.strip()]
 
     def finish(self) -> tuple[int, float] | None:
         """Copy the snapshot of the least held-out loss to `best.safetensors`; returns its step and loss."""
@@ -90,5 +100,5 @@ class Evidence:
         if not rows:
             return None
         loss, step = min(rows)
-        shutil.copyfile(self._snapshot(step), self.config.output / "best.safetensors")
+        write_bytes(self.config.output / "best.safetensors", self._snapshot(step).read_bytes())
         return step, loss

@@ -234,8 +234,8 @@ class Run:
         if self._silent == 5:
             layers = first_few(list(dict.fromkeys(row.layer for row in self.rows)))
             raise TrainingError(
-                f"no gradient has reached the adapter in 5 steps, up to step {step}: do its layers ({layers}) take part in "
-                "the loss, and is the mask empty?"
+                f"no gradient has reached the adapter in 5 steps, up to step {step}: do its layers ({layers}) take "
+                "part in the loss, and is the mask empty?"
             )
 
     def _record(self, step: int, terms: Sequence[Terms], norm: float) -> None:

@@ -55,8 +55,10 @@ def build(config: TrainConfig, groups: Sequence[Mapping[str, Any]]) -> torch.opt
         made: Callable[..., torch.optim.Optimizer] = getattr(import_module(kind.module), kind.name)
     except ModuleNotFoundError as error:
         raise MissingExtra(kind.module.partition(".")[0], kind.extra) from error
-    if kind.own_rate and config.lora_plus is not None:
-        raise ConfigError(f"{config.optimizer} finds one rate for all: lora_plus cannot be used with it")
+    if kind.own_rate and len({group["lr"] for group in groups}) > 1:  # it would take the first group's for all
+        raise ConfigError(
+            f"{config.optimizer} finds one rate for all tensors: learning_rates and lora_plus cannot be used with it"
+        )
     known = inspect.signature(made).parameters
     if wrong := [name for name in config.optimizer_options if name not in known]:
         options = [name for name in known if name not in ("params", "lr", "weight_decay", "kwargs")]
