@@ -153,14 +153,26 @@ def look(path: Path) -> Looks:
     """
     try:
         with opened(path) as image:
-            kind, frames = image.format or "", getattr(image, "n_frames", 1)
-            deep = image.mode.startswith("I") or any("16" in str(tile[3]) for tile in getattr(image, "tile", ()))
-            mode, turned = image.mode, image.getexif().get(ORIENTATION, 1) != 1
+            kind, mode = image.format or "", image.mode
+            deep = mode.startswith("I") or any("16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+            turned = image.getexif().get(ORIENTATION, 1) != 1
             image.draft("L", (2 * _SIDE, 2 * _SIDE))
             grey = _grey(image)
-    except (OSError, ValueError, SyntaxError) as error:
+        with opened(path) as image:
+            frames = _frames(image)
+    except Exception as error:  # as in data.py
         raise DataError(f"{path}: cannot be read ({error}); was it changed since it was scanned?") from error
-    return Looks(kind, mode, deep, frames if kind != "MPO" else 1, turned, phash(grey) if grey.std() > 1 else None)
+    return Looks(kind, mode, deep, frames, turned, phash(grey) if grey.std() > 1 else None)
+
+
+def _frames(image: Image.Image) -> int:
+    """How many pictures follow one another in time; a camera's MPO holds previews and depths."""
+    if image.format == "MPO":
+        return 1
+    try:
+        return getattr(image, "n_frames", 1)
+    except Exception:  # the first is whole, those after it are not: there are some
+        return 2
 
 
 def _grey(image: Image.Image) -> NDArray[np.float64]:
