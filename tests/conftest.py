@@ -3,6 +3,7 @@
 import os
 import runpy
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,26 @@ def pipe(_loaded: Any) -> Iterator[Any]:
     yield _loaded
     if adapters(_loaded):
         detach(_loaded)
+
+
+@pytest.fixture
+def quick(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Trainings in this process share one embedded base in fp32, and are measured at one noise level, not at eight."""
+    from imgadapt.training import evidence, families
+
+    def load(base: str, **options: Any) -> families.Family:
+        if base != "demo" or options.get("dtype", torch.float32) != torch.float32 or options.get("quantise"):
+            return opened(base, **options)
+        if adapters(pipe):
+            detach(pipe)
+        return families.StableDiffusion(pipe, torch.device("cpu"), torch.float32)
+
+    opened = families.load
+    monkeypatch.setattr(families, "load", load)
+    monkeypatch.setattr(evidence, "held_out_losses", partial(evidence.held_out_losses, timesteps=1))
+    yield pipe
+    pipe.unet.disable_gradient_checkpointing()
+    pipe.unet.eval()
 
 
 @pytest.fixture
