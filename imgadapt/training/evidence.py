@@ -14,6 +14,7 @@ from imgadapt.training.families import Family
 from imgadapt.training.log import Lines, read_lines
 from imgadapt.training.material import Material
 from imgadapt.training.objective import Objective
+from imgadapt.training.results import formats
 
 
 class Evidence:
@@ -73,7 +74,9 @@ class Evidence:
                 self.last[name] = losses
                 figures |= {name: losses.mean().item(), f"{name}_base": self.base[name].mean().item()}
                 figures |= {f"{name}_gain": mean, f"{name}_gain_low": low, f"{name}_gain_high": high}
-            save(self.collect(), self._snapshot(done))
+            made = self.collect()
+            both = bool(made.parts and made.embeddings)  # which the usual format, diffusers', has no place for
+            save(made, self._snapshot(done), format=formats(made)[0] if both else None)
             self._lines.write({"step": done, **{k: round(v, 6) for k, v in figures.items()}})
         if self._drawn(done) and (prompts := self.wanted()):
             pictures.samples(self.family, prompts, self.samples / f"step-{done:07d}.png", side=self.side)

@@ -1,6 +1,7 @@
 """Job: all that a training program needs around its loss, from settings to proved files."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from imgadapt.training.loop import Run
 from imgadapt.training.material import Material, kept_out
 from imgadapt.training.metadata import metadata
 from imgadapt.training.processes import Processes
+from imgadapt.training.words import NewWord
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _FOLLOWED = 16  # training pictures whose loss is measured beside that of the held-out ones
@@ -27,15 +29,14 @@ _FOLLOWED = 16  # training pictures whose loss is measured beside that of the he
 class Job:
     """A training that is ready to run: pictures, base, adapter, optimiser, caches, objective.
 
-    words: called with the family before the adapter goes on, to add what else is trained (see textual_inversion).
-    adapter: whether there is one beside that. further: more fingerprints of what decides the result.
+    word: makes a new word for the family, which is trained, too; adapter: whether there is one beside it.
     """
 
     def __init__(
         self,
         config: TrainConfig,
         *,
-        words: Callable[[families.Family], Sequence[recipe.Tensor]] | None = None,
+        word: Callable[[families.Family], NewWord] | None = None,
         adapter: bool = True,
     ) -> None:
         self.config, self.processes = config, Processes()
@@ -47,12 +48,18 @@ class Job:
         identity = self.family.identity()
         self.objective = objective.of(config, self.family.schedule, self._usual())
         torch.manual_seed(config.seed)
-        extra = list(words(self.family)) if words else []
+        self.word, self.adapter = word(self.family) if word else None, adapter
         if adapter:
             recipe.put_on(config, self.family.pipeline)
-        self.trained = [*(recipe.tensors(self.family.pipeline) if adapter else []), *extra]
-        self.optimizer = optimizers.build(config, recipe.groups(config, self.trained))
-        self.live_text = bool(extra) or any(row.layer.startswith("text_encoder") for row in self.trained)
+        self.trained = recipe.tensors(self.family.pipeline) if adapter else []
+        groups = recipe.groups(config, self.trained) if adapter else []
+        if self.word:
+            self.trained, groups = [*self.trained, *self.word.rows()], [*groups, *self.word.groups()]
+            examples, held_out = self.word.put_into(examples), self.word.put_into(held_out)
+        self.optimizer = optimizers.build(config, groups)
+        if self.word:
+            self.word.follow(self.optimizer)
+        self.live_text = any(row.layer.startswith("text_encoder") for row in self.trained)
         if config.checkpointing:
             self.checkpoint_activations()
 
@@ -65,10 +72,18 @@ class Job:
                 self.prepare(some)
         if config.compile:
             self.family.denoiser.compile()
-        self.evidence = Evidence(config, self.family, self.objective, followed, fresh)
+        spelled = self.word.spelled if self.word else str
+        self.evidence = Evidence(
+            config, self.family, self.objective, followed, fresh, collect=self.collected, spelled=spelled
+        )
         layers = digest([f"{row} {tuple(row.parameter.shape)}" for row in self.trained])
         views = digest([f"{view.size} {view.example.digest}" for view in self.material.views])
         self.origin = {**identity, "data": fingerprint(examples), "views": views, "layers": layers}
+
+    def collected(self) -> AdapterFile:
+        """What is trained, as it is now: the adapter, the word, or both."""
+        parts = live.collect(self.family.pipeline).parts if self.adapter else {}
+        return AdapterFile(parts, embeddings=self.word.embeddings() if self.word else {})
 
     def of(self, examples: Sequence[Any], *, fixed: bool = False) -> Material:
         """Examples as the base takes them."""
@@ -104,8 +119,9 @@ class Job:
         return (
             f"{len(self.examples)} pictures at {shapes}, {config.steps} steps of {config.batch_size} "
             f"on {self.family.device}\n"
-            f"{config.method}: {numbers:,} numbers in {len(self.trained)} tensors of "
+            f"{config.method if self.adapter else 'words'}: {numbers:,} numbers in {len(self.trained)} tensors of "
             f"{len({row.layer for row in self.trained})} layers, {config.optimizer}"
+            + (f"\n{self.word}" if self.word else "")
         )
 
     def say(self, text: str) -> None:
@@ -138,8 +154,8 @@ class Job:
                 self.evidence.look(done)
         self.processes.wait()
 
-    def finish(self, run: Run, words: Callable[[AdapterFile], AdapterFile] = lambda file: file) -> None:
-        """Write the adapter, prove the files, and say what was learnt. words: puts what else was trained into the file.
+    def finish(self, run: Run) -> None:
+        """Write what was trained, prove the files, and say what was learnt.
 
         Raises:
             TrainingError: a file, read back, acts otherwise than what was trained.
@@ -148,16 +164,18 @@ class Job:
             return
         config = self.config
         with run.averaged():
-            parts = live.collect(self.family.pipeline).parts if live.adapters(self.family.pipeline) else {}
+            file = self.collected()
             taken = probe.take(self.family, self.objective.schedule, next(iter(self.evidence.materials.values())))
         probe.save(taken, config.output / "probe.safetensors")
-        architecture = architecture_of(parts, architectures()) if parts else None
+        architecture = architecture_of(file.parts, architectures()) if file.parts else None
         told = metadata(
             config, config.identity(self.origin), self.material, architecture.name if architecture else None
         )
-        file = words(AdapterFile(parts, told, architecture=architecture.name if architecture else None))
+        file = replace(file, metadata=told, architecture=architecture.name if architecture else None)
         paths = results.write(file, config.output, config.formats, config.exports)
-        worst = results.prove(self.family, paths, taken)
+        if self.word:
+            self.word.take_off()
+        worst = results.prove(self.family, paths, taken, file.embeddings)
         for path in paths:
             self.say(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
         self.say(f"read back, predictions differ by {worst:.1e} from the live model's")

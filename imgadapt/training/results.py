@@ -1,6 +1,6 @@
 """The files of a training: written as other tools read them, read back, and proved to act as what was trained."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +16,13 @@ from imgadapt.training.families import Family
 
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 _USUAL = ("diffusers", "kohya", "lycoris")
+_LAYERS_ONLY = ("diffusers", "peft")  # their readers refuse a file that has words, too
 
 
 def formats(file: AdapterFile, wanted: Sequence[str] = ()) -> list[str]:
     """The formats to write: those that are wanted, or diffusers' and the first of kohya's tools that say it exactly.
+
+    The first is one that holds all there is: words and layers together, or a word in several text encoders.
 
     Raises:
         ConfigError: a wanted one is not known.
@@ -29,9 +32,12 @@ def formats(file: AdapterFile, wanted: Sequence[str] = ()) -> list[str]:
         raise ConfigError(f"no format '{wrong[0]}'; there are: {', '.join(known)}")
     if wanted:
         return list(wanted)
-    able = [name for name in _USUAL if file.parts and all(s.loss in ("exact", "aligned") for s in plan(file, name))]
+    if not file.parts:
+        one = all(len(embedding.vectors) == 1 for embedding in file.embeddings.values())
+        return ["diffusers", "kohya"] if one else ["kohya"]
+    able = [name for name in _USUAL if all(s.loss in ("exact", "aligned") for s in plan(file, name))]
     chosen = [name for name in able if name == "diffusers"] + [name for name in able if name != "diffusers"][:1]
-    return chosen or ["imgadapt"]
+    return (chosen[::-1] if file.embeddings else chosen) or ["imgadapt"]
 
 
 def part_of(file: AdapterFile, glob: str) -> AdapterFile:
@@ -47,22 +53,36 @@ def part_of(file: AdapterFile, glob: str) -> AdapterFile:
 
 
 def write(file: AdapterFile, folder: Path, wanted: Sequence[str], exports: Mapping[str, str]) -> list[Path]:
-    """Write `adapter.safetensors` and `adapter.FORMAT.safetensors` for the formats after the first, and the exports."""
+    """Write `adapter.safetensors` and `adapter.FORMAT.safetensors` for the formats after the first, and the exports.
+
+    Words are among the layers ("bundled") where the format's readers take that, else in `adapter.words.safetensors`.
+    """
     names = formats(file, wanted)
     paths = [
         folder / ("adapter.safetensors" if k == 0 else f"adapter.{name}.safetensors") for k, name in enumerate(names)
     ]
     for path, name in zip(paths, names, strict=True):
-        save(file, path, format=name)
+        save(_fitting(file, name), path, format=name)
+    if any(_fitting(file, name) is not file for name in names):
+        words = replace(file, parts={})
+        paths.append(save(words, folder / "adapter.words.safetensors", format=formats(words)[0]))
     for name, glob in exports.items():
-        save(part_of(file, glob), folder / f"adapter.{name}.safetensors", format=names[0])
+        save(_fitting(part_of(file, glob), names[0]), folder / f"adapter.{name}.safetensors", format=names[0])
     return paths
 
 
-def prove(family: Family, paths: Sequence[Path], taken: Mapping[str, torch.Tensor]) -> float:
+def _fitting(file: AdapterFile, format: str) -> AdapterFile:
+    both = bool(file.parts and file.embeddings)
+    return replace(file, embeddings={}) if both and format in _LAYERS_ONLY else file
+
+
+def prove(
+    family: Family, paths: Sequence[Path], taken: Mapping[str, torch.Tensor], words: Collection[str] = ()
+) -> float:
     """Attach each file to the bare base and compare its prediction with the live model's; the largest difference.
 
-    The trained adapter is taken off, and nothing is put in its place.
+    The trained adapter is taken off, and nothing is put in its place. words: those that were trained; a file that has
+    no name for its word gets it, and layers without words are proved with the file that has the words alone.
 
     Raises:
         TrainingError: the base is not what it was before the training, or a file acts otherwise than the live model.
@@ -70,8 +90,8 @@ def prove(family: Family, paths: Sequence[Path], taken: Mapping[str, torch.Tenso
     if live.adapters(family.pipeline):
         attaching.detach(family.pipeline)
     base, worst = probe.error(family, taken), 0.0
-    for path in paths:
-        attaching.attach(family.pipeline, load(path), name="proof")
+    for path, file in _whole({path: load(path) for path in paths}, words).items():
+        attaching.attach(family.pipeline, file, name="proof")
         error = probe.error(family, taken)
         attaching.detach(family.pipeline)
         if not error <= _TOLERANCE[family.dtype] * max(1.0, float(taken["prediction"].abs().max())):
@@ -82,3 +102,22 @@ def prove(family: Family, paths: Sequence[Path], taken: Mapping[str, torch.Tenso
     if base == 0:
         raise TrainingError(f"{paths[0]} changes nothing: the base alone predicts the same to the bit")
     return worst
+
+
+def _whole(files: Mapping[Path, AdapterFile], words: Collection[str]) -> dict[Path, AdapterFile]:
+    """What is to be attached for each file; one of words alone goes with those of layers alone, if there are any."""
+    named = {path: _named(file, words) for path, file in files.items()}
+    alone = [file.embeddings for file in named.values() if not file.parts]
+    layers = [path for path, file in named.items() if file.parts and not file.embeddings]
+    if not (words and alone and layers):
+        return named
+    named |= {path: replace(named[path], embeddings=alone[0]) for path in layers}
+    return {path: file for path, file in named.items() if file.parts}
+
+
+def _named(file: AdapterFile, words: Collection[str]) -> AdapterFile:
+    """A file with its one word under the name that was trained: some forms have none, and tools go by the file's."""
+    if len(words) != 1 or len(file.embeddings) != 1:
+        return file
+    (word,), (embedding,) = words, file.embeddings.values()
+    return replace(file, embeddings={word: replace(embedding, token=word)})
