@@ -26,6 +26,15 @@ def read_toml(path: Path) -> dict[str, Any]:
         values = tomllib.loads(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
+    return checked(values, path)
+
+
+def checked(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Values of a TOML file at `path`: numbers are numbers, paths count from its folder.
+
+    Raises:
+        ConfigError: a setting that is a number is something else.
+    """
     for key, value in values.items():
         field = TrainConfig.model_fields.get(key)
         numeric = field is not None and {int, float} & {field.annotation, *get_args(field.annotation)}
@@ -50,10 +59,10 @@ def write_toml(config: TrainConfig, why: dict[str, str] | None = None) -> str:
 
 def _toml(value: Any) -> str:
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{_toml(k)} = {_toml(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml(v) for v in value) + "]"
-    return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)
+    return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -64,23 +73,21 @@ class _Parser(argparse.ArgumentParser):
             given = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0]
             near = get_close_matches(given, self._option_string_actions, n=1)
             message = f"unknown flag {given}" + (f", did you mean {near[0]}?" if near else "; --help lists them all")
-        super().error(message)
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def parser(description: str, kind: type[TrainConfig] = TrainConfig) -> argparse.ArgumentParser:
-    """A command line with `FOLDER`, `--config FILE` and a flag for every field of a config."""
-    made = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    made.add_argument("folder", nargs="?", type=Path, default=None, help=kind.model_fields["folder"].description)
+def parser(description: str, *kinds: type[TrainConfig]) -> argparse.ArgumentParser:
+    """A command line with `FOLDER`, `--config FILE` and a flag for every field of the kinds of config."""
+    made = _Parser(
+        usage="%(prog)s [FOLDER] [--config FILE] [--SETTING VALUE ...]", description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    made.add_argument("folder", nargs="?", type=Path, default=None, help=TrainConfig.model_fields["folder"].description)
     made.add_argument("--config", type=Path, help="TOML with any of these settings; flags win over it")
-    add_flags(made, kind)
-    return made
-
-
-def add_flags(made: argparse.ArgumentParser, kind: type[TrainConfig]) -> None:
-    """A flag for every field but `folder`."""
-    for name, field in kind.model_fields.items():
+    for name, field in {name: field for kind in kinds for name, field in kind.model_fields.items()}.items():
         if name != "folder":
             _add_flag(made, name, field)
+    return made
 
 
 def _add_flag(made: argparse.ArgumentParser, name: str, field: FieldInfo) -> None:
@@ -114,13 +121,14 @@ def from_arguments(args: argparse.Namespace, kind: type[Config]) -> Config:
     return kind.of(given(args, kind))
 
 
-def given(args: argparse.Namespace, kind: type[TrainConfig]) -> dict[str, Any]:
+def given(args: argparse.Namespace, *kinds: type[TrainConfig]) -> dict[str, Any]:
     """What flags and TOML say, and nothing else.
 
     Raises:
         ConfigError: see `read_toml`.
     """
     values = read_toml(args.config) if args.config else {}
-    flags = {key: value for key, value in vars(args).items() if key in kind.model_fields and value is not None}
-    pairs = {k: dict(v) for k, v in flags.items() if get_origin(kind.model_fields[k].annotation) is dict}
+    fields = {name: field for kind in kinds for name, field in kind.model_fields.items()}
+    flags = {key: value for key, value in vars(args).items() if key in fields and value is not None}
+    pairs = {key: dict(value) for key, value in flags.items() if get_origin(fields[key].annotation) is dict}
     return {**values, **flags, **pairs}

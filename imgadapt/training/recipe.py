@@ -46,6 +46,8 @@ def _made(node: ast.AST, defaults: Mapping[str, Any]) -> Method:
     kind = _KINDS[name]
     known = [field.name for field in fields(kind)]
     if kind is DoRA:
+        if len(call.args) > 1 or any(word.arg == "inner" for word in call.keywords):
+            raise ConfigError("dora takes one method in its brackets, and fields by name: dora(loha(rank=4))")
         inner = _made(call.args[0], defaults) if call.args else LoRA(**_fitting(LoRA, defaults))
         values: dict[str, Any] = {"inner": inner}
     elif call.args:
