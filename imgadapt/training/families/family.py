@@ -37,6 +37,8 @@ class Family(ABC):
     """Sides of buckets are multiples of this many pixels, where the base is large enough."""
     packing: ClassVar[int] = 1
     """Places of a latent that are one place, with as many times the channels, of what the denoiser takes."""
+    tokens: int = 256
+    """Tokens of a T5, padding included, that the base was trained on."""
     guidance: float = 4.0
     """Of samples."""
 
@@ -169,6 +171,16 @@ class Family(ABC):
     @abstractmethod
     def text(self, captions: Sequence[str]) -> Conditions:
         """Conditions of captions, each with the batch in front, on the device; gradients reach trained encoders."""
+
+    @property
+    @abstractmethod
+    def text_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of what `text` gives, without the batch."""
+
+    def blank(self, batch: int) -> Conditions:
+        """Zeros in the shape of conditions, for steps that are only measured or simulated."""
+        made = {n: torch.zeros(batch, *s, device=self.device, dtype=self.dtype) for n, s in self.text_shapes.items()}
+        return {**made, "sizes": torch.zeros(batch, 6, device=self.device)}
 
     @torch.no_grad()
     def encode_text(self, caption: str) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Flux.1, dev and schnell: CLIP's pooled text and T5's states, a transformer on latents packed 2 x 2, flow matching."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,8 @@ from torch import Tensor
 from imgadapt.training.families.family import Conditions, Family
 from imgadapt.training.objective import Sampling, Schedule
 
-_GUIDANCE = (
-    1.0  # what dev is told in training: its own distilled guidance is then not trained away (kohya's documentation)
-)
+# what dev is told in training, so that its own distilled guidance is not trained away (sd-scripts' documentation)
+_GUIDANCE = 1.0
 
 
 class Flux(Family):
@@ -29,7 +28,7 @@ class Flux(Family):
         return int(self.pipeline.default_sample_size) * int(self.pipeline.vae_scale_factor)
 
     @property
-    def tokens(self) -> int:
+    def tokens(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride] # of the config here
         """Tokens of T5, padding included, that the model was trained on: 512 for dev, 256 for schnell."""
         return 512 if self._settings["guidance_embeds"] else 256
 
@@ -53,6 +52,11 @@ class Flux(Family):
             list(captions), device=self.device, max_sequence_length=self.tokens
         )
         return {"states": states, "pooled": pooled}
+
+    @property
+    def text_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        widths = self._settings["joint_attention_dim"], self._settings["pooled_projection_dim"]
+        return {"states": (self.tokens, widths[0]), "pooled": (widths[1],)}
 
     def predict(self, noisy: Tensor, conditions: Conditions, times: Tensor) -> Tensor:
         (batch, _, height, width), (states, pooled) = noisy.shape, (conditions[key] for key in ("states", "pooled"))

@@ -1,7 +1,8 @@
 """Stable Diffusion 3 and 3.5: two CLIP text encoders and a T5, a transformer, flow matching."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -35,6 +36,13 @@ class StableDiffusion3(Family):
             list(captions), None, None, device=self.device, do_classifier_free_guidance=False
         )
         return {"states": states, "pooled": pooled}
+
+    @property
+    def text_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        clip: Any = self.encoders["text_encoder"]
+        places = clip.config.max_position_embeddings + self.tokens
+        widths = self._settings["joint_attention_dim"], self._settings["pooled_projection_dim"]
+        return {"states": (places, widths[0]), "pooled": (widths[1],)}
 
     def predict(self, noisy: Tensor, conditions: Conditions, times: Tensor) -> Tensor:
         return self.denoiser(

@@ -1,7 +1,7 @@
 """Stable Diffusion XL: two CLIP text encoders, pooled text and sizes as further conditions, a UNet."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,6 +30,12 @@ class StableDiffusionXL(Family):
             list(captions), device=self.device, do_classifier_free_guidance=False
         )
         return {"states": states, "pooled": pooled}
+
+    @property
+    def text_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        first, second = (cast("Any", self.encoders[name]).config for name in ("text_encoder", "text_encoder_2"))
+        width = first.hidden_size + second.hidden_size
+        return {"states": (second.max_position_embeddings, width), "pooled": (second.projection_dim,)}
 
     def predict(self, noisy: Tensor, conditions: Conditions, times: Tensor) -> Tensor:
         added = {
