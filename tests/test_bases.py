@@ -290,7 +290,7 @@ STORAGES: list[tuple[Storage, float, float]] = [("nf4", 0.33, 0.05), ("int8", 0.
 def transformer(dtype: torch.dtype = torch.float32) -> Any:
     """Flux, large enough that its blocks are most of it."""
     torch.manual_seed(0)
-    made = FluxTransformer2DModel(
+    made: Any = FluxTransformer2DModel(
         in_channels=16,
         num_layers=1,
         num_single_layers=2,
