@@ -39,7 +39,8 @@ def error(family: Family, probe: Mapping[str, Tensor]) -> float:
 
 def _predict(family: Family, probe: Mapping[str, Tensor]) -> Tensor:
     captions = bytes(probe["captions"].tolist()).decode().split("\0")
-    conditions = {**family.text(captions), "sizes": probe["sizes"].to(family.device)}
+    with family.here():
+        conditions = {**family.text(captions), "sizes": probe["sizes"].to(family.device)}
     return family.predict(probe["noisy"].to(family.device), conditions, probe["times"].to(family.device)).cpu()
 
 

@@ -3,7 +3,8 @@
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -54,6 +55,7 @@ class Family(ABC):
         for module in (self.denoiser, self.vae, *self.encoders.values()):
             _move(module, device, torch.float32 if module is self.vae else dtype)
             module.requires_grad_(False).eval()
+        self._resting: list[nn.Module] = []
         self._check_inputs()
         self.schedule = self._schedule()
 
@@ -136,6 +138,27 @@ class Family(ABC):
         alphas = [] if self.schedule.alphas is None else self.schedule.alphas.tolist()
         return {**found, "schedule": _digest({"predicts": self.schedule.prediction, "alphas": alphas})}
 
+    def away(self, *, text: bool) -> None:
+        """Move the autoencoder, and the text encoders where `text`, off the GPU: steps do without them."""
+        if self.device.type == "cpu":
+            return
+        self._resting = [self.vae, *(self.encoders.values() if text else ())]
+        for module in self._resting:
+            module.to("cpu")
+
+    @contextmanager
+    def here(self) -> Generator[None]:
+        """Within the block all modules are on the device."""
+        resting, self._resting = self._resting, []
+        for module in resting:
+            module.to(self.device)
+        try:
+            yield
+        finally:
+            self._resting = resting
+            for module in resting:
+                module.to("cpu")
+
     @torch.no_grad()
     def encode_image(self, image: Tensor) -> Tensor:
         """Latent (channels, h, w), fp32 on the CPU, of (3, H, W) in [-1, 1]; the mean, where it is a distribution.
@@ -143,7 +166,8 @@ class Family(ABC):
         Raises:
             ConfigError: the autoencoder gives NaN or infinity.
         """
-        encoded = self.vae.encode(image[None].to(self.device, self.vae.dtype))
+        with self.here():
+            encoded = self.vae.encode(image[None].to(self.device, self.vae.dtype))
         latent = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
         made = ((latent[0].float() - shift) * self.vae.config.scaling_factor).cpu()
@@ -185,7 +209,8 @@ class Family(ABC):
     @torch.no_grad()
     def encode_text(self, caption: str) -> dict[str, Tensor]:
         """Conditions of one caption without the batch, on the CPU, in the base's dtype; to keep."""
-        return {name: value[0].to("cpu", self.dtype) for name, value in self.text([caption]).items()}
+        with self.here():
+            return {name: value[0].to("cpu", self.dtype) for name, value in self.text([caption]).items()}
 
     @abstractmethod
     def predict(self, noisy: Tensor, conditions: Conditions, times: Tensor) -> Tensor:
@@ -213,18 +238,19 @@ class Family(ABC):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.pipeline.set_progress_bar_config(disable=True)
         side = side or self.native
-        latents = self.pipeline(
-            list(prompts),
-            num_inference_steps=steps,
-            guidance_scale=self.guidance if guidance is None else guidance,
-            generator=generators,
-            height=side,
-            width=side,
-            output_type="latent",  # decoded here: the pipelines want the autoencoder in the dtype of the rest
-            **self._options(),
-        ).images
-        places = side // self.latent_shape[1]
-        return [self.decode(latent) for latent in self._unpacked(latents, places, places)]
+        with self.here():
+            latents = self.pipeline(
+                list(prompts),
+                num_inference_steps=steps,
+                guidance_scale=self.guidance if guidance is None else guidance,
+                generator=generators,
+                height=side,
+                width=side,
+                output_type="latent",  # decoded here: the pipelines want the autoencoder in the dtype of the rest
+                **self._options(),
+            ).images
+            places = side // self.latent_shape[1]
+            return [self.decode(latent) for latent in self._unpacked(latents, places, places)]
 
     def _options(self) -> dict[str, Any]:
         """What else the pipeline is called with, so that prompts are encoded as `text` does."""
