@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from imgadapt.errors import ConfigError, DataError
 from imgadapt.training.captions import Wording, caption, every, plain, wordings
 from imgadapt.training.data import Example, digest, fingerprint, scan
-from imgadapt.training.lint import Finding, examine, phash
+from imgadapt.training.lint import Finding, examine, look, phash
 
 
 def draw(path: Path, seed: int = 0, size: tuple[int, int] = (48, 32), text: str | None = None, **how: Any) -> Path:
@@ -33,6 +33,14 @@ def draw(path: Path, seed: int = 0, size: tuple[int, int] = (48, 32), text: str 
     if text is not None:
         path.with_suffix(".txt").write_text(text, "utf-8")
     return path
+
+
+def png(side: int, bits: int, rows: bytes) -> bytes:
+    """A square RGB file as Pillow does not write it."""
+    header = struct.pack(">II5B", side, side, bits, 2, 0, 0, 0)
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    chunks = [struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in parts]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 def said(folder: Path, *args: str | None, **how: str) -> dict[str, tuple[str, ...]]:
@@ -324,10 +332,7 @@ def test_every_kind_of_damage_is_counted_in_one_error(tmp_path: Path) -> None:
     (tmp_path / "eps.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\nshowpage\n")
     draw(tmp_path / "tiny.png", size=(7, 40))
     Image.new("RGBA", (9, 9)).save(tmp_path / "void.png")
-    header = struct.pack(">II5B", 20000, 20000, 8, 2, 0, 0, 0)
-    bomb = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(9))), (b"IEND", b"")]
-    chunks = [struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in bomb]
-    (tmp_path / "zbomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    (tmp_path / "zbomb.png").write_bytes(png(20000, 8, bytes(9)))
     (tmp_path / "link.png").symlink_to(tmp_path / "nowhere.png")
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(DataError, match=r"9 of 10 pictures cannot be read; mend or remove cut.png \(.*and 6 more"):
@@ -565,7 +570,11 @@ def test_copies_likenesses_and_mirror_images_are_told_apart(tmp_path: Path) -> N
         draw(tmp_path / f"{k}.png", k, (120, 80))
     shutil.copy(tmp_path / "0.png", tmp_path / "copy.png")
     with Image.open(tmp_path / "1.png") as image:
-        image.convert("RGB").resize((90, 60)).save(tmp_path / "like.jpg", quality=60)
+        image.convert("RGB").crop((3, 2, 119, 79)).save(tmp_path / "like.jpg", quality=60)
+    hashes = [look(tmp_path / name).hashes for name in ("1.png", "like.jpg")]
+    assert hashes[0]
+    assert hashes[1]
+    assert 1 <= (hashes[0][0] ^ hashes[1][0]).bit_count() <= 6
     with Image.open(tmp_path / "2.png") as image:
         ImageOps.mirror(image).save(tmp_path / "turned.png")
     for k in range(2):
@@ -604,7 +613,10 @@ def test_odd_kinds_of_pictures_are_told(tmp_path: Path) -> None:
     frames = [Image.effect_noise((32, 24), k + 20.0) for k in range(2)]
     frames[0].save(tmp_path / "moves.gif", save_all=True, append_images=frames[1:])
     deep = np.random.default_rng(0).integers(0, 65535, (16, 16)).astype(np.uint16)
-    Image.fromarray(deep).save(tmp_path / "deep.png")
+    Image.fromarray(deep).save(tmp_path / "deep.tif")
+    (tmp_path / "rgb16.png").write_bytes(
+        png(16, 16, bytes(16 * 40) + bytes(range(97)) * 2 + bytes(16 * 97 - 640 - 194))
+    )
     Image.effect_mandelbrot((32, 32), (-2, -1.5, 1, 1.5), 20).convert("CMYK").save(tmp_path / "print.jpg")
     exif = Image.Exif()
     exif[0x0112] = 3
@@ -614,7 +626,7 @@ def test_odd_kinds_of_pictures_are_told(tmp_path: Path) -> None:
     glass.save(tmp_path / "glass.png")
     found = {f.text.split("(", 1)[1].split(")")[0]: (f.level, f.text.split(") ", 1)[1]) for f in oddities(tmp_path)}
     assert {name: level for name, (level, _) in found.items()} == {
-        "moves.gif": "warning", "print.jpg": "warning", "deep.png": "note", "turned.jpg": "note", "png.webp": "note",
+        "moves.gif": "warning", "print.jpg": "warning", "deep.tif, rgb16.png": "note", "turned.jpg": "note", "png.webp": "note",
         "glass.png": "note",
     }  # fmt: skip
     assert found["moves.gif"][1].startswith("are animated; only the first frame is trained")

@@ -154,7 +154,8 @@ def look(path: Path) -> Looks:
     try:
         with opened(path) as image:
             kind, mode = image.format or "", image.mode
-            deep = mode.startswith("I") or any("16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+            # of colours with 16 bits Pillow tells only in how it will decode them
+            deep = any("16" in str(tile[3]) for tile in getattr(image, "tile", ()))
             turned = image.getexif().get(ORIENTATION, 1) != 1
             image.draft("L", (2 * _SIDE, 2 * _SIDE))
             grey = _grey(image)
