@@ -474,6 +474,18 @@ def test_rounds_epochs_and_seeds_differ() -> None:
     assert order.epochs(n) == 2
 
 
+def test_buckets_are_dealt_anew_each_round_and_pictures_each_epoch_and_by_seed() -> None:
+    made = some_views()
+    order = Order(made, 2, 0)
+    turns = [[made[order.batch(k)[0]].size for k in range(t * 20, t * 20 + 20)] for t in range(3)]
+    assert turns[0] != turns[1] != turns[2] != turns[0]
+    squares = views([example(64, 64, f"{k}") for k in range(12)], [64], 8)
+    epochs = [[k for step in range(e * 3, e * 3 + 3) for k in Order(squares, 4, seed).batch(step)]
+              for seed in range(2) for e in range(3)]  # fmt: skip
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
+
+
 def test_the_order_is_of_pictures_not_of_names_or_places() -> None:
     made = some_views()
     moved = [View(replace(v.example, path=Path(f"x/{-k}"), captions=("y",)), v.size) for k, v in enumerate(made)][::-1]
