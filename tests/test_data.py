@@ -255,7 +255,7 @@ def test_pictures_without_words_are_counted_and_an_empty_caption_for_all_is_one(
 
 def test_a_caption_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     draw(tmp_path / "a.png")
-    (tmp_path / "a.txt").write_bytes("ein Füchslein".encode("latin-1"))
+    (tmp_path / "a.txt").write_bytes("Füchse".encode("latin-1"))
     with pytest.raises(DataError, match=r"a.txt: not UTF-8 text .*save it as UTF-8"):
         scan(tmp_path)
 
@@ -614,9 +614,8 @@ def test_odd_kinds_of_pictures_are_told(tmp_path: Path) -> None:
     frames[0].save(tmp_path / "moves.gif", save_all=True, append_images=frames[1:])
     deep = np.random.default_rng(0).integers(0, 65535, (16, 16)).astype(np.uint16)
     Image.fromarray(deep).save(tmp_path / "deep.tif")
-    (tmp_path / "rgb16.png").write_bytes(
-        png(16, 16, bytes(16 * 40) + bytes(range(97)) * 2 + bytes(16 * 97 - 640 - 194))
-    )
+    rows = b"".join(b"\0" + bytes([15 * k]) * 96 for k in range(16))
+    (tmp_path / "rgb16.png").write_bytes(png(16, 16, rows))
     Image.effect_mandelbrot((32, 32), (-2, -1.5, 1, 1.5), 20).convert("CMYK").save(tmp_path / "print.jpg")
     exif = Image.Exif()
     exif[0x0112] = 3
@@ -626,8 +625,8 @@ def test_odd_kinds_of_pictures_are_told(tmp_path: Path) -> None:
     glass.save(tmp_path / "glass.png")
     found = {f.text.split("(", 1)[1].split(")")[0]: (f.level, f.text.split(") ", 1)[1]) for f in oddities(tmp_path)}
     assert {name: level for name, (level, _) in found.items()} == {
-        "moves.gif": "warning", "print.jpg": "warning", "deep.tif, rgb16.png": "note", "turned.jpg": "note", "png.webp": "note",
-        "glass.png": "note",
+        "moves.gif": "warning", "print.jpg": "warning", "deep.tif, rgb16.png": "note", "turned.jpg": "note",
+        "png.webp": "note", "glass.png": "note",
     }  # fmt: skip
     assert found["moves.gif"][1].startswith("are animated; only the first frame is trained")
     assert found["glass.png"][1].startswith("have transparent pixels, which are laid over white")
