@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from imgadapt.errors import ConfigError
+from imgadapt.training import scores
 
 Precision = Literal["fp32", "bf16", "fp16"]
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "lion", "schedule-free", "came")
@@ -104,6 +105,7 @@ class TrainConfig(BaseModel):
     log_with: list[Literal["tensorboard", "wandb"]] = Field(["tensorboard"], description="tensorboard, wandb")
     report: bool = Field(True, description="write OUTPUT/report.html")
     strengths: list[float] = Field([0.5, 1.0], description="of the adapter in the report's grid")
+    score_with: list[Path] = Field([], description="folders of CLIP and DINOv2 models, for scores of those pictures")
 
     # the file
     title: str | None = Field(None, description="the adapter's name in its metadata; that of OUTPUT when not given")
@@ -113,7 +115,7 @@ class TrainConfig(BaseModel):
 
     WATCHED: ClassVar[frozenset[str]] = frozenset({
         *("folder", "output", "base", "cache", "held_out", "checkpoint_every", "evaluate_every", "log_with", "report"),
-        *("sample_prompts", "sample_every", "strengths", "title", "formats", "exports", "private"),
+        *("sample_prompts", "sample_every", "strengths", "score_with", "title", "formats", "exports", "private"),
         *("caption", "trigger", "resolution", "buckets", "mask"),  # in the fingerprints, as what they come to
         *("pieces", "checkpointing", "compile"),  # another way to the same numbers, but for their last bits
     })  # fmt: skip
@@ -124,6 +126,13 @@ class TrainConfig(BaseModel):
         if any(not key for key in value):
             raise ValueError("wanted NAME=VALUE")
         return value
+
+    @field_validator("score_with", mode="after")
+    @classmethod
+    def _models(cls, value: list[Path]) -> list[Path]:
+        for folder in value:
+            scores.kind(folder)
+        return [folder.absolute() for folder in value]
 
     @field_validator("timestep_range", mode="after")
     @classmethod

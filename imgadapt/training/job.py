@@ -11,7 +11,7 @@ from imgadapt.arch import architectures
 from imgadapt.errors import ConfigError
 from imgadapt.file import AdapterFile
 from imgadapt.formats import architecture_of
-from imgadapt.training import families, objective, optimizers, probe, recipe, results
+from imgadapt.training import families, objective, optimizers, probe, recipe, report, results
 from imgadapt.training.config import TrainConfig
 from imgadapt.training.data import digest, fingerprint, scan
 from imgadapt.training.evaluate import describe
@@ -70,6 +70,7 @@ class Job:
         for some in (followed, fresh):
             if some is not None:
                 self.prepare(some)
+        self.family.away(text=not self.live_text)
         if config.compile:
             self.family.denoiser.compile()
         spelled = self.word.spelled if self.word else str
@@ -77,8 +78,8 @@ class Job:
             config, self.family, self.objective, followed, fresh, collect=self.collected, spelled=spelled
         )
         layers = digest([f"{row} {tuple(row.parameter.shape)}" for row in self.trained])
-        views = digest([f"{view.size} {view.example.digest}" for view in self.material.views])
-        self.origin = {**identity, "data": fingerprint(examples), "views": views, "layers": layers}
+        order = self.material.order.fingerprint
+        self.origin = {**identity, "data": fingerprint(examples), "order": order, "layers": layers}
 
     def collected(self) -> AdapterFile:
         """What is trained, as it is now: the adapter, the word, or both."""
@@ -186,6 +187,9 @@ class Job:
             self.say(
                 f"{config.output / 'best.safetensors'}: the snapshot of step {best[0]}, held-out loss {best[1]:.4f}"
             )
+        if config.report:
+            outcome = report.Outcome(paths, self.material, worst, run.pieces)
+            self.say(f"{report.write(config, self.family, self.evidence, outcome)}: how it went")
 
 
 def pictures(config: TrainConfig) -> tuple[list[Any], list[Any]]:
