@@ -29,12 +29,17 @@ _TEXT = (
     *(f"DenseReluDense.{p}" for p in ("wi", "wi_0", "wi_1", "wo")),
 )
 
+_HEADS = ("to_q", "to_k", "to_v", "to_out.0")
+
 PRESETS: Mapping[str, tuple[str, ...]] = {
     "attention": tuple(f"{c}.*.{p}" for c in DENOISERS for p in _ATTENTION),
     "transformer": tuple(f"{c}.*.{p}" for c in DENOISERS for p in _ATTENTION + _FEED_FORWARD),
     "modulation": tuple(f"{c}.*.{p}" for c in DENOISERS for p in _MODULATION),
     "convolution": tuple(f"{c}.*.{p}" for c in DENOISERS for p in _CONVOLUTIONS),
     "denoiser": tuple(f"{c}.*" for c in DENOISERS),
+    # arXiv 2403.14572: the two of SDXL's blocks that B-LoRA trains together and uses apart
+    "b-lora-content": tuple(f"unet.up_blocks.0.attentions.0.*.{p}" for p in _HEADS),
+    "b-lora-style": tuple(f"unet.up_blocks.0.attentions.1.*.{p}" for p in _HEADS),
     "text": tuple(f"{c}.*.{p}" for c in TEXT_ENCODERS for p in _TEXT),
 }
 """Names that stand for globs: `transformer` is what kohya and diffusers train by default in a UNet or DiT."""

@@ -97,7 +97,7 @@ class Material:
                 some = places[first : first + size]
                 rows = [(self.views[k], 0) for k in some]
                 held = [self._encoded(view, flip=False, crop=0) for view, _ in rows]
-                yield some, self._stacked(rows, held, [view.example.captions[0] for view, _ in rows])
+                yield some, self._stacked(rows, held, [captions.plain(view.example.captions[0]) for view, _ in rows])
 
     def conditions(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Text conditions of captions, (n, ...), on the device."""
@@ -140,11 +140,13 @@ class Material:
 
     def _caption(self, example: Example, count: int) -> str:
         if self.fixed:
-            return example.captions[0]
+            return captions.plain(example.captions[0])
         return captions.caption(example.captions, self.wording, self.config.seed, example.digest, count)
 
     def _texts(self, example: Example) -> Sequence[str]:
-        return [example.captions[0]] if self.fixed else captions.every(example, self.wording, self.config.seed)
+        if self.fixed:
+            return [captions.plain(example.captions[0])]
+        return captions.every(example, self.wording, self.config.seed)
 
     def _encoded(self, view: View, *, flip: bool, crop: int) -> dict[str, Tensor]:
         policy = "centre" if self.fixed and self.config.crop == "random" else self.config.crop

@@ -56,6 +56,7 @@ class Family(ABC):
             _move(module, device, torch.float32 if module is self.vae else dtype)
             module.requires_grad_(False).eval()
         self._resting: list[nn.Module] = []
+        self._identity: dict[str, str] = {}
         self._check_inputs()
         self.schedule = self._schedule()
 
@@ -128,7 +129,11 @@ class Family(ABC):
             )
 
     def identity(self) -> dict[str, str]:
-        """SHA-256 of each part that decides what is learnt, with its config; good as cache keys, too."""
+        """SHA-256 of each part that decides what is learnt, with its config, as it was at the first call (gigabytes are
+        read for it); good as cache keys, too.
+        """
+        if self._identity:
+            return dict(self._identity)
         modules: dict[str, nn.Module] = {self.component: self.denoiser, "vae": self.vae, **self.encoders}
         found = {name: _digest(_config(module), module) for name, module in modules.items()}
         tokenizers = [
@@ -136,7 +141,8 @@ class Family(ABC):
         ]
         found |= {name: _digest(self.pipeline.components[name].get_vocab()) for name in tokenizers}
         alphas = [] if self.schedule.alphas is None else self.schedule.alphas.tolist()
-        return {**found, "schedule": _digest({"predicts": self.schedule.prediction, "alphas": alphas})}
+        self._identity = {**found, "schedule": _digest({"predicts": self.schedule.prediction, "alphas": alphas})}
+        return dict(self._identity)
 
     def away(self, *, text: bool) -> None:
         """Move the autoencoder, and the text encoders where `text`, off the GPU: steps do without them."""
