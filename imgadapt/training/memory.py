@@ -15,8 +15,8 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, UnsupportedFakeTensorException
 from torch.nn import functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode, UnsupportedFakeTensorException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -257,7 +257,7 @@ def _activations(
 def _run(loss: Callable[[], Tensor]) -> Tensor:
     try:
         value = loss()
-    except UnsupportedFakeTensorException as error:
+    except (DataDependentOutputException, UnsupportedFakeTensorException) as error:
         raise StateError(f"the step cannot be simulated, it needs values: {error}") from error
     if not value.requires_grad:
         raise StateError("the loss does not depend on what is trainable: is the adapter on, and in the loss?")
@@ -287,8 +287,10 @@ class _Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if func is torch.ops.prim.device.default:  # which fake tensors ask all the time
+            return out
         fresh = [self._count(leaf) for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        if any(fresh):
+        if any(fresh) and not _in_place(func):
             self.peak = max(self.peak, self.live + self._scratch(func, args, out))
         return out
 
@@ -311,6 +313,14 @@ class _Ledger(TorchDispatchMode):
             keys = {leaf.untyped_storage()._cdata for leaf in tree_leaves(args) if isinstance(leaf, Tensor)}
             size += sum(self._whole.get(key, 0) for key in keys)
         return size + (_onednn(func, args, out) if self._on_cpu else 0)
+
+
+def _in_place(func: Any) -> bool:
+    """Whether it is autograd's own sum of the gradients of a tensor that was used twice. It is done in place, but not
+    while a dispatch mode is on (torch/csrc/autograd/input_buffer.cpp): the ledger sees a tensor that is not there. In
+    the backward gradients are off, save where a checkpoint computes anew, whose sums are real.
+    """
+    return func is torch.ops.aten.add.Tensor and torch._C._current_graph_task_id() >= 0 and not torch.is_grad_enabled()
 
 
 def _onednn(func: Any, args: Any, out: Any) -> int:
