@@ -97,7 +97,6 @@ class Evidence:
 
     def finish(self) -> tuple[int, float] | None:
         """Copy the snapshot of the least held-out loss to `best.safetensors`; returns its step and loss."""
-        self._lines.close()
         rows = [(row["held_out"], row["step"]) for row in read_lines(self._lines.path) if "held_out" in row]
         rows = [(loss, step) for loss, step in rows if self._snapshot(step).exists()]
         if not rows:

@@ -1,13 +1,12 @@
 """What a run says while it goes on: a line a step, figures for TensorBoard or wandb, and a live status file."""
 
-import contextlib
 import json
 import resource
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from imgadapt.atomic import write_bytes
 from imgadapt.errors import MissingExtra, OutputError
@@ -25,7 +24,6 @@ class Lines:
             raise OutputError(f"cannot go on with {path}: {error.strerror}") from error
         kept = [line for line in lines if (step := _step(line)) is not None and step < first]
         write_bytes(path, "".join(f"{line}\n" for line in kept).encode())
-        self._file: TextIO | None = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Add a line.
@@ -33,18 +31,11 @@ class Lines:
         Raises:
             OutputError: the disk is full.
         """
-        assert self._file is not None
         try:
-            self._file.write(json.dumps(line) + "\n")
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise OutputError(f"cannot write {self.path}: {error.strerror}; the last checkpoint is kept") from error
-
-    def close(self) -> None:
-        """Close the file; a full disk has been reported by `write`."""
-        if self._file is not None:
-            with contextlib.suppress(OSError):
-                self._file.close()
-            self._file = None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -96,8 +96,6 @@ class Run:
     ) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        if self._log is not None:
-            self._log.close()
         self._figures.close()
         if kind is not None and self.processes.main and not issubclass(kind, OutputError):
             state = "stopped" if issubclass(kind, Interrupted | KeyboardInterrupt) else "failed"
