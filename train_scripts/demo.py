@@ -28,10 +28,11 @@ from imgadapt import attach, demo, detach, load, save, set_weights
 from imgadapt.atomic import write_bytes
 from imgadapt.cli import program
 from imgadapt.errors import Interrupted, TrainingError
-from imgadapt.training import families, pictures, probe
+from imgadapt.training import families, objective, pictures, probe
+from imgadapt.training.config import TrainConfig
 from imgadapt.training.data import scan
-from imgadapt.training.encode import Encoder
 from imgadapt.training.evaluate import bootstrap, held_out_losses
+from imgadapt.training.material import Material
 
 RECIPE = ["--rank", "8", "--batch-size", "16", "--learning-rate", "2e-3", "--targets", "transformer", "convolution"]
 STRENGTHS = (0.5, 1.0)
@@ -39,9 +40,9 @@ COLUMNS = 10
 
 
 def train(folder: Path, output: Path, steps: int, seed: int) -> float:
-    """`imgadapt train`, as a user runs it; returns the seconds of its steps (a finished run is not done again)."""
-    command = [sys.executable, "-m", "imgadapt", "train", os.fspath(folder), "--output", os.fspath(output)]
-    process = subprocess.Popen([*command, "--steps", str(steps), "--seed", str(seed), *RECIPE])
+    """`imgadapt style`, as a user runs it; returns the seconds of its steps (a finished run is not done again)."""
+    command = [sys.executable, "-m", "imgadapt", "style", os.fspath(folder), "--output", os.fspath(output)]
+    process = subprocess.Popen([*command, "--steps", str(steps), "--seed", str(seed), "--no-report", *RECIPE])
     handler = signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the child, too, which saves and ends
     status = process.wait()
     signal.signal(signal.SIGINT, handler)
@@ -94,20 +95,22 @@ def main(argv: Sequence[str]) -> None:
     print("4/4 drawing and measuring", flush=True)
     family = families.load("demo")
     held_out = scan(demo.STYLE / "held_out")
-    z, c = Encoder(family, family.side(None), out / "style_run" / "cache").both(held_out)
+    config = TrainConfig.of({"folder": demo.STYLE / "held_out", "cache": out / "cache"})
+    material = Material(config, family, held_out, fixed=True)
+    asked = objective.of(config, family.schedule, objective.Sampling())
     shown = held_out[:: len(held_out) // COLUMNS][:COLUMNS]
-    prompts, seeds = [example.caption for example in shown], list(range(COLUMNS))
-    losses = {"base": held_out_losses(family, z, c)}
+    prompts, seeds = [example.captions[0] for example in shown], list(range(COLUMNS))
+    losses = {"base": held_out_losses(family, asked, material)}
     rows: dict[str, list[Image.Image]] = {"base": family.draw(prompts, seeds)}
     attach(family.pipeline, trained)
-    losses["adapted"] = held_out_losses(family, z, c)
+    losses["adapted"] = held_out_losses(family, asked, material)
     for strength in STRENGTHS:
         set_weights(family.pipeline, {"default": strength})
         rows[f"style at {strength:g}"] = family.draw(prompts, seeds)
     rows["true pictures"] = [Image.open(example.path) for example in shown]
     detach(family.pipeline)
     attach(family.pipeline, load(runs["placebo"] / "adapter.safetensors"))
-    losses["placebo"] = held_out_losses(family, z, c)
+    losses["placebo"] = held_out_losses(family, asked, material)
     rows["placebo at 1"] = family.draw(prompts, seeds)
 
     gaps = {name: bootstrap(losses["adapted"], losses[name]) for name in ("base", "placebo")}

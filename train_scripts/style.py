@@ -4,7 +4,7 @@
 
 Beside each picture lies its caption (`fox.png`, `fox.txt`). Writes OUTPUT/adapter.safetensors, the same in kohya's
 format, report.html, log.jsonl, checkpoints/, snapshots/ and samples/. Run again, it goes on from the newest whole
-checkpoint, to the same bytes as if it had never stopped. Ctrl-C saves first. `accelerate launch` starts several processes.
+checkpoint, to the same bytes as if it had never stopped. Ctrl-C saves first.
 
 Meant to be read and copied: change the loss below and run the copy with python.
 """
