@@ -152,8 +152,8 @@ METHODS = [(LoRA(8, 4.0), 1.02), (DoRA(LoRA(4, 2.0)), 1.02), (LoHa(4, 2.0), 1.2)
 
 @pytest.mark.parametrize(("method", "most"), METHODS, ids=lambda value: getattr(value, "name", ""))
 def test_fake_tensors_take_what_real_ones_do(method: Method, most: float) -> None:
-    """Dense changes go into the weight of the base's call only where it is a plain tensor, which a fake one is not: here
-    they are added apart, which takes up to an output more.
+    """Dense changes go into the weight of the base's call only where it is a plain tensor, which a fake one is not:
+    here they are added apart, which takes up to an output more.
     """
     model: Any = nn.Sequential(
         nn.Conv2d(16, 32, 3, padding=1), nn.GELU(), nn.Conv2d(32, 16, 1), nn.Flatten(2), nn.Linear(240, 96), nn.SiLU()

@@ -161,7 +161,8 @@ def estimate(
     device: type of the device that it will run on; the CPU's kernels need memory of their own, see `_onednn`.
     base: bytes of the process without models, as `process()` says.
 
-    Attention is the CPU's fused kernel, which keeps what the GPU's keep: the output and a number a row.
+    Attention is the CPU's fused kernel, which keeps what the GPU's keep: the output and a number a row. Dense changes
+    (LoHa, LoKr, Full) are taken as added apart, not into the weight, which is up to an output of the layer too much.
 
     Raises:
         ConfigError: an optimiser or storage that is not in the table.
