@@ -262,6 +262,13 @@ def test_text_is_encoded_as_the_pipeline_does_when_it_draws(name: str) -> None:
 
 
 @every_family
+def test_blank_conditions_have_the_shapes_of_those_of_captions(name: str) -> None:
+    family = build(name)
+    blank, given = family.blank(2), {**family.text(PROMPTS), "sizes": SIZES}
+    assert {key: value.shape for key, value in blank.items()} == {key: value.shape for key, value in given.items()}
+
+
+@every_family
 def test_gradients_reach_adapters_on_every_text_encoder(name: str) -> None:
     family = build(name)
     t5 = ["text_encoder*.SelfAttention.q"] if name in ("sd3", "flux") else []
@@ -443,11 +450,12 @@ def test_identity_tells_weights_configs_and_schedules_apart() -> None:
     first, again, other = build("sd1").identity(), build("sd1").identity(), build("sd2").identity()
     assert first == again
     assert {key for key in first if first[key] != other[key]} == {"schedule"}
-    family = build("sdxl")
-    assert set(family.identity()) == {
-        *("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "schedule")
-    }
+    family, usual = build("sdxl"), build("sdxl").identity()
+    assert set(usual) == {*("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "schedule")}
     with torch.no_grad():
         next(family.encoders["text_encoder_2"].parameters())[0] += 1
-    changed = {key for key, value in build("sdxl").identity().items() if family.identity()[key] != value}
-    assert changed == {"text_encoder_2"}
+    changed = family.identity()
+    assert {key for key in usual if usual[key] != changed[key]} == {"text_encoder_2"}
+    with torch.no_grad():
+        next(family.denoiser.parameters())[0] += 1
+    assert family.identity() == changed  # as it was at the first call
