@@ -1,7 +1,7 @@
 """Norms: how much of each layer's weight an adapter changes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ def measure(pipeline: Any, file: AdapterFile) -> list[Norm]:
     """The norms of each layer that the file is for, in the model's order. The pipeline is as before afterwards."""
     if not file.parts:
         return []
-    attaching.attach(pipeline, file, name="measured")
+    attaching.attach(pipeline, replace(file, embeddings={}), name="measured")
     try:
         rows = [row for row in overview.status(pipeline) if row.adapter == "measured"]
         layers = {name: layer for name, layer, _ in live.slots(pipeline, "measured")}
