@@ -58,6 +58,7 @@ class TrainConfig(BaseModel):
     precision: Precision = Field("fp32", description="of the frozen base: fp32, bf16 or fp16; the adapter is fp32")
     quantise: Literal["nf4", "int8"] | None = Field(None, description="the base's linear layers: nf4 or int8")
     checkpointing: bool = Field(False, description="compute activations twice instead of keeping them")
+    shard: bool = Field(False, description="split the frozen base over the processes (FSDP2)")
     compile: bool = Field(False, description="torch.compile the denoiser")
 
     # the objective
@@ -117,7 +118,7 @@ class TrainConfig(BaseModel):
         *("folder", "output", "base", "cache", "held_out", "checkpoint_every", "evaluate_every", "log_with", "report"),
         *("sample_prompts", "sample_every", "strengths", "score_with", "title", "formats", "exports", "private"),
         *("caption", "trigger", "resolution", "buckets", "mask"),  # in the fingerprints, as what they come to
-        *("pieces", "checkpointing", "compile"),  # another way to the same numbers, but for their last bits
+        *("pieces", "checkpointing", "compile", "shard"),  # another way to the same numbers, but for their last bits
     })  # fmt: skip
 
     @field_validator("learning_rates", "ranks", "optimizer_options", "methods", mode="after")

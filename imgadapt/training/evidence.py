@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from imgadapt import live
 from imgadapt.atomic import write_bytes
 from imgadapt.errors import OutputError
@@ -21,7 +23,8 @@ class Evidence:
     """Looks at a run: `evaluations.jsonl`, `snapshots/`, `samples/`; the prompts are read anew from `prompts.txt`.
 
     held_out: pictures never trained on, or None; the loss on training pictures is followed in any case, on fixed noise.
-    collect: what is trained, as it is now. spelled: a prompt as the pipeline takes it.
+    collect: what is trained, as it is now. spelled: a prompt as the pipeline takes it. writes: whether this process does;
+        others only compute along.
     """
 
     def __init__(
@@ -34,18 +37,21 @@ class Evidence:
         *,
         collect: Callable[[], AdapterFile],
         spelled: Callable[[str], str] = str,
+        writes: bool = True,
     ) -> None:
         self.config, self.family, self.objective = config, family, objective
-        self.collect, self.spelled = collect, spelled
+        self.collect, self.spelled, self.writes = collect, spelled, writes
         self.materials = {"seen": seen, **({"held_out": held_out} if held_out else {})}
         self.snapshots, self.samples = config.output / "snapshots", config.output / "samples"
         self.prompts = config.output / "prompts.txt"
         with live.disabled(family.pipeline):
             self.base = {k: held_out_losses(family, objective, m) for k, m in self.materials.items()}
-        self.last = dict(self.base)
+        self.last: dict[str, Tensor] = {}
 
     def begin(self, first: int) -> None:
         """Go on after `first` steps."""
+        if not self.writes:
+            return
         self._lines = Lines(self.config.output / "evaluations.jsonl", first + 1)
         if self.config.sample_prompts and not (first and self.prompts.exists()):
             try:
@@ -67,19 +73,28 @@ class Evidence:
     def look(self, done: int) -> None:
         """Measure, keep a snapshot, and draw, as far as it is due after so many steps."""
         if self._measured(done):
-            figures: dict[str, float] = {}
-            for name, material in self.materials.items():
-                losses = held_out_losses(self.family, self.objective, material)
-                mean, low, high = bootstrap(losses, self.base[name])
-                self.last[name] = losses
-                figures |= {name: losses.mean().item(), f"{name}_base": self.base[name].mean().item()}
-                figures |= {f"{name}_gain": mean, f"{name}_gain_low": low, f"{name}_gain_high": high}
-            made = self.collect()
-            both = bool(made.parts and made.embeddings)  # which the usual format, diffusers', has no place for
-            save(made, self._snapshot(done), format=formats(made)[0] if both else None)
-            self._lines.write({"step": done, **{k: round(v, 6) for k, v in figures.items()}})
+            self.measure()
+            if self.writes:
+                self._keep(done)
         if self._drawn(done) and (prompts := self.wanted()):
-            pictures.samples(self.family, prompts, self.samples / f"step-{done:07d}.png", side=self.side)
+            made = pictures.samples(self.family, prompts, side=self.side)
+            if self.writes:
+                write_bytes(self.samples / f"step-{done:07d}.png", pictures.png(made))
+
+    def measure(self) -> None:
+        """The losses of the model as it is now, into `last`."""
+        self.last = {k: held_out_losses(self.family, self.objective, m) for k, m in self.materials.items()}
+
+    def _keep(self, done: int) -> None:
+        figures: dict[str, float] = {}
+        for name, losses in self.last.items():
+            mean, low, high = bootstrap(losses, self.base[name])
+            figures |= {name: losses.mean().item(), f"{name}_base": self.base[name].mean().item()}
+            figures |= {f"{name}_gain": mean, f"{name}_gain_low": low, f"{name}_gain_high": high}
+        made = self.collect()
+        both = bool(made.parts and made.embeddings)  # which the usual format, diffusers', has no place for
+        save(made, self._snapshot(done), format=formats(made)[0] if both else None)
+        self._lines.write({"step": done, **{k: round(v, 6) for k, v in figures.items()}})
 
     @property
     def side(self) -> int:

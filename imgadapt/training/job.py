@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,12 +72,15 @@ class Job:
             if some is not None:
                 self.prepare(some)
         self.family.away(text=not self.live_text)
+        if config.shard:
+            self.processes.shard(self.family.denoiser, [row.parameter for row in self.trained])
         if config.compile:
             self.family.denoiser.compile()
         spelled = self.word.spelled if self.word else str
         self.evidence = Evidence(
-            config, self.family, self.objective, followed, fresh, collect=self.collected, spelled=spelled
-        )
+            config, self.family, self.objective, followed, fresh, collect=self.collected, spelled=spelled,
+            writes=self.processes.main,
+        )  # fmt: skip
         layers = digest([f"{row} {tuple(row.parameter.shape)}" for row in self.trained])
         order = self.material.order.fingerprint
         self.origin = {**identity, "data": fingerprint(examples), "order": order, "layers": layers}
@@ -142,15 +146,14 @@ class Job:
         )  # fmt: skip
         if made.first:
             self.say(f"going on after step {made.first}")
-        if self.processes.main:
-            self.evidence.begin(made.first)
+        self.evidence.begin(made.first)
         return made
 
     def look(self, run: Run, done: int) -> None:
         """Evaluate and draw after so many steps, where it is due."""
         if not self.evidence.due(done):
             return
-        if self.processes.main:
+        if self.processes.main or self.config.shard:
             with run.averaged():
                 self.evidence.look(done)
         self.processes.wait()
@@ -161,33 +164,42 @@ class Job:
         Raises:
             TrainingError: a file, read back, acts otherwise than what was trained.
         """
-        if not self.processes.main:
+        config, main = self.config, self.processes.main
+        if not main and not config.shard:
             return
-        config = self.config
         with run.averaged():
+            if not self.evidence.last:  # the run was over already
+                self.evidence.measure()
             file = self.collected()
             taken = probe.take(self.family, self.objective.schedule, next(iter(self.evidence.materials.values())))
-        probe.save(taken, config.output / "probe.safetensors")
         architecture = architecture_of(file.parts, architectures()) if file.parts else None
         told = metadata(
             config, config.identity(self.origin), self.material, architecture.name if architecture else None
         )
         file = replace(file, metadata=told, architecture=architecture.name if architecture else None)
-        paths = results.write(file, config.output, config.formats, config.exports)
+        paths: list[Path] = []
+        if main:
+            probe.save(taken, config.output / "probe.safetensors")
+            paths = results.write(file, config.output, config.formats, config.exports)
+        if config.shard:
+            paths = self.processes.told(paths)
         if self.word:
             self.word.take_off()
         worst = results.prove(self.family, paths, taken, file.embeddings)
+        if not main:
+            return
         for path in paths:
             self.say(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
         self.say(f"read back, predictions differ by {worst:.1e} from the live model's")
         for name, losses in self.evidence.last.items():
-            said = describe("adapted", losses, [("the base's", self.evidence.base[name])])
+            base = "the base's, where the word is as it began" if self.word else "the base's"
+            said = describe("adapted", losses, [(base, self.evidence.base[name])])
             self.say(f"{'held-out loss' if name == 'held_out' else 'loss on training pictures'}: {said}")
         if best := self.evidence.finish():
             self.say(
                 f"{config.output / 'best.safetensors'}: the snapshot of step {best[0]}, held-out loss {best[1]:.4f}"
             )
-        if config.report:
+        if config.report and not config.shard:  # its pictures would have to be drawn by all processes
             outcome = report.Outcome(paths, self.material, worst, run.pieces)
             self.say(f"{report.write(config, self.family, self.evidence, outcome)}: how it went")
 

@@ -2,11 +2,9 @@
 
 import io
 from collections.abc import Sequence
-from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from imgadapt.atomic import write_bytes
 from imgadapt.training.families import Family
 
 
@@ -53,15 +51,11 @@ def png(image: Image.Image) -> bytes:
 
 
 def samples(
-    family: Family, prompts: Sequence[str], path: Path, *, seeds: Sequence[int] = (0, 1), side: int | None = None
-) -> None:
-    """Draw the prompts with the model as it is now, a row a seed, and write the sheet. side: pixels.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
+    family: Family, prompts: Sequence[str], *, seeds: Sequence[int] = (0, 1), side: int | None = None
+) -> Image.Image:
+    """A sheet of the prompts as the model draws them now, a row a seed. side: pixels."""
     rows = [family.draw(prompts, [seed] * len(prompts), side=side) for seed in seeds]
-    write_bytes(path, png(sheet(rows, [f"seed {seed}" for seed in seeds], prompts)))
+    return sheet(rows, [f"seed {seed}" for seed in seeds], prompts)
 
 
 def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:

@@ -1,12 +1,18 @@
 """One process or many: who computes what of a step, and how it is put together (accelerate)."""
 
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from imgadapt.errors import ConfigError
+
+T = TypeVar("T")
 
 
 class Processes:
@@ -14,8 +20,8 @@ class Processes:
 
     index, count: which of how many; main: whether it is the one that writes; device: where it computes.
 
-    The base is in every process; adapters are a few MB, so their gradients are summed in one piece when a step's are
-    complete. A step's batch, its noise and its order do not depend on the number of processes.
+    The base is in every process, or split over them (`shard`); adapters are a few MB, so their gradients are summed in
+    one piece when a step's are complete. A step's batch, its noise and its order do not depend on how many there are.
     """
 
     def __init__(self, *, cpu: bool = False) -> None:
@@ -46,6 +52,25 @@ class Processes:
         assert isinstance(whole, Tensor)
         for tensor, part in zip(tensors, whole.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
+
+    def shard(self, model: nn.Module, whole: Sequence[nn.Parameter]) -> None:
+        """Split a model's frozen weights over the processes, block by block (FSDP2); `whole` ones stay in each.
+
+        All of them must then call the model together.
+        """
+        if self.count == 1:
+            return
+        mesh = init_device_mesh(self.device.type, (self.count,))
+        kept = set(whole)
+        lists = [child for child in model.children() if isinstance(child, nn.ModuleList)]
+        for module in (*(block for blocks in lists for block in blocks), model):
+            fully_shard(module, mesh=mesh, ignored_params=kept)
+
+    def told(self, things: list[T]) -> list[T]:
+        """The main process's list, in all of them."""
+        rows: list[Any] = [things]
+        broadcast_object_list(rows)
+        return rows[0]
 
     def wait(self) -> None:
         """Until all are here."""
