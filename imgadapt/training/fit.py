@@ -179,14 +179,19 @@ def predicted(
                 return torch.stack([p.sum() for m in modules for p in m.parameters() if p.requires_grad]).sum()
             return loss(config, family, latents(family, size, count), lambda: _conditions(family, count, trained.live))
 
-        kept = [family.vae] if device == "cpu" else []
-        kept += family.encoders.values() if device == "cpu" or trained.live else []
+        away = _away(family, device, trained.live)
+        kept = [module for module in (family.vae, *family.encoders.values()) if module not in away]
         return memory.estimate(
             family.denoiser, parameters, step,
             optimizer=config.optimizer.replace("-", "_"), ema=config.ema is not None,
             accumulate=not bare and config.pieces > 1, kept=[*kept, trained.words], storage=config.quantise,
             device=device, base=base,
         )  # fmt: skip
+
+
+def _away(family: Family, device: str, live: bool) -> list[nn.Module]:
+    """What is off the device during the steps (`Family.away`)."""
+    return [] if device == "cpu" else [family.vae, *(() if live else family.encoders.values())]
 
 
 def _conditions(family: Family, count: int, live: bool) -> Conditions:
@@ -205,7 +210,11 @@ def beside(config: TrainConfig, family: Family, size: Size, step: Estimate, *, d
     step: as `predicted`.
     """
     fixed = step.weights + step.adapter + step.optimizer + step.ema + step.base
-    coder = fixed if device == "cpu" else fixed + memory._bytes(family.vae.parameters())
+    coder = fixed
+    if device != "cpu":  # then all is there
+        with learner(config, family) as trained:
+            away = _away(family, device, trained.live)
+        coder += memory._bytes(tensor for module in away for tensor in module.parameters())
     side = max(config.resolution or [family.native])
     works: dict[str, tuple[int, nn.Module, Callable[[], Any]]] = {
         "when pictures become latents": (coder, family.vae, lambda: family.vae.encode(torch.zeros(1, 3, *size[::-1]))),

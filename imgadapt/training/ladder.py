@@ -3,12 +3,17 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import psutil
+import torch
 
 from imgadapt.training import memory
 from imgadapt.training.config import TrainConfig
 
 _LOW = 4  # rank
+_GROUP = Path("/sys/fs/cgroup")
 
 Peak = Callable[[TrainConfig], int]
 """Bytes that a training needs."""
@@ -26,6 +31,22 @@ class Change:
     def flags(self) -> str:
         """As they are typed."""
         return " ".join(_flag(name, value) for name, value in self.settings.items())
+
+
+def available(device: torch.device) -> int:
+    """Bytes that a training may have in memory: of the GPU, or of the machine and the container that this runs in; what
+    this process has is among them, for the training will be in its place.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_reserved(device)
+    free = int(psutil.virtual_memory().available)
+    try:
+        most, now = (int((_GROUP / name).read_text("ascii")) for name in ("memory.max", "memory.current"))
+        rows = dict(line.split() for line in (_GROUP / "memory.stat").read_text("ascii").splitlines())
+        free = min(free, most - now + int(rows["inactive_file"]))  # files that the system keeps at hand give way
+    except (OSError, ValueError, KeyError):
+        pass  # there is no limit ("max"), or no such system
+    return free + int(psutil.Process().memory_info().rss)
 
 
 def fits(peak: int, room: int) -> bool:
