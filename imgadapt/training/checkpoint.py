@@ -58,14 +58,11 @@ def resume(
 ) -> int:
     """Put the newest whole checkpoint into tensors and states; returns its step, 0 when there is none.
 
-    A torn or altered file is passed over for the one before it, and set aside as `.torn`; temporary files of a killed
-    run are removed.
+    A torn or altered file is passed over for the one before it, and set aside as `.torn`.
 
     Raises:
         TrainingError: the checkpoint is of a run with other settings, data or base; or all of them are torn.
     """
-    for unfinished in folder.glob(".*.tmp"):
-        unfinished.unlink(missing_ok=True)
     torn = 0
     for path, step in _found(folder):
         try:

@@ -66,6 +66,8 @@ class Run:
         self.folder = config.output / "checkpoints"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for unfinished in config.output.rglob(".*.tmp") if processes.main else ():  # of a run that was killed
+                unfinished.unlink(missing_ok=True)
         except OSError as error:
             raise OutputError(f"cannot write to {config.output}: {error.strerror}") from error
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=config.precision == "fp16")  # pyright: ignore[reportPrivateImportUsage]
@@ -159,15 +161,17 @@ class Run:
         for parameter in self.parameters:  # one that took no part has zero, in one process as in many
             if parameter.grad is None and parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
-        self.processes.sum([p.grad for p in self.parameters if p.grad is not None])
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        self.processes.sum(gradients)
         self.scaler.unscale_(self.optimizer)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
-        self._check_gradients(step, norm)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self._check_gradients(step, float(norm))  # first: clipping by a norm that is not finite would spoil all of them
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.averages.step()
         self.optimizer.zero_grad()
-        self._record(step, terms, norm)
+        self._record(step, terms, float(norm))
 
     def _gradients(self, step: int, loss: Loss) -> list[Terms]:
         """The step's gradients, in smaller pieces when memory is out: the same sum."""
@@ -207,8 +211,9 @@ class Run:
                 f"the loss is not finite in step {step} ({first_few(rows)}); the last checkpoint is kept. "
                 f"Lower --learning-rate, or use --precision fp32; {self._broken()}"
             )
-        if terms.total.requires_grad:  # else nothing that is trained took part, which is noticed by its gradient
-            self.scaler.scale(terms.total.sum() / self.config.batch_size).backward()
+        scaled = self.scaler.scale(terms.total.sum() / self.config.batch_size)
+        if scaled.requires_grad:  # else nothing that is trained took part, which is noticed by its gradient
+            scaled.backward()
         detached = {name: value.detach() for name, value in terms.further.items()}
         return Terms(terms.total.detach(), terms.raw.detach(), terms.times, terms.names, detached)
 
@@ -224,7 +229,7 @@ class Run:
                     f"the gradient is not finite in step {step}, in {len(rows)} of {len(self.rows)} tensors: "
                     f"{first_few(rows)}; the last checkpoint is kept. Lower --learning-rate, or use --precision fp32"
                 )
-            if self.scaler.get_scale() < 1e-4:  # fp16 begins too high and halves: that is how it is found
+            if self.scaler.get_scale() < 1:  # it begins too high and is halved: that is how it is found
                 raise TrainingError(
                     f"fp16 does not hold this base's gradients ({first_few(rows)}); use --precision bf16"
                 )
