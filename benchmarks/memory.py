@@ -8,7 +8,7 @@ the optimiser's state) on constant weights and reads its own peak from /proc (Li
 the transformers' layers. "ratio" is measured / predicted of the whole process, "without process" the same without what
 it takes before a model is there. The allocator is the C library's own with the two settings in ALLOCATOR (glibc):
 blocks of 1 MiB and more are given back when they are freed, as a GPU's allocator could use them again;
---default-allocator leaves them out. SDXL needs 9 GB of RAM. Exit status 1: a ratio is off by more than 15 %.
+--default-allocator leaves them out. SDXL takes 7 GB of RAM. Exit status 1: a ratio is off by more than 15 %.
 """
 
 import argparse
