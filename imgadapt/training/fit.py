@@ -128,6 +128,12 @@ def learner(config: TrainConfig, family: Family) -> Generator[Learner]:
             _checkpoint(family.denoiser, False)
 
 
+def learns_text(config: TrainConfig, family: Family) -> bool:
+    """Whether text encoders are trained, so that captions are encoded in every step."""
+    with learner(config, family) as trained:
+        return trained.live
+
+
 def _added(words: nn.ParameterDict, name: str) -> Callable[..., Tensor]:
     return lambda _module, _inputs, out: out + words[name].mean().to(out.dtype)  # looked up: a simulation has its own
 
@@ -212,8 +218,7 @@ def beside(config: TrainConfig, family: Family, size: Size, step: Estimate, *, d
     fixed = step.weights + step.adapter + step.optimizer + step.ema + step.base
     coder = fixed
     if device != "cpu":  # then all is there
-        with learner(config, family) as trained:
-            away = _away(family, device, trained.live)
+        away = _away(family, device, learns_text(config, family))
         coder += memory._bytes(tensor for module in away for tensor in module.parameters())
     side = max(config.resolution or [family.native])
     works: dict[str, tuple[int, nn.Module, Callable[[], Any]]] = {

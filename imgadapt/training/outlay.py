@@ -35,12 +35,11 @@ class Disk:
 
 
 def durations(
-    config: TrainConfig, trial: Trial, trained: Sequence[View], held_out: int, *, live: bool, guided: bool
+    config: TrainConfig, family: Family, trial: Trial, trained: Sequence[View], held_out: int, *, live: bool
 ) -> Mapping[str, float]:
     """Seconds of the parts of a run, from what the largest bucket takes.
 
     trained: what is trained; held_out: pictures whose loss is watched beside. live: captions are encoded in every step.
-    guided: samples take two predictions a step (classifier-free guidance).
     """
     share, watched = _area(trained), evaluations(config)
     pictures = len(trained) * variants(config) * trial.picture * share
@@ -50,7 +49,8 @@ def durations(
     if config.report:
         grid = 1 + min(_SNAPSHOTS, watched) * len(config.strengths)
         drawn += min(_PROMPTS, len(config.sample_prompts)) * grid
-    one = _STEPS * (2 if guided else 1) * trial.look + trial.picture  # decoding takes about what encoding does
+    passes = 1 if "guidance_embeds" in family._settings else 2  # Flux is told its guidance; for others it is a second
+    one = _STEPS * passes * trial.look + trial.picture  # decoding takes about what encoding does
     if isinstance(config, DreamBoothConfig) and config.preservation == "classic":
         drawn += config.class_count
     return {
