@@ -80,7 +80,7 @@ def theirs(method: str, batch: int, threads: int) -> Step:
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=1e-3)
     schedule = get_scheduler("constant", optimizer)
-    noiser = DDPMScheduler.from_config(pipe.scheduler.config)
+    noiser: Any = DDPMScheduler.from_config(pipe.scheduler.config)
     latents, states = torch.randn(batch, 16, 8, 8), torch.randn(batch, 20, 128)
     unet.train()
 

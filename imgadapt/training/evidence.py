@@ -23,8 +23,8 @@ class Evidence:
     """Looks at a run: `evaluations.jsonl`, `snapshots/`, `samples/`; the prompts are read anew from `prompts.txt`.
 
     held_out: pictures never trained on, or None; the loss on training pictures is followed in any case, on fixed noise.
-    collect: what is trained, as it is now. spelled: a prompt as the pipeline takes it. writes: whether this process does;
-        others only compute along.
+    collect: what is trained, as it is now. spelled: a prompt as the pipeline takes it. writes: whether this process
+        writes; others only compute along.
     """
 
     def __init__(

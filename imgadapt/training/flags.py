@@ -3,6 +3,7 @@
 import argparse
 import json
 import tomllib
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -46,7 +47,7 @@ def checked(values: dict[str, Any], path: Path) -> dict[str, Any]:
     return values
 
 
-def write_toml(config: TrainConfig, why: dict[str, str] | None = None) -> str:
+def write_toml(config: TrainConfig, why: Mapping[str, str] | None = None) -> str:
     """All settings of a config as TOML, each with its description, or with the reason for its value."""
     lines: list[str] = []
     for name, field in type(config).model_fields.items():
