@@ -52,6 +52,7 @@ class Job:
         self.word, self.adapter = word(self.family) if word else None, adapter
         if adapter:
             recipe.put_on(config, self.family.pipeline)
+            results.check(live.collect(self.family.pipeline), config.formats, config.exports)
         self.trained = recipe.tensors(self.family.pipeline) if adapter else []
         groups = recipe.groups(config, self.trained) if adapter else []
         if self.word:

@@ -8,7 +8,7 @@ import torch
 
 from imgadapt import attaching, live
 from imgadapt import targets as where
-from imgadapt.errors import ConfigError, TrainingError
+from imgadapt.errors import ConfigError, TrainingError, first_few
 from imgadapt.file import AdapterFile, load, plan, save
 from imgadapt.formats import FORMATS
 from imgadapt.training import probe
@@ -50,6 +50,22 @@ def part_of(file: AdapterFile, glob: str) -> AdapterFile:
     if not parts:
         raise ConfigError(f"exports: no trained layer matches '{glob}'")
     return replace(file, parts=parts)
+
+
+def check(file: AdapterFile, wanted: Sequence[str], exports: Mapping[str, str]) -> None:
+    """Before the training: can what will be trained be written so?
+
+    Raises:
+        ConfigError: a format is not known or has no word for a layer, or an export has no layers.
+    """
+    for name in formats(file, wanted):
+        if steps := [step for step in plan(file, name) if step.loss == "impossible"]:
+            raise ConfigError(
+                f"formats: {len(steps)} of {len(file.parts)} layers cannot be written as {name} "
+                f"({first_few([step.name for step in steps])}); leave it out, or choose another"
+            )
+    for glob in exports.values():
+        part_of(file, glob)
 
 
 def write(file: AdapterFile, folder: Path, wanted: Sequence[str], exports: Mapping[str, str]) -> list[Path]:
