@@ -16,11 +16,12 @@ import torch
 from PIL import Image
 
 import imgadapt
-from imgadapt import AdapterFile, LoRA, live
-from imgadapt.errors import OutputError
+from imgadapt import AdapterFile, LoRA, demo, live
+from imgadapt.errors import ConfigError, OutputError
 from imgadapt.file import save
-from imgadapt.training import charts, flags, gallery, norms, readings, report
+from imgadapt.training import charts, flags, gallery, norms, readings, report, scores
 from imgadapt.training.config import InversionConfig, TrainConfig
+from imgadapt.training.scores import Score
 from imgadapt.training.verdicts import verdicts
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=y>&amp;"
@@ -298,6 +299,14 @@ class _Drawing(_Family):
         return self.pipeline(list(prompts), num_inference_steps=2, generator=sources, height=side, width=side).images
 
 
+_PICTURES = ("accordion.png", "axe.png")
+
+
+@dataclass(frozen=True)
+class _Example:
+    path: Path
+
+
 @dataclass(frozen=True)
 class _Made:
     """A run's folder with all that a report needs, and the report of it."""
@@ -306,6 +315,7 @@ class _Made:
     family: Any
     prompts: list[str]
     held_out: int = 8
+    pictures: tuple[str, ...] = _PICTURES
     pieces: int = 1
 
     @property
@@ -313,7 +323,9 @@ class _Made:
         return self.config.output / "adapter.safetensors"
 
     def page(self) -> str:
-        views = [SimpleNamespace(example=f"picture {k}", size=(64, 64)) for k in range(5)]
+        views = [
+            SimpleNamespace(example=_Example(demo.STYLE / "train" / name), size=(64, 64)) for name in self.pictures
+        ]
         materials = {"seen": SimpleNamespace(views=views)}
         if self.held_out:
             materials["held_out"] = SimpleNamespace(views=views * self.held_out)
@@ -474,6 +486,35 @@ def test_no_more_than_six_prompts_are_drawn(made: _Made) -> None:
     page = _Tags(replace(made, prompts=[f"fox {k}" for k in range(8)]).page())
     assert len(page.all("img")) == 6 * 7
     assert "2 more are in prompts.txt only" in page.text
+
+
+def test_scores_stand_beside_the_row_that_they_are_of(made: _Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def score(folders: Any, rows: Any, prompts: Any, trained: Any, device: Any) -> list[list[Score]]:
+        asked.append((folders, len(rows), prompts, [image.size for image in trained]))
+        return [[Score("CLIP (tiny)", 0.1 + k, 0.2 + k, 0.3 + k, 0.4 + k if k else None)] for k in range(len(rows) + 1)]
+
+    monkeypatch.setattr(scores, "score", score)
+    config = made.config.model_copy(update={"score_with": [Path("secret/tiny")]})
+    text = _Tags(replace(made, config=config).page()).text
+    assert asked == [([Path("secret/tiny")], 7, made.prompts, [(64, 64)] * 2)]
+    assert "base CLIP (tiny) 0.100 0.200 0.300 \u2013" in text
+    assert "step 10 at 0.5 CLIP (tiny) 1.100 1.200 1.300 1.400" in text
+    assert "training pictures among themselves CLIP (tiny) 7.100" in text
+
+    gone = replace(made, config=config, pictures=("gone.png",)).page()
+    assert "There are none: [Errno 2] No such file or directory" in gone
+
+    def torn(*_: Any) -> list[list[Score]]:
+        raise ConfigError("secret/tiny cannot be read")
+
+    monkeypatch.setattr(scores, "score", torn)
+    assert "Scores There are none: secret/tiny cannot be read" in _Tags(replace(made, config=config).page()).text
+    private = replace(made, config=config.model_copy(update={"private": True})).page()
+    assert "There are none: a model cannot be read." in private
+    assert "secret" not in private
+    assert "there are no pictures to score" in replace(made, config=config, prompts=[]).page()
 
 
 def test_the_settings_in_the_page_give_the_same_run(made: _Made) -> None:

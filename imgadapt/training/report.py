@@ -12,9 +12,11 @@ import jinja2
 import torch
 from markupsafe import Markup
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from imgadapt import __version__
 from imgadapt.atomic import write_bytes
+from imgadapt.errors import ConfigError
 from imgadapt.file import AdapterFile, load
 from imgadapt.training import flags, gallery, norms, readings, scores
 from imgadapt.training.charts import Chart, Line, number, svg
@@ -50,7 +52,6 @@ def write(config: TrainConfig, family: Family, evidence: Evidence, outcome: Outc
 
     Raises:
         OutputError: it cannot be written.
-        ConfigError: a model of `score_with` cannot be read.
     """
     path = config.output / "report.html"
     write_bytes(path, page(config, family, evidence, outcome).encode())
@@ -69,6 +70,7 @@ def page(config: TrainConfig, family: Family, evidence: Evidence, outcome: Outco
     rows, unseen = gallery.draw(family, shown, config.strengths, wanted, evidence.side) if wanted else ([], [])
     counts = {name: len(material.views) for name, material in evidence.materials.items()}
     bins = readings.bins(log, evidence.objective.schedule.total)
+    scored, unscored = _scores(config, family, rows, wanted, examples)
     said = [f"prompt {k + 1}" for k in range(len(wanted))] if config.private else wanted
     return _template().render(
         title="adapter" if config.private else config.title or config.output.resolve().name,
@@ -90,7 +92,8 @@ def page(config: TrainConfig, family: Family, evidence: Evidence, outcome: Outco
             f"{s.name} is not shown: " + ("its file cannot be read." if config.private else why) for s, why in unseen
         ],
         pixelated=evidence.side <= gallery.SIDE // 2,
-        scores=_scores(config, family, rows, wanted, examples) if config.score_with and rows else [],
+        scores=scored,
+        unscored="a model cannot be read." if unscored and config.private else unscored,
         blocks=norms.blocks(measured),
         largest=norms.largest(measured),
         large=norms.LARGE,
@@ -224,15 +227,23 @@ def _label(row: gallery.Row) -> str:
 
 def _scores(
     config: TrainConfig, family: Family, rows: Sequence[gallery.Row], prompts: Sequence[str], examples: Sequence[Any]
-) -> list[tuple[str, list[scores.Score]]]:
-    """(row of the gallery, what each model says)."""
+) -> tuple[list[tuple[str, list[scores.Score]]], str]:
+    """(row of the gallery, what each model says) for each row; and why there are none, where they are wanted."""
+    if not config.score_with:
+        return [], ""
+    if not rows:
+        return [], "there are no pictures to score."
     trained: list[Image.Image] = []
-    for example in examples:
-        with Image.open(example.path) as image:
-            trained.append(ImageOps.exif_transpose(image).convert("RGB"))
-    found = scores.score(config.score_with, [row.images for row in rows], prompts, trained, family.device)
+    try:
+        for example in examples:
+            with Image.open(example.path) as image:
+                trained.append(ImageOps.exif_transpose(image).convert("RGB"))
+        found = scores.score(config.score_with, [row.images for row in rows], prompts, trained, family.device)
+    except (ConfigError, OSError) as error:  # the training is done: its report is not to be lost over this
+        tqdm.write(f"imgadapt: no scores in the report: {error}")
+        return [], str(error)
     names = [*map(_label, rows), "training pictures among themselves"]
-    return list(zip(names, found, strict=False))
+    return list(zip(names, found, strict=False)), ""
 
 
 def _program(config: TrainConfig) -> str:

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
-from imgadapt.errors import ConfigError
+from imgadapt.errors import ConfigError, first_few
 
 _AT_ONCE = 16
 KINDS = {"clip": "CLIP", "dinov2": "DINOv2"}
@@ -50,13 +51,16 @@ class Scorer:
         self.name = f"{KINDS[self.kind]} ({folder.name})"
         model: Any = CLIPModel if self.kind == "clip" else Dinov2Model
         try:
-            self.model: Any = model.from_pretrained(folder, local_files_only=True).to(device).eval()
+            loaded, told = model.from_pretrained(folder, local_files_only=True, output_loading_info=True)
             self.processor: Any = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
             self.tokenizer: Any = None
             if self.kind == "clip":
                 self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise ConfigError(f"score_with: {folder} cannot be read: {error}") from error
+        if missing := sorted(told["missing_keys"]):  # which transformers fills with random numbers
+            raise ConfigError(f"score_with: {folder} lacks weights: {first_few(missing)}")
+        self.model: Any = loaded.to(device).eval()
 
     @torch.no_grad()
     def images(self, images: Sequence[Image.Image]) -> Tensor:
