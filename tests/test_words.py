@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from imgadapt import attach, demo, load
+from imgadapt import AdapterFile, attach, demo, detach, load
 from imgadapt.errors import ConfigError, TrainingError
 from imgadapt.training import families, probe, results, words
 from imgadapt.training.config import InversionConfig
@@ -267,6 +267,7 @@ def test_word_and_adapter_are_in_one_file_and_apart_for_diffusers(
     bundled = {f"bundle_emb.{WORD}.{kind}" for kind in ("clip_l", "clip_g")}
     assert {key for key in keys if not key.startswith("lora_unet_")} == bundled
     held = vectors(live(job))
+    assert load(tmp_path / "snapshots/step-0000002.safetensors").format == load(tmp_path / "adapter.safetensors").format
     for name in ("adapter", "snapshots/step-0000002", "adapter.up"):
         file = load(tmp_path / f"{name}.safetensors")
         assert torch.equal(file.embeddings[WORD].vectors["clip_g"], held["text_encoder_2.words"])
@@ -420,6 +421,32 @@ def test_words_of_the_vocabulary_and_initial_ones_beyond_it_are_refused(
 def test_settings_that_would_be_passed_over_are_errors(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config(Path(), Path(), **values)
+
+
+def test_the_words_vectors_do_not_decay() -> None:
+    word, _ = new("sd1", norm_control=False)
+    optimizer = torch.optim.AdamW(word.groups(), weight_decay=0.5)
+    (row,) = word.rows()
+    before = row.parameter.detach().clone()
+    row.parameter.grad = torch.zeros_like(row.parameter)
+    optimizer.step()
+    assert torch.equal(row.parameter, before)
+
+
+def test_in_bf16_the_word_is_trained_in_fp32_and_acts_as_its_row_would() -> None:
+    made = families.StableDiffusionXL(tiny.sdxl(), CPU, torch.bfloat16)
+    word = NewWord(config(Path(), Path()), made)
+    with torch.no_grad():
+        for place in word.places:
+            place.vectors.add_(torch.randn_like(place.vectors))
+    states = made.text([f"a {WORD}"])["states"]
+    states.sum().backward()
+    gradients = [place.vectors.grad for place in word.places]
+    assert [None if grad is None else grad.dtype for grad in gradients] == [torch.float32] * 2
+    word.take_off()
+    detach(made.pipeline)
+    attach(made.pipeline, AdapterFile({}, embeddings=word.embeddings()))
+    assert torch.equal(made.text([f"a {WORD}"])["states"], states)
 
 
 def test_prodigy_finds_the_words_rate_itself() -> None:
