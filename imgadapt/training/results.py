@@ -11,6 +11,7 @@ from imgadapt import targets as where
 from imgadapt.errors import ConfigError, TrainingError, first_few
 from imgadapt.file import AdapterFile, load, plan, save
 from imgadapt.formats import FORMATS
+from imgadapt.formats.writing import Step
 from imgadapt.training import probe
 from imgadapt.training.families import Family
 
@@ -22,7 +23,8 @@ _LAYERS_ONLY = ("diffusers", "peft")  # their readers refuse a file that has wor
 def formats(file: AdapterFile, wanted: Sequence[str] = ()) -> list[str]:
     """The formats to write: those that are wanted, or diffusers' and the first of kohya's tools that say it exactly.
 
-    The first is one that holds all there is: words and layers together, or a word in several text encoders.
+    The first is one that holds all there is (words and layers together, or a word in several text encoders), as the
+    method that was trained.
 
     Raises:
         ConfigError: a wanted one is not known.
@@ -35,9 +37,18 @@ def formats(file: AdapterFile, wanted: Sequence[str] = ()) -> list[str]:
     if not file.parts:
         one = all(len(embedding.vectors) == 1 for embedding in file.embeddings.values())
         return ["diffusers", "kohya"] if one else ["kohya"]
-    able = [name for name in _USUAL if all(s.loss in ("exact", "aligned") for s in plan(file, name))]
-    chosen = [name for name in able if name == "diffusers"] + [name for name in able if name != "diffusers"][:1]
-    return (chosen[::-1] if file.embeddings else chosen) or ["imgadapt"]
+    plans = {name: plan(file, name) for name in _USUAL}
+    able = [name for name, steps in plans.items() if all(step.loss in ("exact", "aligned") for step in steps)]
+    other = {name for name in able if any(_another(file, step) for step in plans[name])}
+    kohya = sorted((name for name in able if name != "diffusers"), key=lambda name: name in other)
+    chosen = [*(name for name in able if name == "diffusers"), *kohya[:1]]
+    first = [name for name in chosen if name not in other and not (file.embeddings and name in _LAYERS_ONLY)]
+    return [*first, *(name for name in chosen if name not in first)] or ["imgadapt"]
+
+
+def _another(file: AdapterFile, step: Step) -> bool:
+    """Whether it is written as another method, which is the same but larger: LoHa as LoRA of its rank squared."""
+    return any(type(part.method) is not type(file.parts[name].method) for name, part in step.parts.items())
 
 
 def part_of(file: AdapterFile, glob: str) -> AdapterFile:
@@ -110,7 +121,8 @@ def prove(
         attaching.attach(family.pipeline, file, name="proof")
         error = probe.error(family, taken)
         attaching.detach(family.pipeline)
-        if not error <= _TOLERANCE[family.dtype] * max(1.0, float(taken["prediction"].abs().max())):
+        limit = _TOLERANCE[family.dtype] * max(1.0, float(taken["prediction"].abs().max()))
+        if not error <= limit or error > base / 2 > 0:  # or, of little that was learnt, a file without it would do
             raise TrainingError(
                 f"{path}, read back, acts otherwise than what was trained: predictions differ by {error:.2e}"
             )
