@@ -48,7 +48,8 @@ def formats(file: AdapterFile, wanted: Sequence[str] = ()) -> list[str]:
 
 def _another(file: AdapterFile, step: Step) -> bool:
     """Whether it is written as another method, which is the same but larger: LoHa as LoRA of its rank squared."""
-    return any(type(part.method) is not type(file.parts[name].method) for name, part in step.parts.items())
+    trained = {type(file.parts[name].method) for name in step.layers}
+    return any(type(part.method) not in trained for part in step.parts.values())
 
 
 def part_of(file: AdapterFile, glob: str) -> AdapterFile:
