@@ -185,6 +185,7 @@ def test_without_held_out_pictures_the_way_to_get_them_is_said(tmp_path: Path) -
     assert "--held-out-count 3" in said(tmp_path)
     evaluate(tmp_path, [0.5, 0.4])
     assert "2 pictures held out: too few" in said(tmp_path, count=2)
+    assert "note: It beats the base" in said(tmp_path, count=2)
     assert "too few" not in said(tmp_path)
 
 

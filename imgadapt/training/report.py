@@ -127,8 +127,9 @@ def _facts(
     done = f"{log.seconds / 60:.1f} min" if log.seconds >= 120 else f"{log.seconds:.0f} s"
     pace = f", {len(log.steps) * config.batch_size / log.seconds:.3g} pictures a second" if log.seconds else ""
     memory = _peak(config.output / "status.json")
+    method = config.method + "".join(f", {glob}: {text}" for glob, text in config.methods.items())
     rows = [
-        ("method", config.method + "".join(f", {glob}: {text}" for glob, text in config.methods.items())),
+        ("method", method if file.parts else ""),
         ("rank", _span(ranks)),
         ("scale (alpha / rank)", _span(scales)),
         ("layers", f"{len(file.parts):,}, {sum(t.numel() for t in tensors):,} numbers" if file.parts else ""),

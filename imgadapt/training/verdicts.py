@@ -55,7 +55,8 @@ def _against_base(readings: Readings, count: int) -> Iterator[Verdict]:
     gain, low, high = (rows[-1][f"held_out_gain{end}"] for end in ("", "_low", "_high"))
     said = f"by {number(abs(gain))} (95 % interval of the gain: {number(low)} to {number(high)}) on {_pictures(count)}"
     if low > 0:
-        yield Verdict("good", f"It beats the base on held-out pictures: its loss is lower {said}.")
+        mark = "good" if count >= _FEW else "note"
+        yield Verdict(mark, f"It beats the base on held-out pictures: its loss is lower {said}.")
     elif high < 0:
         yield Verdict("bad", f"It is worse than the base on held-out pictures: its loss is higher {said}.")
     else:
