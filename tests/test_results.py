@@ -66,7 +66,7 @@ def test_lora_and_dora_trained_here_do_the_same_in_diffusers(
     bare, ours = predicted(quick.unet), adapted(quick, path)
     for name in names[:2] if method == "lora" else ["adapter.safetensors"]:  # diffusers reads no other DoRA
         theirs = demo.pipeline()
-        theirs.load_lora_weights(tmp_path / "out" / name)
+        theirs.load_lora_weights(str(tmp_path / "out" / name))
         same(predicted(theirs.unet), ours, bare)
         torch.testing.assert_close(adapted(quick, tmp_path / "out" / name), ours)
 
