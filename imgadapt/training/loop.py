@@ -79,7 +79,8 @@ class Run:
         self.first = checkpoint.resume(self.folder, self._tensors, self._states, self.identity)
         self.last: dict[str, float] = {}
         self._silent = 0  # steps without any gradient
-        self._stop: str | None = None
+        self._stop: str | None = None  # the signal that came to this process
+        self._stopping: str | None = None  # that which ends the run, as all processes know it
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -131,10 +132,12 @@ class Run:
                     if odd := learning.check(self.rows, self._start, config.learning_rate):
                         tqdm.write(f"imgadapt: {odd}")
                     self._start = []
-                if done % config.checkpoint_every == 0 or done == config.steps or self._stop:
+                if self.processes.count == 1:
+                    self._stopping = self._stop
+                if done % config.checkpoint_every == 0 or done == config.steps or self._stopping:
                     self._save(done)
-                if self._stop and done < config.steps:
-                    raise Interrupted(f"stopped by {self._stop} after step {done}; run the same command to go on")
+                if self._stopping and done < config.steps:
+                    raise Interrupted(f"stopped by {self._stopping} after step {done}; run the same command to go on")
         if self.processes.main:
             self._status.write("done", done, {}, now=True)
 
@@ -250,9 +253,12 @@ class Run:
         ]
         for key in keys:
             sums.append(sum((t.further[key].float().sum() for t in held if key in t.further), torch.zeros(())))
+        sums.append(torch.tensor(float(self._stop is not None)))  # all stop after the same step, or would wait for ever
         whole = torch.stack([s.detach().to(self.processes.device) for s in sums])
         self.processes.sum([whole])
-        loss, raw, *others = (whole / count).tolist()
+        loss, raw, *others, stop = (whole / count).tolist()
+        if self.processes.count > 1:
+            self._stopping = (self._stop or "a signal to another process") if stop else None
         rates = sorted({group["lr"] * group.get("d", 1.0) for group in self.optimizer.param_groups}, reverse=True)
         figures = {"loss": loss, "raw": raw, "lr": rates[0], "grad_norm": norm, **dict(zip(keys, others, strict=True))}
         self.last = {"step": step + 1, **figures}
