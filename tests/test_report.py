@@ -411,6 +411,20 @@ def test_the_numbers_in_the_page_are_those_of_the_logs(made: _Made) -> None:
     assert "time 30 s, 8 pictures a second" in text
 
 
+def test_the_watched_losses_are_drawn_minus_the_bases_with_their_intervals(made: _Made) -> None:
+    evaluate(made.config.output, [0.9, 0.7, 0.8], [0.8, 0.6, 0.5])
+    page = made.page()
+    points = re.findall(r"<title>(held-out|training) pictures, step (.*?)</title>", page)
+    assert points == [
+        ("held-out", "0: 0 (0 to 0)"), ("held-out", "10: -0.1 (-0.11 to -0.09)"),
+        ("held-out", "20: -0.3 (-0.31 to -0.29)"), ("held-out", "30: -0.2 (-0.21 to -0.19)"),
+        ("training", "0: 0 (0 to 0)"), ("training", "10: -0.2 (-0.21 to -0.19)"),
+        ("training", "20: -0.4 (-0.41 to -0.39)"), ("training", "30: -0.5 (-0.51 to -0.49)"),
+    ]  # fmt: skip
+    assert "best: step 20</text>" in page
+    assert "the base</text>" in page
+
+
 def test_the_page_stands_alone_and_speaks_to_those_who_do_not_see(made: _Made) -> None:
     page = made.page()
     tags = _Tags(page)
