@@ -411,6 +411,20 @@ def test_the_numbers_in_the_page_are_those_of_the_logs(made: _Made) -> None:
     assert "time 30 s, 8 pictures a second" in text
 
 
+def test_a_bin_that_is_empty_at_one_end_of_the_run_says_so(made: _Made) -> None:
+    rows = log(made.config.output, 40)
+    for k, row in enumerate(rows):
+        row["t"] = [50.0, 50.0] if k < 10 else [150.0, 150.0]
+    (made.config.output / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = _Tags(made.page()).text
+    early = sum(4 / (k + 1) for k in range(10)) / 20
+    late = sum(4 / (k + 1) for k in range(30, 40)) / 20
+    assert f"t 0 to 100: {early:.4f} → \u2013 (20)" in text
+    assert f"t 100 to 200: \u2013 → {late:.4f} (60)" in text
+    assert "t 200 to 300: \u2013 → \u2013 (0)" in text
+    assert "a fox seed 0 two keys seed 1 an apple seed 2" in text
+
+
 def test_the_watched_losses_are_drawn_minus_the_bases_with_their_intervals(made: _Made) -> None:
     evaluate(made.config.output, [0.9, 0.7, 0.8], [0.8, 0.6, 0.5])
     page = made.page()
