@@ -46,6 +46,11 @@ def parts(values: Mapping[str, float], say: Any) -> str:
     return ", ".join(f"{name} {say(value)}" for name, value in values.items() if value)
 
 
+def say(text: str) -> None:
+    """What is being done, for those who wait, and not among what is printed."""
+    print(f"{text} ...", file=sys.stderr, flush=True)
+
+
 def row(name: str, text: str) -> None:
     """A line, or a few, with what it is about in front."""
     print(textwrap.fill(text, 118, initial_indent=f"{name:<10}", subsequent_indent=" " * 10, break_on_hyphens=False))
@@ -76,14 +81,14 @@ def tell(found: Preflight, crops: Path) -> None:
         if peak > need.step.peak:
             row("", f"{size(peak)} {when}")
     verdict = "it fits" if found.fits else "it does not fit; change" if found.curable else "it does not fit in any way"
-    row("", f"{size(found.room)} are free on the {trial.device if trial else found.device.type}: {verdict}")
+    row("", f"{size(found.room)} are free on this {'machine' if found.device.type == 'cpu' else 'GPU'}: {verdict}")
     for change in found.changes:
         print(f"{'':<12}{change.flags:<24}{size(change.peak):>8}  {change.text}")
     for disk in found.disks:
         row("disk", f"{size(disk.total)} of {size(disk.free)} free at {disk.folder}: {parts(disk.needed, size)}")
     if trial:
-        row("time", f"about {span(sum(found.times.values()))}, at {span(found.times['steps'] / config.steps)} a step: "
-            + parts(found.times, span))  # fmt: skip
+        pace = f"{span(found.times['steps'] / config.steps)} a step ({trial.device})"
+        row("time", f"about {span(sum(found.times.values()))}, at {pace}: {parts(found.times, span)}")
     else:
         row("time", f"not known, no real step was tried: {found.untried}")
 
@@ -116,7 +121,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print figures as JSON")
     args: argparse.Namespace = parser.parse_args(argv)
     try:
-        found = preflight.look(flags.given(args, *kinds), args.kind, Processes().device, step=not args.no_step)
+        found = preflight.look(flags.given(args, *kinds), args.kind, Processes().device, step=not args.no_step, say=say)
         crops = found.config.output / "check" / "crops.png"
         config = found.config
         sheet = sheets.contact_sheet(
@@ -132,7 +137,8 @@ def main(argv: Sequence[str]) -> None:
         print(json.dumps(figures(found, crops), indent=1))
     else:
         tell(found, crops)
-        print(f"\nnot ready: {'; '.join(found.faults)}" if found.faults else "\nready for: imgadapt train, same flags")
+        ends = f"not ready: {'; '.join(found.faults)}" if found.faults else "ready: imgadapt train, with the same flags"
+        print(f"\n{ends}" + (f"; add {' '.join(c.flags for c in found.changes)}" if found.curable else ""))
     if found.faults:
         raise SystemExit(1)
 

@@ -235,7 +235,11 @@ def beside(config: TrainConfig, family: Family, size: Size, step: Estimate, *, d
             family.vae,
             lambda: family.vae.decode(latents(family, (side, side), 1)),
         )
-    return {name: there + _unlearnt(module, device, run) for name, (there, module, run) in works.items()}
+    found = {name: there + _unlearnt(module, device, run) for name, (there, module, run) in works.items()}
+    if config.quantise and device == "cpu":
+        modules = (family.denoiser, family.vae, *family.encoders.values())
+        found["when the base is read"] = step.base + sum(memory._bytes(module.parameters()) for module in modules)
+    return found
 
 
 def _unlearnt(module: nn.Module, device: str, run: Callable[[], Any]) -> int:
@@ -273,7 +277,7 @@ class Predictor:
         size, key = largest(bucketed(config, family, self.examples)), config.model_dump_json()
         if key not in self._steps:
             self._steps[key] = predicted(config, family, size, device=self.device, base=self.base)
-        step, other = self._steps[key], f"{config.precision} {size} {config.resolution}"
+        step, other = self._steps[key], f"{config.precision} {size} {config.resolution} {config.quantise}"
         fixed = step.weights + step.adapter + step.optimizer + step.ema
         if other not in self._beside:
             found = beside(config, family, size, step, device=self.device)

@@ -68,15 +68,15 @@ def ladder(config: TrainConfig, room: int, peak: Peak, floor: Peak, *, sides: Se
             break
         taken = [*(one for one in taken if not set(one.settings) & set(change.settings)), change]
         pieces = _pieces(_with(config, taken), room, peak, floor)
-    if pieces is None:
-        pieces = config.batch_size
+    if pieces is not None:
+        for change in reversed(taken[:-1]):
+            fewer = [one for one in taken if one is not change]
+            enough = _pieces(_with(config, fewer), room, peak, floor)
+            if enough is not None:
+                taken, pieces = fewer, enough
+    pieces = pieces or config.batch_size
     if pieces != config.pieces:
         taken = [Change({"pieces": pieces}, "the batch is computed in parts, with the same result"), *taken]
-    for change in reversed(taken[:-1]):
-        fewer = [one for one in taken if one is not change]
-        without = _with(config, fewer)
-        if fits(floor(without), room) and fits(peak(without), room):
-            taken = fewer
     return [Change(c.settings, c.text, peak(_with(config, taken[: k + 1]))) for k, c in enumerate(taken)]
 
 
@@ -91,10 +91,9 @@ def _rungs(config: TrainConfig, sides: Sequence[int]) -> Iterator[Change]:
         yield Change({"optimizer": "adamw8bit"}, "the optimiser's state in 8 bits: next to no difference")
     if config.precision == "fp32":
         yield Change({"precision": "bf16"}, "the base in half the memory, a little less exact")
-    stored = {None: ("int8", "nf4"), "int8": ("nf4",), "nf4": ()}[config.quantise]
-    for kind in stored:
-        text = "the base's layers in 8 bits, less exact" if kind == "int8" else "in 4 bits, still less exact"
-        yield Change({"quantise": kind}, text)
+    for kind, bits in (("int8", 8), ("nf4", 4)):
+        if config.quantise is None or (config.quantise, kind) == ("int8", "nf4"):
+            yield Change({"quantise": kind}, f"the base's layers in {bits} bits, less exact")
     for side in sides:
         kept = [own for own in config.resolution if own < side]
         yield Change({"resolution": [*kept, side]}, "fewer pixels: the adapter learns less of details")

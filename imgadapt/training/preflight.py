@@ -83,14 +83,16 @@ def look(
     *,
     step: bool = True,
     room: int | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Preflight:
     """Look at a training. given, kind: as `plan.of` takes them. step: try real ones, where the base is on this machine.
 
-    room: bytes of memory, in the place of those that are free.
+    room: bytes of memory, in the place of those that are free. say: is told what is being done; it may take minutes.
 
     Raises:
         ConfigError, DataError: what is asked cannot be, pictures cannot be read or have no captions.
     """
+    say("looking at the pictures")
     made = planning.of(given, kind)
     config = _SETTLED.get(made.kind, lambda config: config)(made.config)
     examples, held_out = pictures(config)
@@ -107,14 +109,17 @@ def look(
         alpha_counts=config.mask == "alpha", elsewhere=_elsewhere(config, held_out),
     )  # fmt: skip
     lengths = [counted[0](text) for e in examples for text in e.captions] if counted else []
+    say("simulating a step")
     need, room = predictor.need(config), ladder.available(device) if room is None else room
     changes: list[ladder.Change] = []
     if not ladder.fits(need.peak, room):
+        say("it does not fit: simulating what may be changed")
         sides = [side // family.step * family.step for side in (family.native * 3 // 4, family.native // 2)]
         changes = ladder.ladder(config, room, predictor.peak, predictor.floor, sides=sides)
     untried = _untried(config, step=step, fits=not changes)
     tried: Trial | None = None
     if not untried:
+        say("trying real steps")
         try:
             tried = trial.run(config, max(views, key=lambda view: view.size[0] * view.size[1]))
         except TrainingError as error:

@@ -72,7 +72,7 @@ def blueprint(base: str) -> Blueprint:
         kind = single_file.kind_of(path, single_file.shapes(path))
         return blueprint(_SINGLE.get(kind, kind))
     try:
-        return _of_folder(base, hub.folder(base, weights=False))
+        return _of_folder(base, hub.folder(base))
     except ConfigError:
         if base not in hub.NAMES:
             raise
