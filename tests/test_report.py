@@ -19,10 +19,11 @@ import imgadapt
 from imgadapt import AdapterFile, LoRA, demo, live
 from imgadapt.errors import ConfigError, OutputError
 from imgadapt.file import save
-from imgadapt.training import charts, flags, gallery, norms, readings, report, scores
+from imgadapt.training import flags
 from imgadapt.training.config import InversionConfig, TrainConfig
-from imgadapt.training.scores import Score
-from imgadapt.training.verdicts import verdicts
+from imgadapt.training.report import charts, gallery, norms, page, readings, scores
+from imgadapt.training.report.scores import Score
+from imgadapt.training.report.verdicts import verdicts
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=y>&amp;"
 
@@ -335,8 +336,8 @@ class _Made:
             objective=SimpleNamespace(schedule=SimpleNamespace(total=1000)),
         )  # fmt: skip
         material: Any = SimpleNamespace(views=views)
-        outcome = report.Outcome([self.adapter], material, 1e-7, self.pieces)
-        return report.write(self.config, self.family, evidence, outcome).read_text("utf-8")
+        outcome = page.Outcome([self.adapter], material, 1e-7, self.pieces)
+        return page.write(self.config, self.family, evidence, outcome).read_text("utf-8")
 
 
 def adapter(pipe: Any, strength: float) -> AdapterFile:

@@ -24,9 +24,9 @@ from transformers import (
 
 from imgadapt import demo
 from imgadapt.errors import ConfigError
-from imgadapt.training import scores
 from imgadapt.training.config import TrainConfig
-from imgadapt.training.scores import Scorer
+from imgadapt.training.report import scores
+from imgadapt.training.report.scores import Scorer
 
 CPU = torch.device("cpu")
 _TINY: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from imgadapt.errors import ConfigError
-from imgadapt.training import scores
+from imgadapt.training.report import scores
 
 Precision = Literal["fp32", "bf16", "fp16"]
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "lion", "schedule-free", "came")

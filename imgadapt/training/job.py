@@ -12,7 +12,7 @@ from imgadapt.arch import architectures
 from imgadapt.errors import ConfigError
 from imgadapt.file import AdapterFile
 from imgadapt.formats import architecture_of
-from imgadapt.training import families, objective, optimizers, probe, recipe, report, results
+from imgadapt.training import families, objective, optimizers, probe, recipe, results
 from imgadapt.training.config import TrainConfig
 from imgadapt.training.data import digest, fingerprint, scan
 from imgadapt.training.evaluate import describe
@@ -21,6 +21,7 @@ from imgadapt.training.loop import Run
 from imgadapt.training.material import Material, kept_out
 from imgadapt.training.metadata import metadata
 from imgadapt.training.processes import Processes
+from imgadapt.training.report import page
 from imgadapt.training.words import NewWord
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -201,8 +202,8 @@ class Job:
                 f"{config.output / 'best.safetensors'}: the snapshot of step {best[0]}, held-out loss {best[1]:.4f}"
             )
         if config.report and not config.shard:  # its pictures would have to be drawn by all processes
-            outcome = report.Outcome(paths, self.material, worst, run.pieces)
-            self.say(f"{report.write(config, self.family, self.evidence, outcome)}: how it went")
+            outcome = page.Outcome(paths, self.material, worst, run.pieces)
+            self.say(f"{page.write(config, self.family, self.evidence, outcome)}: how it went")
 
 
 def pictures(config: TrainConfig) -> tuple[list[Any], list[Any]]:

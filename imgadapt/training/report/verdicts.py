@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from imgadapt.errors import first_few
-from imgadapt.training.charts import number
-from imgadapt.training.norms import LARGE, Norm, suspicious
-from imgadapt.training.readings import Readings
+from imgadapt.training.report.charts import number
+from imgadapt.training.report.norms import LARGE, Norm, suspicious
+from imgadapt.training.report.readings import Readings
 
 _FEW = 4  # pictures from which an interval says little
 _RISE = 0.05  # of the best gain: a rise of the held-out loss that counts, and a fall that is worth more steps

@@ -18,15 +18,16 @@ from imgadapt import __version__
 from imgadapt.atomic import write_bytes
 from imgadapt.errors import ConfigError
 from imgadapt.file import AdapterFile, load
-from imgadapt.training import flags, gallery, norms, readings, scores
-from imgadapt.training.charts import Chart, Line, number, svg
+from imgadapt.training import flags
 from imgadapt.training.config import DreamBoothConfig, InversionConfig, TrainConfig
 from imgadapt.training.evidence import Evidence
 from imgadapt.training.families import Family
 from imgadapt.training.material import Material
 from imgadapt.training.metadata import _PERSONAL as PERSONAL
-from imgadapt.training.readings import Readings
-from imgadapt.training.verdicts import verdicts
+from imgadapt.training.report import gallery, norms, readings, scores
+from imgadapt.training.report.charts import Chart, Line, number, svg
+from imgadapt.training.report.readings import Readings
+from imgadapt.training.report.verdicts import verdicts
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
 _HIDDEN = (*PERSONAL, "score_with")
@@ -107,7 +108,7 @@ def page(config: TrainConfig, family: Family, evidence: Evidence, outcome: Outco
 def _template() -> jinja2.Template:
     made = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made.filters |= {"number": number, "share": _share}
-    return made.from_string(Path(__file__).with_name("report.html").read_text("utf-8"))
+    return made.from_string(Path(__file__).with_name("page.html").read_text("utf-8"))
 
 
 def _share(value: float) -> str:
