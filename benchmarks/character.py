@@ -3,10 +3,10 @@
     python benchmarks/character.py --output character            # three trainings of 150 steps, then the table
 
 The character is one emoji of the base's, in other colours: 12 pictures of it, turned, moved and scaled on five
-backgrounds, as "ohwx elephant"; 6 more, on other backgrounds, are held out. Identity: loss on those below the base's, and
-likeness (cosine of latents, less the mean latent of 40 subjects) of pictures drawn for "ohwx elephant" to the nearest of
-the character, against that of the base's own elephant. Drift: how far pictures of the class and of eight other subjects
-move from the base's at the same seeds (root mean square of the pixels, 0 to 255).
+backgrounds, as "ohwx elephant"; 6 more, on other backgrounds, are held out. Identity: loss on those below the base's,
+and likeness (cosine of latents, less the mean latent of 40 subjects) of what is drawn for "ohwx elephant" to the
+nearest of the character, against that of the base's own elephant. Drift: how far pictures of the class and of eight
+other subjects move from the base's at the same seeds (root mean square of the pixels, 0 to 255).
 """
 
 import argparse

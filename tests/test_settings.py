@@ -240,6 +240,22 @@ def test_an_optimiser_has_the_rates_the_decay_and_its_options(name: str) -> None
         optimizers.build(bad, recipe.groups(bad, rows()))
 
 
+def test_prodigy_with_the_rate_of_another_optimiser_is_refused() -> None:
+    groups = [{"params": [nn.Parameter(torch.ones(2))], "lr": 1e-4}]
+    with pytest.raises(
+        ConfigError, match=r"learning_rate is a factor of it, usually 1; it is 0.0001, .*--learning-rate 1"
+    ):
+        optimizers.build(config(optimizer="prodigy"), groups)
+    optimizers.build(config(optimizer="prodigy", learning_rate=0.5), [{**groups[0], "lr": 0.5}])
+
+
+def test_a_base_in_toml_counts_from_the_file_where_it_is_there(tmp_path: Path) -> None:
+    (tmp_path / "bases" / "mine").mkdir(parents=True)
+    for base, wanted in (("bases/mine", str(tmp_path / "bases" / "mine")), ("sdxl", "sdxl"), ("a/b", "a/b")):
+        (tmp_path / "a.toml").write_text(f'base = "{base}"\n')
+        assert flags.read_toml(tmp_path / "a.toml")["base"] == wanted
+
+
 def test_prodigy_has_one_rate_and_says_so() -> None:
     for more in ({"lora_plus": 4}, {"learning_rates": {"text_encoder*": 0.5}}):
         made = config(optimizer="prodigy", learning_rate=1, **more)

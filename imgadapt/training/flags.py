@@ -41,6 +41,9 @@ def checked(values: dict[str, Any], path: Path) -> dict[str, Any]:
         numeric = field is not None and {int, float} & {field.annotation, *get_args(field.annotation)}
         if numeric and isinstance(value, bool | str):
             raise ConfigError(f"{path}: '{key}' is {value!r}, wanted a number")
+    base = values.get("base")
+    if isinstance(base, str) and not Path(base).is_absolute() and (path.parent / base).exists():
+        values["base"] = str(path.parent / base)
     for key in _PATHS:
         if isinstance(values.get(key), str):
             values[key] = path.parent / values[key]

@@ -43,6 +43,9 @@ KINDS: Mapping[str, Kind] = {
 }
 
 
+_FACTOR = 0.05  # below it, a learning rate for Prodigy was meant for another optimiser
+
+
 def build(config: TrainConfig, groups: Sequence[Mapping[str, Any]]) -> torch.optim.Optimizer:
     """The optimiser of a config over parameter groups that have their own rates.
 
@@ -55,6 +58,11 @@ def build(config: TrainConfig, groups: Sequence[Mapping[str, Any]]) -> torch.opt
         made: Callable[..., torch.optim.Optimizer] = getattr(import_module(kind.module), kind.name)
     except ModuleNotFoundError as error:
         raise MissingExtra(kind.module.partition(".")[0], kind.extra) from error
+    if kind.own_rate and config.learning_rate < _FACTOR:
+        raise ConfigError(
+            f"{config.optimizer} finds its rate, and learning_rate is a factor of it, usually 1; it is "
+            f"{config.learning_rate:g}, with which next to nothing is learnt: --learning-rate 1"
+        )
     if kind.own_rate and len({group["lr"] for group in groups}) > 1:  # it would take the first group's for all
         raise ConfigError(
             f"{config.optimizer} finds one rate for all tensors: learning_rates and lora_plus cannot be used with it"
