@@ -25,7 +25,7 @@ from imgadapt.training.report import page
 from imgadapt.training.words import NewWord
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_FOLLOWED = 16  # training pictures whose loss is measured beside that of the held-out ones
+_FOLLOWED = 8  # training pictures whose loss is measured beside that of the held-out ones
 
 
 class Job:
