@@ -22,10 +22,10 @@ from imgadapt.training.config import DreamBoothConfig, InversionConfig, TrainCon
 from imgadapt.training.data import Example
 from imgadapt.training.families import Conditions, Family
 from imgadapt.training.families.sketch import length, sketch
-from imgadapt.training.job import DTYPES
+from imgadapt.training.job import _FOLLOWED, DTYPES
 from imgadapt.training.memory import Estimate
 
-WATCHED = 16  # pictures whose losses are watched at once (`Material.all`)
+_AT_ONCE = 16  # pictures whose losses are watched together at most (`Material.all`)
 
 
 @dataclass(frozen=True)
@@ -221,12 +221,13 @@ def beside(config: TrainConfig, family: Family, size: Size, step: Estimate, *, d
         away = _away(family, device, learns_text(config, family))
         coder += memory._bytes(tensor for module in away for tensor in module.parameters())
     side = max(config.resolution or [family.native])
+    watched = min(_AT_ONCE, max(_FOLLOWED, config.held_out_count, _AT_ONCE if config.held_out else 0))
     works: dict[str, tuple[int, nn.Module, Callable[[], Any]]] = {
         "when pictures become latents": (coder, family.vae, lambda: family.vae.encode(torch.zeros(1, 3, *size[::-1]))),
         "when losses are watched": (
             fixed,
             family.denoiser,
-            lambda: family.predict(latents(family, size, WATCHED), family.blank(WATCHED), torch.zeros(WATCHED)),
+            lambda: family.predict(latents(family, size, watched), family.blank(watched), torch.zeros(watched)),
         ),
     }
     if config.sample_prompts:

@@ -10,7 +10,7 @@ from imgadapt.training import captions
 from imgadapt.training.buckets import View
 from imgadapt.training.config import DreamBoothConfig, TrainConfig
 from imgadapt.training.families import Family
-from imgadapt.training.fit import WATCHED
+from imgadapt.training.job import _FOLLOWED
 from imgadapt.training.memory import Estimate
 from imgadapt.training.trial import Trial
 
@@ -44,7 +44,7 @@ def durations(
     share, watched = _area(trained), evaluations(config)
     pictures = len(trained) * variants(config) * trial.picture * share
     words = 0 if live else len(texts(config, trained)) * trial.caption
-    followed = min(WATCHED, len(trained)) + held_out
+    followed = min(_FOLLOWED, len(trained)) + held_out
     drawn = (config.steps // config.sample_every if config.sample_every else 1) * _SEEDS * len(config.sample_prompts)
     if config.report:
         grid = 1 + min(_SNAPSHOTS, watched) * len(config.strengths)
