@@ -428,7 +428,7 @@ def test_a_base_that_is_not_here_is_planned_and_the_command_that_brings_it_is_sa
     ],
 )
 def test_a_step_that_fails_says_why(status: int, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = subprocess.CompletedProcess([], status, "", "a warning\nimgadapt: error: no layer matches\n")
+    done = subprocess.CompletedProcess([], status, "", "a warning\nno layer matches\n")
     monkeypatch.setattr(trial.subprocess, "run", lambda *_, **__: done)
     with pytest.raises(TrainingError, match=said):
         trial.run(_config(Path("x"), "demo"), _view())

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from imgadapt.errors import TrainingError
+from imgadapt.errors import ImgadaptError, TrainingError
 from imgadapt.training import families, fit, framing, memory, optimizers, recipe
 from imgadapt.training.averaging import Averages
 from imgadapt.training.buckets import View
@@ -57,7 +57,7 @@ def run(config: TrainConfig, view: View) -> Trial:
     done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return Trial(**json.loads(done.stdout.splitlines()[-1]))
-    said = (done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("imgadapt: error: ")
+    said = (done.stderr.strip().splitlines() or ["no message"])[-1]
     if done.returncode in (-9, 137):
         said = "it was killed, as systems do when memory is out"
     raise TrainingError(f"a real step was tried, and failed: {said}")
@@ -156,6 +156,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from imgadapt.cli import program
-
-    program(lambda _: main(), [])
+    try:
+        main()
+    except ImgadaptError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(1) from None
