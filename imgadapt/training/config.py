@@ -58,6 +58,7 @@ class TrainConfig(BaseModel):
     precision: Precision = Field("fp32", description="of the frozen base: fp32, bf16 or fp16; the adapter is fp32")
     quantise: Literal["nf4", "int8"] | None = Field(None, description="the base's linear layers: nf4 or int8")
     checkpointing: bool = Field(False, description="compute activations twice instead of keeping them")
+    swap_blocks: int = Field(0, ge=0, description="so many of the denoiser's blocks wait in RAM; with checkpointing")
     shard: bool = Field(False, description="split the frozen base over the processes (FSDP2)")
     compile: bool = Field(False, description="torch.compile the denoiser")
 
@@ -117,8 +118,9 @@ class TrainConfig(BaseModel):
     WATCHED: ClassVar[frozenset[str]] = frozenset({
         *("folder", "output", "base", "cache", "held_out", "checkpoint_every", "evaluate_every", "log_with", "report"),
         *("sample_prompts", "sample_every", "strengths", "score_with", "title", "formats", "exports", "private"),
-        *("caption", "trigger", "resolution", "buckets", "mask"),  # in the fingerprints, as what they come to
-        *("pieces", "checkpointing", "compile", "shard"),  # another way to the same numbers, but for their last bits
+        *("caption", "trigger", "resolution", "buckets"),  # in the fingerprints, as what they come to
+        # another way to the same numbers, but for their last bits
+        *("pieces", "checkpointing", "compile", "shard", "swap_blocks"),
     })  # fmt: skip
 
     @field_validator("learning_rates", "ranks", "optimizer_options", "methods", mode="after")

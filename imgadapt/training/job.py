@@ -22,6 +22,7 @@ from imgadapt.training.material import Material, kept_out
 from imgadapt.training.metadata import metadata
 from imgadapt.training.processes import Processes
 from imgadapt.training.report import page
+from imgadapt.training.swap import Swap
 from imgadapt.training.words import NewWord
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -74,6 +75,8 @@ class Job:
             if some is not None:
                 self.prepare(some)
         self.family.away(text=not self.live_text)
+        if config.swap_blocks:
+            self._swap()
         if config.shard:
             self.processes.shard(self.family.denoiser, [row.parameter for row in self.trained])
         if config.compile:
@@ -103,6 +106,13 @@ class Job:
         self.processes.wait()
         if not self.processes.main:
             material.prepare(quiet=True)
+
+    def _swap(self) -> None:
+        config = self.config
+        if config.quantise or config.compile or config.shard:
+            raise ConfigError("swap_blocks goes with neither quantise nor compile nor shard; choose one of them")
+        swap = Swap(self.family.denoiser, config.swap_blocks, self.family.device)
+        self.say(f"{config.swap_blocks} blocks ({swap.bytes / 2**20:.0f} MB) wait in RAM while they do not compute")
 
     def _usual(self) -> objective.Sampling:
         side = max(self.config.resolution or [self.family.native]) // self.family.latent_shape[1]
