@@ -129,7 +129,7 @@ def study(study: Study, method: str, found: dict[str, Any], output: Path) -> Non
                 detach(study.family.pipeline)  # a rate at which it diverges
                 tried[f"{rate:.3g}"] = {"rate": rate, "tuned": float("inf"), "diverged": str(error)[:80]}
             write_bytes(output, json.dumps(found, indent=1).encode())
-        if not rates and len(tried) < 6:
+        if not rates and len(tried) < 5:
             known, top = sorted(row["rate"] for row in tried.values()), best(tried)["rate"]
             if top in (known[0], known[-1]):
                 rates = [top * STEP if top == known[-1] else top / STEP]
