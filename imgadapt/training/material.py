@@ -87,8 +87,11 @@ class Material:
         held = [self._encoded(view, flip=self._mirrored(view, count), crop=count % self._crops) for view, count in rows]
         return self._stacked(rows, held, texts)
 
-    def all(self, size: int = 16) -> Iterator[tuple[list[int], Batch]]:
-        """Every view once, (places in `views`, batch), in batches of one size each."""
+    def all(self, size: int | None = None) -> Iterator[tuple[list[int], Batch]]:
+        """Every view once, (places in `views`, batch), in batches of one size each: twice what a step computes at once,
+        for without gradients that takes less.
+        """
+        size = size or 2 * -(-self.config.batch_size // self.config.pieces)
         by_size: dict[tuple[int, int], list[int]] = {}
         for k, view in enumerate(self.views):
             by_size.setdefault(view.size, []).append(k)

@@ -95,7 +95,7 @@ def kind_of_base(base: str) -> str:
     path = Path(base).expanduser()
     if path.is_file():
         return _FILES[single_file.kind_of(path, single_file.shapes(path))]
-    folder = path if path.is_dir() else hub.folder(base, weights=False)
+    folder = path if path.is_dir() else hub.folder(base)
     index, unet = folder / "model_index.json", folder / "unet" / "config.json"
     if not index.is_file():
         raise ConfigError(
