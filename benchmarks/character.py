@@ -48,8 +48,9 @@ def draw_character(folder: Path, backgrounds: Sequence[str], count: int, seed: i
     chance = np.random.default_rng(seed)
     plain = Image.open(demo.STYLE / "plain" / "elephant.png").convert("RGB")
     hue, saturation, value = plain.convert("HSV").split()
-    turned = hue.point(lambda h: (h + 110) % 256)  # grey is blue-grey there, and so becomes pink
-    coloured = Image.merge("HSV", (turned, saturation.point(lambda s: min(255, 2 * s)), value)).convert("RGB")
+    turned = hue.point([(h + 110) % 256 for h in range(256)])  # grey is blue-grey there, and so becomes pink
+    full = saturation.point([min(255, 2 * s) for s in range(256)])
+    coloured = Image.merge("HSV", (turned, full, value)).convert("RGB")
     inside = Image.fromarray((np.asarray(plain.convert("L")) < 250).astype(np.uint8) * 255)
     for k in range(count):
         size, angle = int(chance.integers(44, 62)), float(chance.uniform(-20, 20))

@@ -19,6 +19,7 @@ from imgadapt.training.config import DreamBoothConfig, InversionConfig, TrainCon
 from imgadapt.training.data import Example, scan
 from imgadapt.training.families import Family, hub
 from imgadapt.training.families.sketch import sketch, tokenizer_of
+from imgadapt.training.swap import repeated
 from tests import tiny
 
 MIB = 2**20
@@ -220,6 +221,36 @@ def test_the_ladder_s_last_rungs_are_fewer_pixels_and_a_lower_rank() -> None:
     assert _flags(590, alpha=8.0) == [*most, "--resolution 32", "--rank 4 --alpha 2.0"]
     # with a lower rank, fewer pixels are needless, and so is an optimiser of 8 bits
     assert _flags(660, alpha=8.0) == [m for m in most if "optimizer" not in m] + ["--rank 4 --alpha 2.0"]
+
+
+def test_on_a_gpu_blocks_wait_in_ram_before_the_base_is_quantised() -> None:
+    def fixed(config: TrainConfig) -> int:
+        return _fixed(config) - (800 if config.swap_blocks else 0)
+
+    def whole(config: TrainConfig) -> int:
+        return fixed(config) + _graph(config)
+
+    config = _config(Path("x"), "demo", rank=16, precision="bf16", batch_size=1)
+    flags = {room: [c.flags for c in ladder.ladder(config, room, whole, fixed, blocks=7)] for room in (1700, 1150)}
+    assert flags[1700] == ["--swap-blocks 7 --checkpointing"]
+    assert flags[1150] == ["--quantise nf4 --swap-blocks 0 --checkpointing"]  # the two do not go together
+
+
+def test_a_gpu_has_less_of_a_base_whose_blocks_wait_and_a_cpu_has_not(folder: Path) -> None:
+    family = sketch("demo")
+    plain, swapped = (
+        _config(folder, "demo", checkpointing=True, swap_blocks=count, targets=["attn2.to_q"]) for count in (0, 16)
+    )
+    at = {
+        (name, device): fit.predicted(config, family, (64, 64), device=device, bare=True).weights
+        for name, config in (("plain", plain), ("swapped", swapped))
+        for device in ("cpu", "cuda")
+    }
+    blocks = repeated(family.denoiser)
+    sizes = [sum(4 * p.numel() for p in block.parameters()) for block in blocks]
+    assert len(blocks) == 16
+    assert at["plain", "cpu"] == at["swapped", "cpu"]
+    assert at["plain", "cuda"] - at["swapped", "cuda"] == sum(sizes) - max(sizes)
 
 
 def test_the_ladder_says_what_is_needed_where_nothing_is_enough() -> None:

@@ -21,7 +21,7 @@ def gradients(family: Any) -> list[Tensor]:
     torch.manual_seed(2)
     channels = family.latent_shape[0]
     noisy = torch.randn(2, channels, 8, 8)
-    conditions = {key: torch.randn_like(value) for key, value in family.blank(2).items()}
+    conditions = {key: torch.randn_like(value) for key, value in dict(family.blank(2)).items()}
     times = torch.tensor([100, 700])
     family.predict(noisy, conditions, times).square().mean().backward()
     found = [p.grad.clone() for p in parameters(family.pipeline) if p.grad is not None]

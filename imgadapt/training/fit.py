@@ -7,7 +7,7 @@ autoencoder takes more for one large picture than a frugal step does.
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,8 +24,7 @@ from imgadapt.training.families import Conditions, Family
 from imgadapt.training.families.sketch import length, sketch
 from imgadapt.training.job import _FOLLOWED, DTYPES
 from imgadapt.training.memory import Estimate
-
-_AT_ONCE = 16  # pictures whose losses are watched together at most (`Material.all`)
+from imgadapt.training.swap import repeated
 
 
 @dataclass(frozen=True)
@@ -187,12 +186,22 @@ def predicted(
 
         away = _away(family, device, trained.live)
         kept = [module for module in (family.vae, *family.encoders.values()) if module not in away]
-        return memory.estimate(
+        made = memory.estimate(
             family.denoiser, parameters, step,
             optimizer=config.optimizer.replace("-", "_"), ema=config.ema is not None,
             accumulate=not bare and config.pieces > 1, kept=[*kept, trained.words], storage=config.quantise,
             device=device, base=base,
         )  # fmt: skip
+        return replace(made, weights=made.weights - _swapped(config, family.denoiser, device))
+
+
+def _swapped(config: TrainConfig, denoiser: nn.Module, device: str) -> int:
+    """Bytes of the blocks that wait in RAM (`Swap`), but for the largest, which is there in its turn."""
+    if not config.swap_blocks or device == "cpu":
+        return 0
+    blocks = repeated(denoiser)[: config.swap_blocks]
+    sizes = [memory._bytes(p for p in block.parameters() if not p.requires_grad) for block in blocks]
+    return sum(sizes) - max(sizes, default=0)
 
 
 def _away(family: Family, device: str, live: bool) -> list[nn.Module]:
@@ -221,7 +230,9 @@ def beside(config: TrainConfig, family: Family, size: Size, step: Estimate, *, d
         away = _away(family, device, learns_text(config, family))
         coder += memory._bytes(tensor for module in away for tensor in module.parameters())
     side = max(config.resolution or [family.native])
-    watched = min(_AT_ONCE, max(_FOLLOWED, config.held_out_count, _AT_ONCE if config.held_out else 0))
+    watched = 2 * micro_batch(config)  # `Material.all`
+    if not config.held_out:
+        watched = min(watched, max(_FOLLOWED, config.held_out_count))
     works: dict[str, tuple[int, nn.Module, Callable[[], Any]]] = {
         "when pictures become latents": (coder, family.vae, lambda: family.vae.encode(torch.zeros(1, 3, *size[::-1]))),
         "when losses are watched": (

@@ -54,16 +54,19 @@ def fits(peak: int, room: int) -> bool:
     return peak * (1 + memory.RESERVE) <= room
 
 
-def ladder(config: TrainConfig, room: int, peak: Peak, floor: Peak, *, sides: Sequence[int] = ()) -> list[Change]:
+def ladder(
+    config: TrainConfig, room: int, peak: Peak, floor: Peak, *, sides: Sequence[int] = (), blocks: int = 0
+) -> list[Change]:
     """The cheapest changes after which a training that does not fit does: more pieces, checkpointing, an optimiser of
-    8 bits, bf16, the base in 8 and in 4 bits, fewer pixels, a lower rank, in this order; those that a later one makes
-    needless are left out. The last one's peak says whether they are enough.
+    8 bits, bf16, blocks that wait in RAM, the base in 8 and in 4 bits, fewer pixels, a lower rank, in this order; those
+    that a later one makes needless are left out. The last one's peak says whether they are enough.
 
     floor: bytes that are no activations, which is quicker to know. sides: resolutions to go down to, the largest first.
+    blocks: how many the denoiser has; 0 on the CPU, where waiting in RAM saves nothing.
     """
     taken: list[Change] = []
     pieces = _pieces(config, room, peak, floor)
-    for change in _rungs(config, sides):
+    for change in _rungs(config, sides, blocks):
         if pieces is not None:
             break
         taken = [*(one for one in taken if not set(one.settings) & set(change.settings)), change]
@@ -84,16 +87,20 @@ def _with(config: TrainConfig, changes: Sequence[Change]) -> TrainConfig:
     return config.model_copy(update={name: value for change in changes for name, value in change.settings.items()})
 
 
-def _rungs(config: TrainConfig, sides: Sequence[int]) -> Iterator[Change]:
+def _rungs(config: TrainConfig, sides: Sequence[int], blocks: int) -> Iterator[Change]:
     if not config.checkpointing:
         yield Change({"checkpointing": True}, "activations are computed twice: a third slower, with the same result")
     if config.optimizer == "adamw":
         yield Change({"optimizer": "adamw8bit"}, "the optimiser's state in 8 bits: next to no difference")
     if config.precision == "fp32":
         yield Change({"precision": "bf16"}, "the base in half the memory, a little less exact")
+    if blocks > config.swap_blocks and config.quantise is None:
+        text = "blocks wait in RAM while they do not compute: slower, with the same result"
+        yield Change({"swap_blocks": blocks, "checkpointing": True}, text)
     for kind, bits in (("int8", 8), ("nf4", 4)):
         if config.quantise is None or (config.quantise, kind) == ("int8", "nf4"):
-            yield Change({"quantise": kind}, f"the base's layers in {bits} bits, less exact")
+            waiting = {"swap_blocks": 0, "checkpointing": True} if blocks else {}
+            yield Change({"quantise": kind, **waiting}, f"the base's layers in {bits} bits, less exact")
     for side in sides:
         kept = [own for own in config.resolution if own < side]
         yield Change({"resolution": [*kept, side]}, "fewer pixels: the adapter learns less of details")

@@ -20,6 +20,7 @@ from imgadapt.training.families.sketch import tokenizer_of
 from imgadapt.training.job import pictures
 from imgadapt.training.lint import Finding
 from imgadapt.training.plan import Kind, Plan
+from imgadapt.training.swap import repeated
 from imgadapt.training.trial import Trial
 
 _SETTLED: Mapping[Kind, Callable[[Any], TrainConfig]] = {
@@ -115,7 +116,8 @@ def look(
     if not ladder.fits(need.peak, room):
         say("it does not fit: simulating what may be changed")
         sides = [side // family.step * family.step for side in (family.native * 3 // 4, family.native // 2)]
-        changes = ladder.ladder(config, room, predictor.peak, predictor.floor, sides=sides)
+        blocks = 0 if device.type == "cpu" else len(repeated(family.denoiser))
+        changes = ladder.ladder(config, room, predictor.peak, predictor.floor, sides=sides, blocks=blocks)
     untried = _untried(config, step=step, fits=not changes)
     tried: Trial | None = None
     if not untried:
