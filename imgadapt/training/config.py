@@ -1,7 +1,7 @@
 """The settings of a training: each is a TOML key and a flag; unknown ones are errors."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -118,7 +118,7 @@ class TrainConfig(BaseModel):
     WATCHED: ClassVar[frozenset[str]] = frozenset({
         *("folder", "output", "base", "cache", "held_out", "checkpoint_every", "evaluate_every", "log_with", "report"),
         *("sample_prompts", "sample_every", "strengths", "score_with", "title", "formats", "exports", "private"),
-        *("caption", "trigger", "resolution", "buckets"),  # in the fingerprints, as what they come to
+        *("caption", "trigger", "resolution", "buckets", "class_folder"),  # in the fingerprints, as what they come to
         # another way to the same numbers, but for their last bits
         *("pieces", "checkpointing", "compile", "shard", "swap_blocks"),
     })  # fmt: skip
@@ -149,12 +149,23 @@ class TrainConfig(BaseModel):
         """A config of these values.
 
         Raises:
-            ConfigError: a key is unknown (the nearest is named), lacking, of the wrong type or out of range.
+            ConfigError: a key is unknown (the nearest is named), lacking, of the wrong type or out of range; or it is
+                set, and would have no effect without another one.
         """
         try:
-            return cls(**values)
+            made = cls(**values)
         except ValidationError as error:
             raise ConfigError("; ".join(_explain(row, list(cls.model_fields)) for row in error.errors())) from error
+        for name, value in made:
+            _check_text(name, value)
+        idle = [(name, needs) for names, needs, has in _NEEDS for name in names if made._is_set(name) and not has(made)]
+        if idle:
+            raise ConfigError("; ".join(f"'{name}' has no effect without {needs}" for name, needs in idle))
+        return made
+
+    def _is_set(self, name: str) -> bool:
+        field = type(self).model_fields.get(name)
+        return field is not None and getattr(self, name) != field.default
 
     def identity(self, fingerprint: Mapping[str, str]) -> dict[str, str]:
         """What decides the result, as text: settings (but for paths and what is only watched) and fingerprints."""
@@ -192,6 +203,32 @@ class InversionConfig(TrainConfig):
         if not value.strip() or any(c.isspace() for c in value):
             raise ValueError("wanted one word without spaces, say <ohwx>")
         return value
+
+
+_NEEDS: Sequence[tuple[tuple[str, ...], str, Callable[[Any], bool]]] = (
+    (("restarts",), "schedule = restarts", lambda c: c.schedule == "restarts"),
+    (("huber_c",), "huber", lambda c: c.huber is not None),
+    (("logit_mean", "logit_spread"), "timesteps = logit_normal", lambda c: c.timesteps == "logit_normal"),
+    (("mode_scale",), "timesteps = mode", lambda c: c.timesteps == "mode"),
+    (("crops",), "crop = random", lambda c: c.crop == "random"),
+    (("unmasked_weight",), "mask", lambda c: c.mask != "none" or c.crop == "pad"),
+    (("keep_tags", "caption_variants"), "shuffle_tags or tag_dropout", lambda c: c.shuffle_tags or c.tag_dropout > 0),
+    (("strengths", "score_with"), "report", lambda c: c.report),
+    (("class_folder", "class_count"), "preservation = classic", lambda c: c.preservation == "classic"),
+    (("preservation_share",), "preservation = class-free", lambda c: c.preservation == "class-free"),
+    (("preservation_weight",), "preservation", lambda c: c.preservation != "none"),
+)
+"""Settings, the other one that they are part of, and whether a config has that."""
+
+
+def _check_text(name: str, value: Any) -> None:
+    """Names and words are written into files at the end: what cannot be written is to be known at the beginning."""
+    try:
+        json.dumps(value, default=str, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"'{name}' is {str(value)!r}, which is not UTF-8 and cannot be written into files; rename it"
+        ) from error
 
 
 def _explain(row: Any, known: Sequence[str]) -> str:

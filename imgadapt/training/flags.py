@@ -11,9 +11,10 @@ from typing import Any, TypeVar, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from imgadapt.errors import ConfigError
-from imgadapt.training.config import TrainConfig
+from imgadapt.training.config import DreamBoothConfig, InversionConfig, TrainConfig
 
 Config = TypeVar("Config", bound=TrainConfig)
+_KINDS = (TrainConfig, DreamBoothConfig, InversionConfig)
 _PATHS = ("folder", "output", "held_out", "cache", "class_folder")
 
 
@@ -36,8 +37,9 @@ def checked(values: dict[str, Any], path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: a setting that is a number is something else.
     """
+    fields = {name: field for kind in _KINDS for name, field in kind.model_fields.items()}
     for key, value in values.items():
-        field = TrainConfig.model_fields.get(key)
+        field = fields.get(key)
         numeric = field is not None and {int, float} & {field.annotation, *get_args(field.annotation)}
         if numeric and isinstance(value, bool | str):
             raise ConfigError(f"{path}: '{key}' is {value!r}, wanted a number")
@@ -47,6 +49,8 @@ def checked(values: dict[str, Any], path: Path) -> dict[str, Any]:
     for key in _PATHS:
         if isinstance(values.get(key), str):
             values[key] = path.parent / values[key]
+    if isinstance(models := values.get("score_with"), list):
+        values["score_with"] = [path.parent / model if isinstance(model, str) else model for model in models]
     return values
 
 
