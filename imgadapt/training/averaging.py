@@ -31,7 +31,16 @@ class Averages:
 
     def states(self) -> dict[str, Stateful]:
         """What a checkpoint must hold."""
-        return {} if self.ema is None else {"ema": self.ema}
+        return {} if self.ema is None else {"ema": self}
+
+    def state_dict(self) -> Any:
+        """Of the exponential mean."""
+        return self.ema.state_dict()
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Go on with a mean; a checkpoint's is on the CPU, and EMAModel takes it as it is."""
+        self.ema.load_state_dict(state_dict)
+        self.ema.to(self.parameters[0].device)
 
     def step(self) -> None:
         """After each step of the optimiser."""
