@@ -9,7 +9,7 @@ import torch
 
 from imgadapt import live
 from imgadapt.arch import architectures
-from imgadapt.errors import ConfigError
+from imgadapt.errors import ConfigError, DataError, first_few
 from imgadapt.file import AdapterFile
 from imgadapt.formats import architecture_of
 from imgadapt.training import families, objective, optimizers, probe, recipe, results
@@ -50,6 +50,7 @@ class Job:
         )
         identity = self.family.identity()
         self.objective = objective.of(config, self.family.schedule, self._usual())
+        self.family.follow(self.objective.schedule)
         torch.manual_seed(config.seed)
         self.word, self.adapter = word(self.family) if word else None, adapter
         if adapter:
@@ -220,7 +221,7 @@ def pictures(config: TrainConfig) -> tuple[list[Any], list[Any]]:
     """(to train on, held out) of a config's folders.
 
     Raises:
-        DataError: see `scan`.
+        DataError: see `scan`; or a picture is both trained and held out.
         ConfigError: both ways to hold out are given.
     """
     examples = scan(config.folder, config.caption, config.trigger)
@@ -228,4 +229,13 @@ def pictures(config: TrainConfig) -> tuple[list[Any], list[Any]]:
         raise ConfigError("held_out and held_out_count are two ways to hold pictures out; choose one")
     if config.held_out_count:
         return kept_out(examples, config.held_out_count)
-    return examples, scan(config.held_out, config.caption, config.trigger) if config.held_out else []
+    if not config.held_out:
+        return examples, []
+    held_out = scan(config.held_out, config.caption, config.trigger)
+    trained = {example.digest for example in examples}
+    if both := [example.path.name for example in held_out if example.digest in trained]:
+        raise DataError(
+            f"{config.held_out}: {len(both)} of its pictures are among those of {config.folder}, too "
+            f"({first_few(both)}); held-out ones must never be trained on: remove them from one of the two"
+        )
+    return examples, held_out

@@ -18,6 +18,8 @@ from imgadapt.training.objective import Sampling, Schedule
 Conditions = Mapping[str, Tensor]
 """What a prediction depends on beside picture and time, by name: text states (batch, tokens, width) and the like."""
 
+_TOGETHER = 768**2  # pixels that are drawn at once
+
 
 class Family(ABC):
     """A frozen pipeline of one kind of base. A new kind is one file: a subclass, and its row in `load.FAMILIES`.
@@ -96,6 +98,18 @@ class Family(ABC):
                 f"this base's {name} says prediction_type {kind!r}; wanted epsilon, v_prediction or sample"
             )
         return Schedule(kind, usual.alphas_cumprod, int(usual.config["num_train_timesteps"]))
+
+    def follow(self, schedule: Schedule) -> None:
+        """Take another forward process than the base's config says; pictures are drawn by it from now on, too."""
+        if schedule is self.schedule:
+            return
+        from diffusers import DDIMScheduler
+
+        own, changes = self.pipeline.scheduler, {"prediction_type": schedule.prediction}
+        kind: Any = type(own)
+        if schedule.alphas is not None and float(schedule.alphas[-1]) < 1e-9:  # which not all of them take
+            kind, changes = DDIMScheduler, {**changes, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        self.pipeline.scheduler, self.schedule = kind.from_config(own.config, **changes), schedule
 
     @property
     def native(self) -> int:
@@ -238,25 +252,30 @@ class Family(ABC):
     ) -> list[Any]:
         """One PIL picture a prompt, each from its own seed, so that it is the same in any batch. side: pixels.
 
+        As many are drawn together as have the pixels of one of 768 x 768, or one by one.
+
         Raises:
             TrainingError: see `decode`.
         """
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.pipeline.set_progress_bar_config(disable=True)
         side = side or self.native
+        guidance = self.guidance if guidance is None else guidance
+        count, places = max(1, _TOGETHER // side**2), side // self.latent_shape[1]
+        made: list[Any] = []
         with self.here():
-            latents = self.pipeline(
-                list(prompts),
-                num_inference_steps=steps,
-                guidance_scale=self.guidance if guidance is None else guidance,
-                generator=generators,
-                height=side,
-                width=side,
-                output_type="latent",  # decoded here: the pipelines want the autoencoder in the dtype of the rest
-                **self._options(),
-            ).images
-            places = side // self.latent_shape[1]
-            return [self.decode(latent) for latent in self._unpacked(latents, places, places)]
+            for first in range(0, len(prompts), count):
+                latents = self.pipeline(
+                    list(prompts[first : first + count]),
+                    num_inference_steps=steps,
+                    guidance_scale=guidance,
+                    generator=[torch.Generator().manual_seed(seed) for seed in seeds[first : first + count]],
+                    height=side,
+                    width=side,
+                    output_type="latent",  # decoded here: the pipelines want the autoencoder in the dtype of the rest
+                    **self._options(),
+                ).images
+                made += [self.decode(latent) for latent in self._unpacked(latents, places, places)]
+        return made
 
     def _options(self) -> dict[str, Any]:
         """What else the pipeline is called with, so that prompts are encoded as `text` does."""
