@@ -32,7 +32,8 @@ def main(argv: Sequence[str]) -> None:
     # The pictures; the base, frozen; a fresh adapter on it; latents and text states, computed once and kept by content.
     job = Job(config)
     family, objective, material = job.family, job.objective, job.material
-    free = config.preservation == "class-free"
+    if free := config.preservation == "class-free":
+        subject.class_words(config, job)
     others = subject.class_pictures(config, job) if config.preservation == "classic" else None
 
     # All that is random is a function of seed, step and place in the batch, so a resumed run is the same run, and a

@@ -1,6 +1,6 @@
 """Material: pictures and captions as the base takes them, each computed once and kept by its content, and batches."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,20 +64,27 @@ class Material:
             shuffle=config.shuffle_tags, keep=config.keep_tags, tag_dropout=config.tag_dropout,
             dropout=0.0 if fixed else config.caption_dropout, variants=config.caption_variants,
         )  # fmt: skip
-        self._states: dict[str, dict[str, Tensor]] = {}
 
     def prepare(self, *, quiet: bool = False) -> None:
         """Compute all that is not yet kept."""
         every = [(view, flip, crop) for view in self.views for flip in self._flips for crop in range(self._crops)]
-        for view, flip, crop in tqdm(every, "pictures", leave=False, disable=quiet, dynamic_ncols=True):
-            self._encoded(view, flip=flip, crop=crop)
+        with self.family.here():  # once for all of them, and not for each
+            for view, flip, crop in tqdm(every, "pictures", leave=False, disable=quiet, dynamic_ncols=True):
+                self._encoded(view, flip=flip, crop=crop)
+        self.prepare_texts(self.texts(), quiet=quiet)
+
+    def prepare_texts(self, texts: Collection[str], *, quiet: bool = False) -> None:
+        """Compute the conditions of texts that are not yet kept; none where text encoders are trained."""
         if self.live:
             return
-        texts = dict.fromkeys(
-            text for example in dict.fromkeys(v.example for v in self.views) for text in self._texts(example)
-        )
-        for text in tqdm(texts, "captions", leave=False, disable=quiet, dynamic_ncols=True):
-            self.states(text)
+        with self.family.here():
+            for text in tqdm(texts, "captions", leave=False, disable=quiet, dynamic_ncols=True):
+                self.states(text)
+
+    def texts(self) -> list[str]:
+        """All that pictures may be shown with, each once."""
+        examples = dict.fromkeys(view.example for view in self.views)
+        return list(dict.fromkeys(text for example in examples for text in self._texts(example)))
 
     def batch(self, step: int, places: range) -> Batch:
         """Some places of a step's batch."""
@@ -111,9 +118,8 @@ class Material:
 
     def states(self, text: str) -> dict[str, Tensor]:
         """Text conditions of one caption, kept."""
-        if text not in self._states:
-            self._states[text] = self.cache.get(lambda: self.family.encode_text(text), "text", text, self._text)
-        return self._states[text]
+        # not held on to: each would keep a file open, and systems allow a thousand or so
+        return self.cache.get(lambda: self.family.encode_text(text), "text", text, self._text)
 
     def _stacked(
         self, rows: Sequence[tuple[View, int]], held: Sequence[Mapping[str, Tensor]], texts: Sequence[str]

@@ -1,5 +1,6 @@
 """A subject and its class: the words of both, and pictures of the class."""
 
+import re
 from pathlib import Path
 from typing import TypeVar
 
@@ -7,7 +8,7 @@ from tqdm import tqdm
 
 from imgadapt import live
 from imgadapt.atomic import write_bytes
-from imgadapt.errors import ConfigError
+from imgadapt.errors import ConfigError, OutputError
 from imgadapt.training import pictures
 from imgadapt.training.config import DreamBoothConfig
 from imgadapt.training.data import SUFFIXES, digest, fingerprint, scan
@@ -41,10 +42,21 @@ def without(caption: str, config: DreamBoothConfig) -> str:
     """A caption as it would be of any other of the class: the class's words, or the caption without the trigger."""
     if config.class_prompt is not None:
         return config.class_prompt
-    if config.trigger is None:
+    trigger = (config.trigger or "").strip()
+    if not trigger:
         return ""
-    words = caption.replace(config.trigger, " ").split()
-    return " ".join(words).strip(" ,")
+    # in whatever case, and as a word of its own, as `captions.says` finds it: it would be kept as part of the class
+    words = re.sub(rf"(?<!\w){re.escape(trigger)}(?!\w)", " ", caption, flags=re.IGNORECASE).split()
+    return " ".join(words).replace(" ,", ",").strip(" ,")
+
+
+def class_words(config: DreamBoothConfig, job: Job) -> None:
+    """Encode the class's words for all captions before the first step: none then has to bring text encoders back."""
+    texts = list(dict.fromkeys(without(text, config) for text in job.material.texts()))
+    job.origin["class"] = digest(texts)
+    if job.processes.main:
+        job.material.prepare_texts(texts)
+    job.processes.wait()
 
 
 def class_pictures(config: DreamBoothConfig, job: Job) -> Material:
@@ -66,7 +78,10 @@ def class_pictures(config: DreamBoothConfig, job: Job) -> Material:
 
 
 def _fill(config: DreamBoothConfig, job: Job, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write class pictures to {folder}: {error.strerror}") from error
     there = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES]
     lacking = config.class_count - len(there)
     if lacking <= 0:
