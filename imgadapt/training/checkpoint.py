@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -72,7 +73,8 @@ def resume(
         except FormatError:
             held, metadata, whole = {}, {}, False
         if not whole:
-            path.rename(path.with_suffix(".torn"))
+            with suppress(FileNotFoundError):  # another process of the run was first
+                path.rename(path.with_suffix(".torn"))
             torn += 1
             continue
         differing = [

@@ -1,12 +1,14 @@
 """Run: what surrounds the steps of a training: resuming, checkpoints, rates, gradients, memory, log, interrupts."""
 
 import math
+import re
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -20,6 +22,8 @@ from imgadapt.training.averaging import Averages
 from imgadapt.training.config import TrainConfig
 from imgadapt.training.log import Figures, Lines, Status, peak_memory
 from imgadapt.training.processes import Processes
+
+_WRITTEN = ("", "checkpoints/", "snapshots/", "samples/", "class/", "check/", "cache/*/")  # in the output
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class Run:
         self.folder = config.output / "checkpoints"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for unfinished in config.output.rglob(".*.tmp") if processes.main else ():  # of a run that was killed
+            for unfinished in _unfinished(config.output) if processes.main else ():
                 unfinished.unlink(missing_ok=True)
         except OSError as error:
             raise OutputError(f"cannot write to {config.output}: {error.strerror}") from error
@@ -77,6 +81,8 @@ class Run:
         self._tensors = {f"{k}": p for k, p in enumerate(self.parameters)}
         self._start = [parameter.detach().clone() for parameter in self.parameters]
         self.first = checkpoint.resume(self.folder, self._tensors, self._states, self.identity)
+        if self.first >= learning.LOOKED_AT:
+            self._start = []
         self.last: dict[str, float] = {}
         self._silent = 0  # steps without any gradient
         self._stop: str | None = None  # the signal that came to this process
@@ -278,6 +284,12 @@ class Run:
         """Within the block the adapter is what will be written: the running mean, where there is one."""
         with self.averages.shown():
             yield
+
+
+def _unfinished(output: Path) -> list[Path]:
+    """What a run that was killed left of files; only where runs write, for the folder may be anyone's, or a home."""
+    found = [path for place in _WRITTEN for path in output.glob(f"{place}.*.tmp")]
+    return [path for path in found if re.fullmatch(r"\..+\.[0-9a-f]+\.tmp", path.name)]
 
 
 def rate(config: TrainConfig, step: int) -> float:
