@@ -1,11 +1,12 @@
 """One process or many: who computes what of a step, and how it is put together (accelerate)."""
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -25,7 +26,9 @@ class Processes:
     """
 
     def __init__(self, *, cpu: bool = False) -> None:
-        self.accelerator = Accelerator(cpu=cpu)
+        # while one process encodes pictures or draws, the others wait, for longer than the usual ten minutes
+        patient = InitProcessGroupKwargs(timeout=timedelta(days=1))
+        self.accelerator = Accelerator(cpu=cpu, kwargs_handlers=[patient])
         if self.accelerator.mixed_precision not in ("no", "fp8") or self.accelerator.gradient_accumulation_steps > 1:
             raise ConfigError("set --precision and --pieces instead of accelerate's mixed_precision and accumulation")
         self.index, self.count = self.accelerator.process_index, self.accelerator.num_processes
