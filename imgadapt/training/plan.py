@@ -164,7 +164,7 @@ def _choices(
     samples = min(max(usual.passes[kind] * count, usual.least), usual.most)
     steps = max(20, -(-samples // batch))
     held_out = 0 if given.get("held_out") or count < 20 or kind == "concept" else min(4, count // 10)
-    text = usual.text if kind == "character" else None
+    text = usual.text if kind == "character" and _takes_text(given) else None
     targets = ["transformer", *(["convolution"] if usual.convolutions else []), *(["text"] if text else [])]
     rank = usual.rank[kind]
     chosen: dict[str, tuple[Any, str]] = {
@@ -183,7 +183,6 @@ def _choices(
     }  # fmt: skip
     if _ranked(given):
         chosen["rank"] = (rank, f"usual for a {kind} on {named}")
-        chosen["alpha"] = (float(given.get("rank", rank)), "equal to the rank: the rate means the same for each rank")
     if text:
         chosen["learning_rates"] = ({"text_encoder*": text}, f"usual for the text encoder of {named}")
     if kind == "style" and usual.min_snr and not given.get("debiased"):
@@ -195,10 +194,18 @@ def _choices(
     return chosen
 
 
+def _takes_text(given: Mapping[str, Any]) -> bool:
+    """Whether text encoders may be trained, and at a rate of their own."""
+    if given.get("optimizer") == "prodigy":  # which has one rate for all
+        return False
+    return "targets" not in given or any(target.startswith("text") for target in given["targets"])
+
+
 def _ranked(given: Mapping[str, Any]) -> bool:
-    """Whether the method is low-rank in the way that the usual ranks are for."""
-    made = recipe.method(str(given.get("method", "lora")), {})
-    return isinstance(made.inner if isinstance(made, DoRA) else made, LoRA)
+    """Whether the method is low-rank in the way that the usual ranks are for, and says none itself."""
+    text = str(given.get("method", "lora"))
+    made = recipe.method(text, {})
+    return "rank=" not in text.replace(" ", "") and isinstance(made.inner if isinstance(made, DoRA) else made, LoRA)
 
 
 def _rate(given: Mapping[str, Any], usual: Usual, named: str) -> tuple[float, str]:
