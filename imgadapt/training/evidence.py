@@ -108,7 +108,8 @@ class Evidence:
         """The prompts of the file, as it is now, spelled for the pipeline."""
         if not self.prompts.exists():
             return []
-        return [self.spelled(line.strip()) for line in self.prompts.read_text("utf-8").splitlines() if line.strip()]
+        text = self.prompts.read_text("utf-8-sig", "replace")  # whatever editor saved it: no reason to end a run
+        return [self.spelled(line.strip()) for line in text.splitlines() if line.strip()]
 
     def finish(self) -> tuple[int, float] | None:
         """Copy the snapshot of the least held-out loss to `best.safetensors`; returns its step and loss."""

@@ -46,7 +46,12 @@ def settled(config: InversionConfig) -> InversionConfig:
         raise ConfigError(
             f"{first_few(deaf)}: for an adapter, and none is trained: give --adapter, or leave it out{hint}"
         )
-    return config.model_copy(update={"trigger": config.word, "caption": config.caption or f"a photo of {config.word}"})
+    changes: dict[str, Any] = {"trigger": config.word, "caption": config.caption or f"a photo of {config.word}"}
+    if not config.adapter:  # a picture that is shown without its caption teaches a word nothing
+        if config.caption_dropout not in (0, type(config).model_fields["caption_dropout"].default):
+            raise ConfigError("caption_dropout: a word alone learns nothing of pictures without it; give --adapter")
+        changes["caption_dropout"] = 0.0
+    return config.model_copy(update=changes)
 
 
 @dataclass(frozen=True)
