@@ -38,7 +38,8 @@ def main(argv: Sequence[str]) -> None:
     path = made.config.output / "config.toml"
     if path.exists() and list(made.config.output.glob("checkpoints/step-*")):
         before, now = flags.read_toml(path), flags.checked(tomllib.loads(flags.write_toml(made.config)), path)
-        if changed := [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]:
+        told = sorted((before.keys() | now.keys()) - made.config.WATCHED)  # of the others, the run knows what counts
+        if changed := [key for key in told if before.get(key) != now.get(key)]:
             said = ", ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in changed[:3])
             raise ConfigError(f"{path} belongs to a run that has begun: {said}; choose another --output")
     write_bytes(path, flags.write_toml(made.config, made.why).encode())
