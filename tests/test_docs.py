@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import imgadapt
-from imgadapt import LoRA
+from imgadapt import LoRA, cli
 from imgadapt.arch import architectures
 from imgadapt.formats import FORMATS
 from imgadapt.methods import METHODS
+from imgadapt.training import flags, plan, recipe
 
 ROOT = Path(__file__).parents[1]
 _BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -55,3 +56,24 @@ def test_every_method_has_its_section() -> None:
     page = (ROOT / "docs/methods.md").read_text("utf-8")
     for method in METHODS:
         assert re.search(rf"^## .*\b{method.__name__}\b", page, re.MULTILINE), method.__name__
+
+
+def test_every_flag_program_and_config_of_the_page_of_training_is_there() -> None:
+    page = (ROOT / "docs/training.md").read_text("utf-8") + (ROOT / "README.md").read_text("utf-8")
+    fields = {name for _, kind in plan.PROGRAMS.values() for name in kind.model_fields}
+    others = {"kind", "config", "help", "output", "adapter", "strength", "to", "plan", "base", "index-url"}
+    others |= {"num_processes", "module", "nproc-per-node"}  # accelerate's and torchrun's
+    named = [flag.removeprefix("no-") for flag in re.findall(r"--([a-z][a-z_-]+)", page)]
+    assert {f for f in named if f.replace("-", "_") not in fields and f not in others} == set()
+    programs = re.findall(r"^imgadapt (\w+)", page, re.MULTILINE)
+    assert {"train", "check", "style", "textual_inversion"} <= set(programs) <= set(cli.PROGRAMS)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "train_scripts" / "configs").glob("*.toml")), ids=lambda p: p.stem)
+def test_every_config_to_copy_is_one_of_the_program_that_it_names(path: Path) -> None:
+    program = re.search(r"imgadapt (\w+) ", path.read_text("utf-8"))
+    assert program
+    kinds = dict(plan.PROGRAMS.values())
+    values = {"folder": path.parent, "trigger": "ohwx", **flags.read_toml(path)}
+    config = kinds[program[1]].of(values)
+    recipe.methods(config)
