@@ -1,6 +1,6 @@
 """Job: all that a training program needs around its loss, from settings to proved files."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,9 @@ class Job:
             config.base, device=self.processes.device, dtype=DTYPES[config.precision], quantise=config.quantise
         )
         identity = self.family.identity()
-        self.objective = objective.of(config, self.family.schedule, self._usual())
+        self.objective = objective.of(
+            config, self.family.schedule, self._usual(), lambda height, width: self.family.sampling(height, width).shift
+        )
         self.family.follow(self.objective.schedule)
         torch.manual_seed(config.seed)
         self.word, self.adapter = word(self.family) if word else None, adapter
@@ -83,6 +85,7 @@ class Job:
         if config.compile:
             self.family.denoiser.compile()
         spelled = self.word.spelled if self.word else str
+        self._drop_out(False)
         self.evidence = Evidence(
             config, self.family, self.objective, followed, fresh, collect=self.collected, spelled=spelled,
             writes=self.processes.main,
@@ -140,7 +143,16 @@ class Job:
             f"{config.method if self.adapter else 'words'}: {numbers:,} numbers in {len(self.trained)} tensors of "
             f"{len({row.layer for row in self.trained})} layers, {config.optimizer}"
             + (f"\n{self.word}" if self.word else "")
+            + "".join(f"\n{note}" for note in self._notes())
         )
+
+    def _notes(self) -> Iterator[str]:
+        """What is done with pictures that one may not expect."""
+        if large := [view.enlarged for view in self.material.views if view.enlarged > 1]:
+            yield f"{len(large)} pictures are enlarged, up to {max(large):.2f} times; a lower --resolution avoids that"
+        masked = sum(example.mask is not None for example in self.examples)
+        if masked and self.config.mask == "none":
+            yield f"the masks of {masked} pictures are not used; --mask file does"
 
     def say(self, text: str) -> None:
         """Print, in one process."""
@@ -160,15 +172,24 @@ class Job:
         if made.first:
             self.say(f"going on after step {made.first}")
         self.evidence.begin(made.first)
+        self._drop_out(True)
         return made
+
+    def _drop_out(self, on: bool) -> None:
+        """Leave out in steps what the settings say, and nothing when the model is looked at: adapters are in the mode
+        of the base, which is not that of training, or with checkpointing always is."""
+        for _, _, slot in live.slots(self.family.pipeline) if self.adapter else ():
+            slot.training = on and bool(slot.dropout)
 
     def look(self, run: Run, done: int) -> None:
         """Evaluate and draw after so many steps, where it is due."""
         if not self.evidence.due(done):
             return
         if self.processes.main or self.config.shard:
+            self._drop_out(False)
             with run.averaged():
                 self.evidence.look(done)
+            self._drop_out(True)
         self.processes.wait()
 
     def finish(self, run: Run) -> None:
@@ -180,6 +201,7 @@ class Job:
         config, main = self.config, self.processes.main
         if not main and not config.shard:
             return
+        self._drop_out(False)
         with run.averaged():
             if not self.evidence.last:  # the run was over already
                 self.evidence.measure()
@@ -212,7 +234,9 @@ class Job:
             self.say(
                 f"{config.output / 'best.safetensors'}: the snapshot of step {best[0]}, held-out loss {best[1]:.4f}"
             )
-        if config.report and not config.shard:  # its pictures would have to be drawn by all processes
+        if config.report and config.shard:
+            self.say("no report: its pictures would have to be drawn by all processes, which --shard does not do yet")
+        elif config.report:
             outcome = page.Outcome(paths, self.material, worst, run.pieces)
             self.say(f"{page.write(config, self.family, self.evidence, outcome)}: how it went")
 
@@ -227,6 +251,7 @@ def pictures(config: TrainConfig) -> tuple[list[Any], list[Any]]:
     examples = scan(config.folder, config.caption, config.trigger)
     if config.held_out and config.held_out_count:
         raise ConfigError("held_out and held_out_count are two ways to hold pictures out; choose one")
+    _check_masks(config, examples)
     if config.held_out_count:
         return kept_out(examples, config.held_out_count)
     if not config.held_out:
@@ -239,3 +264,12 @@ def pictures(config: TrainConfig) -> tuple[list[Any], list[Any]]:
             f"({first_few(both)}); held-out ones must never be trained on: remove them from one of the two"
         )
     return examples, held_out
+
+
+def _check_masks(config: TrainConfig, examples: Sequence[Any]) -> None:
+    if config.mask == "alpha" and not any(example.alpha for example in examples):
+        raise ConfigError(f"mask is alpha, and no picture in {config.folder} has transparent pixels; leave it out")
+    if config.mask == "file" and not any(example.mask for example in examples):
+        raise ConfigError(
+            f"mask is file, and no picture in {config.folder} has one: fox-mask.png beside fox.png, white is trained"
+        )

@@ -6,6 +6,7 @@ or 1 / s^2 (flow matching), so that one division turns a weight into the predict
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -139,6 +140,7 @@ class Objective:
         (1 - c0) / (1 + s/a)^2 + c0; None: squares.
     offset, pyramid: see `noise.shaped`. perturbation: the input, not the target, has this much more noise (arXiv
         2301.11706).
+    shift: of the sampling for latents of (height, width), where it is the base's own; None: the same for all sizes.
     """
 
     schedule: Schedule
@@ -150,14 +152,18 @@ class Objective:
     offset: float = 0.0
     pyramid: float = 0.0
     perturbation: float = 0.0
+    shift: Callable[[int, int], float] | None = None
 
-    def times(self, seed: int, step: int, batch: int) -> Tensor:
+    def times(self, seed: int, step: int, batch: int, size: tuple[int, int] | None = None) -> Tensor:
         """(batch,) times of a step, one in each of `batch` equal parts of the distribution (less variance).
 
-        Whole and below `total` for diffusion, real for flow matching.
+        Whole and below `total` for diffusion, real for flow matching. size: (height, width) of the latents.
         """
         u = noise.stratified(seed, step, batch)
-        levels = self.sampling.levels(u) * self.schedule.total
+        sampling = self.sampling
+        if size is not None and self.shift is not None:
+            sampling = replace(sampling, shift=self.shift(*size))
+        levels = sampling.levels(u) * self.schedule.total
         return levels if self.schedule.alphas is None else levels.long().clamp(0, self.schedule.total - 1)
 
     def noises(self, seed: int, step: int, shape: torch.Size, first: int = 0) -> tuple[Tensor, Tensor]:
@@ -169,7 +175,8 @@ class Objective:
 
     def ask(self, latents: Tensor, seed: int, step: int, places: range, batch: int) -> Question:
         """What some places of a step are asked: a function of seed, step and place. batch: of the whole step."""
-        times = self.times(seed, step, batch)[places.start : places.stop].to(latents.device)
+        size = latents.shape[2], latents.shape[3]
+        times = self.times(seed, step, batch, size)[places.start : places.stop].to(latents.device)
         target, added = self.noises(seed, step, latents.shape, places.start)
         noisy = self.schedule.noised(latents, added.to(latents.device), times)
         return Question(times, target.to(latents.device), noisy)
@@ -221,10 +228,12 @@ def _wide(x: Tensor, like: Tensor) -> Tensor:
     return x.to(like.device).view(-1, *[1] * (like.ndim - 1))
 
 
-def of(config: TrainConfig, schedule: Schedule, usual: Sampling) -> Objective:
+def of(
+    config: TrainConfig, schedule: Schedule, usual: Sampling, shift: Callable[[int, int], float] | None = None
+) -> Objective:
     """The objective that settings ask for.
 
-    usual: how the base's family samples times where the settings say nothing.
+    usual: how the base's family samples times where the settings say nothing; shift: its shift, by size.
 
     Raises:
         ConfigError: settings that exclude one another, or that this base has no use for.
@@ -249,5 +258,5 @@ def of(config: TrainConfig, schedule: Schedule, usual: Sampling) -> Objective:
     return Objective(
         schedule, sampling, "debiased" if config.debiased else "none" if config.min_snr_gamma is None else "min_snr",
         config.min_snr_gamma or 5.0, config.huber, config.huber_c, config.noise_offset, config.pyramid_noise,
-        config.input_perturbation,
+        config.input_perturbation, shift if config.shift is None else None,
     )  # fmt: skip
