@@ -124,6 +124,7 @@ def of(given: Mapping[str, Any], kind: Kind | None = None) -> Plan:
     """
     if "folder" not in given:
         raise ConfigError("'folder' is not given: imgadapt train ./pictures")
+    TrainConfig.of({name: value for name, value in given.items() if name in TrainConfig.model_fields})
     why: dict[str, str] = {}
     examples = scan(Path(given["folder"]), given.get("caption") or _stand_in(given, kind), given.get("trigger"))
     if kind is None:
