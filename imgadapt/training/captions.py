@@ -23,6 +23,7 @@ COLUMNS = ("text", "caption", "prompt")
 MOST_WORDINGS = 64
 PLACEHOLDER = "[trigger]"
 SEPARATOR = "|||"
+_UNSAID = re.compile(r"[\x00\ud800-\udfff]")
 _WILDCARD = re.compile(r"\{([^{}|]*(?:\|[^{}|]*)+)\}")
 
 
@@ -124,8 +125,10 @@ def wordings(lines: Sequence[str], where: object) -> list[str]:
     where: file, for the error.
 
     Raises:
-        DataError: there are more than 64.
+        DataError: there are more than 64, or one has NUL or half a character in it, which ends in no tokenizer.
     """
+    if odd := next((line for line in lines if _UNSAID.search(line)), None):
+        raise DataError(f"{where}: {odd[:40]!r} has characters that are no text; is it UTF-16? save it as UTF-8")
     split = [_WILDCARD.split(line) for line in lines if line.strip()]
     options = [[part.split("|") if k % 2 else [part] for k, part in enumerate(parts)] for parts in split]
     if (count := sum(math.prod(map(len, line)) for line in options)) > MOST_WORDINGS:

@@ -1,5 +1,6 @@
 """The files of a training: written as other tools read them, read back, and proved to act as what was trained."""
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -76,7 +77,12 @@ def check(file: AdapterFile, wanted: Sequence[str], exports: Mapping[str, str]) 
                 f"formats: {len(steps)} of {len(file.parts)} layers cannot be written as {name} "
                 f"({first_few([step.name for step in steps])}); leave it out, or choose another"
             )
-    for glob in exports.values():
+    taken = {*(form.name for form in FORMATS), "words"}
+    for name, glob in exports.items():
+        if name in taken or not re.fullmatch(r"\w[\w. -]*", name):
+            raise ConfigError(
+                f"exports: '{name}' cannot be in a file's name, adapter.{name}.safetensors; choose another"
+            )
         part_of(file, glob)
 
 
