@@ -1,6 +1,7 @@
 """What an attack on the trainers found: each test is of something that went wrong, or was passed over in silence."""
 
 import json
+import math
 import os
 import resource
 from collections.abc import Callable, Sequence
@@ -14,14 +15,27 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from torch import Tensor, nn
 
+from imgadapt import live
 from imgadapt.errors import ConfigError, DataError, OutputError
-from imgadapt.training import checkpoint, families, flags, loop, plan, recipe, subject, words
+from imgadapt.training import (
+    checkpoint,
+    families,
+    flags,
+    loop,
+    noise,
+    objective,
+    plan,
+    probe,
+    recipe,
+    subject,
+    words,
+)
 from imgadapt.training.averaging import Averages
 from imgadapt.training.config import DreamBoothConfig, InversionConfig, TrainConfig
 from imgadapt.training.evidence import Evidence
 from imgadapt.training.job import Job, pictures
 from imgadapt.training.material import Material
-from imgadapt.training.objective import Schedule
+from imgadapt.training.objective import Sampling, Schedule
 from tests import tiny
 
 LAYER = "unet.mid_block*to_q"
@@ -217,7 +231,7 @@ def test_pictures_are_drawn_by_the_forward_process_that_is_trained() -> None:
     family.follow(family.schedule.with_zero_terminal_snr())
     sampler = family.pipeline.scheduler
     assert isinstance(sampler, DDIMScheduler)
-    assert sampler.config.timestep_spacing == "trailing"
+    assert sampler.config["timestep_spacing"] == "trailing"
     assert family.schedule.alphas is not None
     assert (sampler.alphas_cumprod - family.schedule.alphas).abs().max() < 1e-5
 
@@ -281,3 +295,102 @@ def test_moving_class_pictures_does_not_make_it_another_run() -> None:
     given = {"folder": "x", "preservation": "classic", "class_prompt": "a man"}
     here, there = (DreamBoothConfig.of({**given, "class_folder": name}) for name in ("here", "there"))
     assert here.identity({}) == there.identity({})
+
+
+# --- the second wave
+
+
+@pytest.mark.parametrize("more", [[], ["--checkpointing"]])
+@pytest.mark.parametrize("kind", ["dropout", "module-dropout"])
+def test_dropout_is_in_the_steps_and_nowhere_else(
+    folder: Path, tmp_path: Path, run: Program, quick: Any, monkeypatch: pytest.MonkeyPatch, kind: str, more: list[str]
+) -> None:
+    modes: dict[str, set[bool]] = {"learn": set(), "look": set(), "finish": set()}
+
+    def watched(name: str, owner: Any, attribute: str) -> None:
+        plainly = getattr(owner, attribute)
+
+        def call(*args: Any, **options: Any) -> Any:
+            modes[name] |= {slot.training for _, _, slot in live.slots(quick)}
+            return plainly(*args, **options)
+
+        monkeypatch.setattr(owner, attribute, call)
+
+    watched("learn", loop.Run, "learn")
+    watched("look", Evidence, "measure")
+    watched("finish", probe, "take")
+    arguments = [
+        "--steps",
+        "2",
+        "--batch-size",
+        "2",
+        "--targets",
+        "transformer",
+        "--log-with",
+        "--no-report",
+        "--rank",
+        "2",
+    ]
+    arguments += ["--cache", str(tmp_path / "cache"), "--learning-rate", "0.01", "--warmup-steps", "0", *more]
+    losses = list[list[float]]()
+    for share in ("0.0", "0.5"):
+        out = tmp_path / share
+        run("style", [str(folder), "--output", str(out), *arguments, f"--{kind}", share])
+        losses.append([json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()])
+        assert modes == {"learn": {share == "0.5"}, "look": {False}, "finish": {False}}
+        modes |= {name: set() for name in modes}
+    assert losses[0][1] != losses[1][1]
+
+
+def test_times_are_shifted_by_the_size_of_what_is_trained(folder: Path) -> None:
+    family = families.Flux(tiny.flux(), torch.device("cpu"), torch.float32)
+    made = objective.of(
+        TrainConfig.of({"folder": folder}), family.schedule, family.sampling(64, 64), lambda h, w: 1.0 + h * w / 8
+    )
+    small, large = (made.ask(torch.zeros(2, 4, side, side), 0, 0, range(2), 4).times for side in (2, 8))
+    plain = made.times(0, 0, 4)[:2]
+    u = noise.stratified(0, 0, 4)[:2].double()
+    for times, shift in ((small, 1.5), (large, 9.0), (plain, made.sampling.shift)):
+        x = torch.special.expit(math.sqrt(2) * torch.erfinv(2 * u - 1))
+        assert torch.allclose(times.double(), 1000 * shift * x / (1 + (shift - 1) * x), rtol=1e-5)
+    fixed = objective.of(TrainConfig.of({"folder": folder, "shift": 2}), family.schedule, Sampling(), lambda h, w: 9.0)
+    assert fixed.shift is None
+    assert fixed.sampling.shift == 2
+
+
+def test_a_mask_that_no_picture_has_is_an_error_and_masks_that_are_not_used_are_told(
+    folder: Path, quick: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError, match=r"no picture in .* has transparent pixels"):
+        pictures(TrainConfig.of(settings(folder, mask="alpha")))
+    with pytest.raises(ConfigError, match=r"no picture in .* has one: fox-mask.png beside fox.png"):
+        pictures(TrainConfig.of(settings(folder, mask="file")))
+    Image.new("L", (64, 64), 255).save(folder / "ant-mask.png")
+    Job(TrainConfig.of(settings(folder, resolution=[128])))
+    said = capsys.readouterr().out
+    assert "the masks of 1 pictures are not used; --mask file does" in said
+    assert "5 pictures are enlarged, up to 2.00 times" in said
+
+
+@pytest.mark.parametrize("name", ["../up", "kohya", "words", "a/b", ""])
+def test_exports_are_files_of_their_own_in_the_output(folder: Path, quick: Any, name: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be in a file's name"):
+        Job(TrainConfig.of(settings(folder, exports={name: "*"})))
+
+
+@pytest.mark.parametrize("content", ["a fox".encode("utf-16-le"), b"a \x00"])
+def test_a_caption_with_what_is_no_text_is_named(folder: Path, content: bytes) -> None:
+    (folder / "ant.txt").write_bytes(content)
+    with pytest.raises(DataError, match=r"ant.txt: .* characters that are no text; is it UTF-16"):
+        pictures(TrainConfig.of(settings(folder)))
+    (folder / "ant.txt").unlink()
+    rows = [json.dumps({"file_name": p.name, "text": "a \ud800"}) for p in sorted(folder.glob("*.png"))]
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    with pytest.raises(DataError, match="characters that are no text"):
+        pictures(TrainConfig.of(settings(folder)))
+
+
+@pytest.mark.parametrize("given", [{"batch_size": "x"}, {"trigger": 5}, {"folder": 5}])
+def test_what_a_plan_is_made_of_is_checked_first(folder: Path, given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"'{next(iter(given))}' is "):
+        plan.of({"folder": folder, **given})
