@@ -65,7 +65,7 @@ class Study:
 
     def config(self, method: str, rate: float) -> TrainConfig:
         """The settings of one training."""
-        targets = ["norm*", "group_norm"] if method == "norm" else ["transformer", "convolution"]
+        targets = ["norm*"] if method == "norm" else ["transformer", "convolution"]
         return TrainConfig.of({
             "folder": demo.STYLE / "train", "output": self.folder, "method": METHODS[method][0], "learning_rate": rate,
             "steps": self.steps, "batch_size": self.batch, "targets": targets, "checkpoint_every": 10**6,
