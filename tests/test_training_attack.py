@@ -181,14 +181,14 @@ def test_a_word_alone_is_never_shown_without_its_caption(folder: Path) -> None:
 
 def test_thousands_of_captions_do_not_hold_as_many_files_open(folder: Path, quick: Any) -> None:
     config = TrainConfig.of(settings(folder))
-    for k in range(150):
+    for k in range(60):
         (folder / f"more{k}.txt").write_text(f"number {k}")
         Image.new("RGB", (64, 64), (k, 0, 0)).save(folder / f"more{k}.png")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 100, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, hard))
     try:
         job = Job(config)
-        assert len(job.material.texts()) == 156
+        assert len(job.material.texts()) == 66
         assert len(job.material.batch(0, range(2)).latents) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -300,8 +300,7 @@ def test_moving_class_pictures_does_not_make_it_another_run() -> None:
 # --- the second wave
 
 
-@pytest.mark.parametrize("more", [[], ["--checkpointing"]])
-@pytest.mark.parametrize("kind", ["dropout", "module-dropout"])
+@pytest.mark.parametrize(("kind", "more"), [("dropout", ["--checkpointing"]), ("module-dropout", [])])
 def test_dropout_is_in_the_steps_and_nowhere_else(
     folder: Path, tmp_path: Path, run: Program, quick: Any, monkeypatch: pytest.MonkeyPatch, kind: str, more: list[str]
 ) -> None:
