@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from imgadapt import live
 from imgadapt.errors import ConfigError, DataError, OutputError
 from imgadapt.training import (
+    buckets,
     checkpoint,
+    data,
     families,
     flags,
+    framing,
     loop,
     noise,
     objective,
@@ -393,3 +396,17 @@ def test_a_caption_with_what_is_no_text_is_named(folder: Path, content: bytes) -
 def test_what_a_plan_is_made_of_is_checked_first(folder: Path, given: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"'{next(iter(given))}' is "):
         plan.of({"folder": folder, **given})
+
+
+def test_a_mask_that_the_crop_leaves_nothing_of_is_an_error(tmp_path: Path) -> None:
+    Image.effect_mandelbrot((300, 100), (-2, -1.5, 1, 1.5), 60).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a")
+    mask = Image.new("L", (300, 100))
+    mask.paste(255, (0, 0, 40, 100))
+    mask.save(tmp_path / "a-mask.png")
+    (view,) = buckets.views(data.scan(tmp_path), [64], 8, square=True)
+    with pytest.raises(DataError, match=r"a.png: cropped to 64 x 64, nothing is left of its mask.*--crop pad"):
+        framing.frame(view, framing.Options(use_mask="file"))
+    padded = framing.frame(view, framing.Options("pad", use_mask="file")).mask
+    assert padded is not None
+    assert padded.sum() > 0

@@ -132,6 +132,11 @@ def frame(view: View, options: Options = _PLAIN) -> Frame:
     if mask is not None:
         # a triangle, not a box: Pillow's box takes whole pixels only, so masks would be off by up to half of one
         mask = _laid(mask, place, 0, Image.Resampling.BILINEAR)
+        if options.crop != "random" and mask.getextrema()[1] == 0:  # of random crops another one may have some of it
+            raise DataError(
+                f"{view.example.path}: cropped to {place.target[1]} x {place.target[0]}, nothing is left of its mask, "
+                "so nothing of it would be trained; crop it yourself, or give --crop pad"
+            )
     pixels = torch.from_numpy(np.asarray(seen, np.float32) / 127.5 - 1).permute(2, 0, 1).contiguous()
     counts = None if mask is None else torch.from_numpy(np.asarray(mask, np.float32) / 255)
     return Frame(pixels, counts, place.original, place.corner, place.target)
