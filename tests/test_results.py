@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,20 @@ def test_other_methods_trained_here_do_the_same_in_lycoris(
     assert len(network.loras) == len(load(path).parts) == 8
     network.eval().apply_to()
     same(predicted(unet), ours, bare)
+
+
+def test_files_of_half_the_size_are_proved_within_their_rounding(
+    run: Run, folder: Path, tmp_path: Path, quick: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes: dict[str, int] = {}
+    for precision in ("fp32", "fp16"):
+        path = trained(run, folder, tmp_path / precision, "--rank", "3", "--save-precision", precision)
+        sizes[precision] = sum(
+            t.numel() * t.element_size() for p in load(path).parts.values() for t in p.tensors.values()
+        )
+    assert sizes["fp32"] == 2 * sizes["fp16"]
+    errors = re.findall(r"read back, predictions differ by (\S+) ", capsys.readouterr().out)
+    assert float(errors[0]) == 0 < float(errors[1]) < 1e-3
 
 
 def test_files_of_parts_of_the_layers_and_other_formats_are_written_as_asked(

@@ -112,12 +112,14 @@ class TrainConfig(BaseModel):
     # the file
     title: str | None = Field(None, description="the adapter's name in its metadata; that of OUTPUT when not given")
     formats: list[str] = Field([], description="formats to write; what diffusers and kohya's tools read when not given")
+    save_precision: Precision = Field("fp32", description="of the written tensors; fp16 is half the size")
     exports: dict[str, str] = Field({}, description="further files of a part of the layers: style=b-lora-style")
     private: bool = Field(False, description="no captions, names or paths in the file's metadata")
 
     WATCHED: ClassVar[frozenset[str]] = frozenset({
         *("folder", "output", "base", "cache", "held_out", "checkpoint_every", "evaluate_every", "log_with", "report"),
-        *("sample_prompts", "sample_every", "strengths", "score_with", "title", "formats", "exports", "private"),
+        *("sample_prompts", "sample_every", "strengths", "score_with", "title", "formats", "exports"),
+        *("private", "save_precision"),
         *("caption", "trigger", "resolution", "buckets", "class_folder"),  # in the fingerprints, as what they come to
         # another way to the same numbers, but for their last bits
         *("pieces", "checkpointing", "compile", "shard", "swap_blocks"),

@@ -12,7 +12,7 @@ from imgadapt.file import AdapterFile, save
 from imgadapt.training import pictures
 from imgadapt.training.config import TrainConfig
 from imgadapt.training.evaluate import bootstrap, held_out_losses
-from imgadapt.training.families import Family
+from imgadapt.training.families import DTYPES, Family
 from imgadapt.training.log import Lines, read_lines
 from imgadapt.training.material import Material
 from imgadapt.training.objective import Objective
@@ -93,7 +93,8 @@ class Evidence:
             figures |= {f"{name}_gain": mean, f"{name}_gain_low": low, f"{name}_gain_high": high}
         made = self.collect()
         both = bool(made.parts and made.embeddings)  # which the usual format, diffusers', has no place for
-        save(made, self._snapshot(done), format=formats(made)[0] if both else None)
+        form = formats(made)[0] if both else None
+        save(made, self._snapshot(done), format=form, dtype=DTYPES[self.config.save_precision])
         self._lines.write({"step": done, **{k: round(v, 6) for k, v in figures.items()}})
 
     @property

@@ -20,9 +20,9 @@ from imgadapt.training import memory, recipe
 from imgadapt.training.buckets import Size, View, views
 from imgadapt.training.config import DreamBoothConfig, InversionConfig, TrainConfig
 from imgadapt.training.data import Example
-from imgadapt.training.families import Conditions, Family
+from imgadapt.training.families import DTYPES, Conditions, Family
 from imgadapt.training.families.sketch import length, sketch
-from imgadapt.training.job import _FOLLOWED, DTYPES
+from imgadapt.training.job import _FOLLOWED
 from imgadapt.training.memory import Estimate
 from imgadapt.training.swap import repeated
 

@@ -17,6 +17,7 @@ from imgadapt.training.config import TrainConfig
 from imgadapt.training.data import digest, fingerprint, scan
 from imgadapt.training.evaluate import describe
 from imgadapt.training.evidence import Evidence
+from imgadapt.training.families import DTYPES
 from imgadapt.training.loop import Run
 from imgadapt.training.material import Material, kept_out
 from imgadapt.training.metadata import metadata
@@ -25,7 +26,6 @@ from imgadapt.training.report import page
 from imgadapt.training.swap import Swap
 from imgadapt.training.words import NewWord
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _FOLLOWED = 8  # training pictures whose loss is measured beside that of the held-out ones
 
 
@@ -215,12 +215,12 @@ class Job:
         paths: list[Path] = []
         if main:
             probe.save(taken, config.output / "probe.safetensors")
-            paths = results.write(file, config.output, config.formats, config.exports)
+            paths = results.write(file, config.output, config.formats, config.exports, DTYPES[config.save_precision])
         if config.shard:
             paths = self.processes.told(paths)
         if self.word:
             self.word.take_off()
-        worst = results.prove(self.family, paths, taken, file.embeddings)
+        worst = results.prove(self.family, paths, taken, file.embeddings, DTYPES[config.save_precision])
         if not main:
             return
         for path in paths:

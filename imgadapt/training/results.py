@@ -86,7 +86,13 @@ def check(file: AdapterFile, wanted: Sequence[str], exports: Mapping[str, str]) 
         part_of(file, glob)
 
 
-def write(file: AdapterFile, folder: Path, wanted: Sequence[str], exports: Mapping[str, str]) -> list[Path]:
+def write(
+    file: AdapterFile,
+    folder: Path,
+    wanted: Sequence[str],
+    exports: Mapping[str, str],
+    dtype: torch.dtype | None = None,
+) -> list[Path]:
     """Write `adapter.safetensors` and `adapter.FORMAT.safetensors` for the formats after the first, and the exports.
 
     Words are among the layers ("bundled") where the format's readers take that, else in `adapter.words.safetensors`.
@@ -96,12 +102,14 @@ def write(file: AdapterFile, folder: Path, wanted: Sequence[str], exports: Mappi
         folder / ("adapter.safetensors" if k == 0 else f"adapter.{name}.safetensors") for k, name in enumerate(names)
     ]
     for path, name in zip(paths, names, strict=True):
-        save(_fitting(file, name), path, format=name)
+        save(_fitting(file, name), path, format=name, dtype=dtype)
     if any(_fitting(file, name) is not file for name in names):
         words = replace(file, parts={})
-        paths.append(save(words, folder / "adapter.words.safetensors", format=formats(words)[0]))
+        path = folder / "adapter.words.safetensors"
+        paths.append(save(words, path, format=formats(words)[0], dtype=dtype))
     for name, glob in exports.items():
-        save(_fitting(part_of(file, glob), names[0]), folder / f"adapter.{name}.safetensors", format=names[0])
+        path = folder / f"adapter.{name}.safetensors"
+        save(_fitting(part_of(file, glob), names[0]), path, format=names[0], dtype=dtype)
     return paths
 
 
@@ -111,12 +119,17 @@ def _fitting(file: AdapterFile, format: str) -> AdapterFile:
 
 
 def prove(
-    family: Family, paths: Sequence[Path], taken: Mapping[str, torch.Tensor], words: Collection[str] = ()
+    family: Family,
+    paths: Sequence[Path],
+    taken: Mapping[str, torch.Tensor],
+    words: Collection[str] = (),
+    dtype: torch.dtype = torch.float32,
 ) -> float:
     """Attach each file to the bare base and compare its prediction with the live model's; the largest difference.
 
     The trained adapter is taken off, and nothing is put in its place. words: those that were trained; a file that has
-    no name for its word gets it, and layers without words are proved with the file that has the words alone.
+    no name for its word gets it, and layers without words are proved with the file that has the words alone. dtype: of
+    the files' tensors, whose rounding is allowed for.
 
     Raises:
         TrainingError: the base is not what it was before the training, or a file acts otherwise than the live model.
@@ -128,7 +141,7 @@ def prove(
         attaching.attach(family.pipeline, file, name="proof")
         error = probe.error(family, taken)
         attaching.detach(family.pipeline)
-        limit = _TOLERANCE[family.dtype] * max(1.0, float(taken["prediction"].abs().max()))
+        limit = max(_TOLERANCE[family.dtype], _TOLERANCE[dtype]) * max(1.0, float(taken["prediction"].abs().max()))
         if not error <= limit or error > base / 2 > 0:  # or, of little that was learnt, a file without it would do
             raise TrainingError(
                 f"{path}, read back, acts otherwise than what was trained: predictions differ by {error:.2e}"

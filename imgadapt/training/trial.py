@@ -22,7 +22,6 @@ from imgadapt.training.averaging import Averages
 from imgadapt.training.buckets import View
 from imgadapt.training.config import DreamBoothConfig, InversionConfig, TrainConfig
 from imgadapt.training.data import Example
-from imgadapt.training.job import DTYPES
 from imgadapt.training.processes import Processes
 
 _CONFIGS = {kind.__name__: kind for kind in (TrainConfig, DreamBoothConfig, InversionConfig)}
@@ -71,7 +70,9 @@ def measure(config: TrainConfig, view: View) -> Trial:
         ConfigError: see `families.load`, `recipe.put_on`.
     """
     device = Processes().device
-    family = families.load(config.base, device=device, dtype=DTYPES[config.precision], quantise=config.quantise)
+    family = families.load(
+        config.base, device=device, dtype=families.DTYPES[config.precision], quantise=config.quantise
+    )
     count, text = fit.micro_batch(config), view.example.captions[0]
     try:
         latent, picture = _timed(device, lambda: family.encode_image(framing.frame(view).pixels))

@@ -15,6 +15,7 @@ from imgadapt.file import tensors_digest
 from imgadapt.targets import DENOISERS, TEXT_ENCODERS
 from imgadapt.training.objective import Sampling, Schedule
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Conditions = Mapping[str, Tensor]
 """What a prediction depends on beside picture and time, by name: text states (batch, tokens, width) and the like."""
 
