@@ -4,6 +4,7 @@ import json
 import math
 import os
 import resource
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -410,3 +411,30 @@ def test_a_mask_that_the_crop_leaves_nothing_of_is_an_error(tmp_path: Path) -> N
     padded = framing.frame(view, framing.Options("pad", use_mask="file")).mask
     assert padded is not None
     assert padded.sum() > 0
+
+
+def test_kohyas_folder_names_are_captions_for_subjects_and_words_too(folder: Path, tmp_path: Path) -> None:
+    inside = tmp_path / "set" / "3_red fox"
+    inside.mkdir(parents=True)
+    shutil.copy(folder / "ant.png", inside / "ant.png")
+    asked = DreamBoothConfig.of({"folder": tmp_path / "set", "trigger": "ohwx", "class_prompt": "a fox"})
+    assert subject.with_caption(asked).caption is None
+    examples, _ = pictures(subject.with_caption(asked))
+    assert [(e.captions, e.repeats) for e in examples] == [(("ohwx, red fox",), 3)]
+    word = words.settled(InversionConfig.of({"folder": tmp_path / "set", "word": "<w>"}))
+    assert (word.caption, word.trigger) == (None, "<w>")
+    assert subject.with_caption(asked.model_copy(update={"folder": folder})).caption == "ohwx fox"
+
+
+def test_an_evaluation_without_memory_is_left_out_and_said(
+    quick: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = TrainConfig.of({"folder": folder, "output": tmp_path / "o", "targets": ["attn2.to_q"], "log_with": []})
+    made = Job(config)
+    monkeypatch.setattr(made.evidence, "look", _no_memory)
+    made._look(7)
+    assert "out of memory in the evaluation after step 7: it is left out (CUDA out of memory" in capsys.readouterr().out
+
+
+def _no_memory(done: int) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")  # pyright: ignore[reportPrivateImportUsage]

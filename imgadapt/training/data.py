@@ -213,6 +213,15 @@ def _places(folder: Path) -> list[Listing]:
     return inner
 
 
+def has_words(folder: Path) -> bool:
+    """Whether kohya's folder names are captions of the pictures there, for those that have none.
+
+    Raises:
+        DataError: there is no such folder.
+    """
+    return all(_concept(place.folder)[1] for place in _places(folder))
+
+
 def _concept(folder: Path) -> tuple[int, str]:
     """Repeats and words that a folder's name says."""
     name = folder.absolute().name

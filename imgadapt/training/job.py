@@ -12,13 +12,13 @@ from imgadapt.arch import architectures
 from imgadapt.errors import ConfigError, DataError, first_few
 from imgadapt.file import AdapterFile
 from imgadapt.formats import architecture_of
-from imgadapt.training import families, objective, optimizers, probe, recipe, results
+from imgadapt.training import families, log, objective, optimizers, probe, recipe, results
 from imgadapt.training.config import TrainConfig
 from imgadapt.training.data import digest, fingerprint, scan
 from imgadapt.training.evaluate import describe
 from imgadapt.training.evidence import Evidence
 from imgadapt.training.families import DTYPES
-from imgadapt.training.loop import Run
+from imgadapt.training.loop import Run, out_of_memory
 from imgadapt.training.material import Material, kept_out
 from imgadapt.training.metadata import metadata
 from imgadapt.training.processes import Processes
@@ -42,6 +42,7 @@ class Job:
         word: Callable[[families.Family], NewWord] | None = None,
         adapter: bool = True,
     ) -> None:
+        log.check(config)
         self.config, self.processes = config, Processes()
         examples, held_out = pictures(config)
         self.examples = examples
@@ -188,9 +189,17 @@ class Job:
         if self.processes.main or self.config.shard:
             self._drop_out(False)
             with run.averaged():
-                self.evidence.look(done)
+                self._look(done)
             self._drop_out(True)
         self.processes.wait()
+
+    def _look(self, done: int) -> None:
+        try:
+            self.evidence.look(done)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:  # pyright: ignore[reportPrivateImportUsage]
+            if not out_of_memory(error) or self.config.shard:
+                raise
+            self.say(f"imgadapt: out of memory in the evaluation after step {done}: it is left out ({str(error)[:80]})")
 
     def finish(self, run: Run) -> None:
         """Write what was trained, prove the files, and say what was learnt.

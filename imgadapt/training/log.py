@@ -52,27 +52,28 @@ def _step(line: str) -> int | None:
         return None
 
 
-class Figures:
-    """TensorBoard and wandb, by accelerate's trackers.
+def check(config: TrainConfig) -> None:
+    """Raises MissingExtra where what a run is to be logged with is not installed."""
+    from accelerate.utils import is_tensorboard_available, is_wandb_available
 
-    Raises:
-        MissingExtra: one that is asked for is not installed.
-    """
+    if "tensorboard" in config.log_with and not is_tensorboard_available():
+        raise MissingExtra("tensorboard", "train")
+    if "wandb" in config.log_with and not is_wandb_available():
+        raise MissingExtra("wandb", "wandb")
+
+
+class Figures:
+    """TensorBoard and wandb, by accelerate's trackers; see `check`."""
 
     def __init__(self, config: TrainConfig, accelerator: Any) -> None:
         from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
-        from accelerate.utils import is_tensorboard_available, is_wandb_available
 
         self._trackers: list[GeneralTracker] = []
         if not accelerator.is_main_process:
             return
         if "tensorboard" in config.log_with:
-            if not is_tensorboard_available():
-                raise MissingExtra("tensorboard", "train")
             self._trackers.append(TensorBoardTracker("tensorboard", logging_dir=config.output))
         if "wandb" in config.log_with:
-            if not is_wandb_available():
-                raise MissingExtra("wandb", "wandb")
             self._trackers.append(WandBTracker("imgadapt", name=config.output.name))
         settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in config.model_dump().items()}
         for tracker in self._trackers:

@@ -189,7 +189,7 @@ class Run:
             try:
                 return [self._piece(step, loss, piece) for piece in _cut(places, self.pieces)]
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:  # pyright: ignore[reportPrivateImportUsage]
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             self.optimizer.zero_grad()
@@ -314,7 +314,8 @@ def _cut(places: range, pieces: int) -> list[range]:
     return [range(a, b) for a, b in pairwise(ends) if b > a]
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is out, of a GPU or of the machine."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):  # pyright: ignore[reportPrivateImportUsage]
         return True
     return "can't allocate memory" in str(error) or "out of memory" in str(error).lower()

@@ -188,6 +188,8 @@ def _choices(
         chosen["learning_rates"] = ({"text_encoder*": text}, f"usual for the text encoder of {named}")
     if kind == "style" and usual.min_snr and not given.get("debiased"):
         chosen["min_snr_gamma"] = (5.0, "learns a style in fewer steps (arXiv 2303.09556)")
+    if given.get("optimizer") == "schedule-free":
+        chosen["schedule"] = ("constant", "a schedule-free optimiser averages instead")
     if kind == "character":
         chosen["preservation"] = ("class-free", "keeps the rest of the class, without class pictures")
     if kind == "concept":

@@ -11,7 +11,7 @@ from imgadapt.atomic import write_bytes
 from imgadapt.errors import ConfigError, OutputError
 from imgadapt.training import pictures
 from imgadapt.training.config import DreamBoothConfig
-from imgadapt.training.data import SUFFIXES, digest, fingerprint, scan
+from imgadapt.training.data import SUFFIXES, digest, fingerprint, has_words, scan
 from imgadapt.training.job import Job
 from imgadapt.training.material import Material
 
@@ -22,6 +22,7 @@ T = TypeVar("T", bound=DreamBoothConfig)
 
 def with_caption(config: T) -> T:
     """The config with a caption for pictures that have none: `ohwx man` of the trigger `ohwx` and the class `a man`.
+    kohya's folder names, `10_ohwx man`, are captions already.
 
     Raises:
         ConfigError: there is no trigger, and no caption; or classic preservation without a class.
@@ -30,7 +31,7 @@ def with_caption(config: T) -> T:
         raise ConfigError("a subject needs a word of its own: --trigger ohwx (or --caption 'a photo of ohwx man')")
     if config.preservation == "classic" and config.class_prompt is None:
         raise ConfigError("classic preservation needs what the subject is one of: --class-prompt 'a man'")
-    if config.caption is not None:
+    if config.caption is not None or has_words(config.folder):
         return config
     kind = config.class_prompt or ""
     for article in _ARTICLES:

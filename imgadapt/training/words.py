@@ -18,7 +18,7 @@ from imgadapt.errors import ConfigError, first_few
 from imgadapt.file import AdapterFile
 from imgadapt.training import optimizers, recipe
 from imgadapt.training.config import InversionConfig
-from imgadapt.training.data import Example
+from imgadapt.training.data import Example, has_words
 from imgadapt.training.families import Family
 
 NAME = "word"
@@ -46,7 +46,9 @@ def settled(config: InversionConfig) -> InversionConfig:
         raise ConfigError(
             f"{first_few(deaf)}: for an adapter, and none is trained: give --adapter, or leave it out{hint}"
         )
-    changes: dict[str, Any] = {"trigger": config.word, "caption": config.caption or f"a photo of {config.word}"}
+    changes: dict[str, Any] = {"trigger": config.word}
+    if config.caption is None and not has_words(config.folder):  # kohya's folder names are captions
+        changes["caption"] = f"a photo of {config.word}"
     if not config.adapter:  # a picture that is shown without its caption teaches a word nothing
         if config.caption_dropout not in (0, type(config).model_fields["caption_dropout"].default):
             raise ConfigError("caption_dropout: a word alone learns nothing of pictures without it; give --adapter")
