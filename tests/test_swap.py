@@ -41,7 +41,8 @@ def family(name: str) -> Any:
     with torch.no_grad():
         for parameter in parameters(pipe):
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    made.denoiser.enable_gradient_checkpointing()
+    denoiser: Any = made.denoiser
+    denoiser.enable_gradient_checkpointing()
     made.denoiser.train()
     return made
 
