@@ -75,5 +75,5 @@ def _folder() -> Path:
 
 
 def _usage() -> str:
-    rows = "\n".join(f"  {name:<10}{text}" for name, (_, text) in PROGRAMS.items())
+    rows = "\n".join(f"  {name:<19}{text}" for name, (_, text) in PROGRAMS.items())
     return f"usage: imgadapt PROGRAM ...\n\n{rows}\n\n`imgadapt PROGRAM --help` says more."

@@ -81,7 +81,7 @@ def test_toml_of_the_wrong_type_and_shortened_flags_are_refused(
         given("x", "--config", str(tmp_path / "a.toml"))
     with pytest.raises(SystemExit):
         given("x", "--step", "7")
-    assert "unknown flag --step, did you mean --steps?" in capsys.readouterr().err
+    assert "unknown flag --step: did you mean --steps?" in capsys.readouterr().err
 
 
 ODD: dict[str, Any] = {

@@ -438,3 +438,38 @@ def test_an_evaluation_without_memory_is_left_out_and_said(
 
 def _no_memory(done: int) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")  # pyright: ignore[reportPrivateImportUsage]
+
+
+def test_a_plan_is_one_that_its_program_takes(folder: Path) -> None:
+    word = plan.of({"folder": folder, "word": "<w>"})
+    assert (word.kind, words.settled(word.config).trigger) == ("concept", "<w>")  # pyright: ignore[reportArgumentType] # a concept's
+    assert "rank" not in word.why
+    assert (
+        plan.of({"folder": folder, "word": "<w>", "adapter": True}).why["rank"]
+        == "usual for a concept on the embedded base"
+    )
+    with pytest.raises(ConfigError, match="a subject needs a word of its own: --trigger ohwx"):
+        plan.of({"folder": folder}, "character")
+    with pytest.raises(ConfigError, match=r"'word' is not given: --word"):
+        plan.of({"folder": folder}, "concept")
+    with pytest.raises(ConfigError, match=r"'class_prompt' is for another kind of training: --kind character"):
+        plan.of({"folder": folder, "class_prompt": "a man"}, "style")
+
+
+def test_rates_of_methods_follow_what_was_measured(folder: Path) -> None:
+    rates = {
+        m: plan.of({"folder": folder, "method": m}).config.learning_rate for m in ("lora", "lokr(factor=8)", "full")
+    }
+    assert rates == {"lora": 2e-3, "lokr(factor=8)": pytest.approx(1e-2), "full": pytest.approx(3e-4)}
+
+
+@pytest.mark.parametrize(
+    ("flag", "hint"),
+    [("--lr", "here it is --learning-rate"), ("--network_dim", "here it is --rank"), ("--resume", "goes on by itself"),
+     ("--lerning-rate", "did you mean --learning-rate"), ("--gradient-checkpointing", "here it is --checkpointing"),
+     ("--zzzz", "--help lists them all")],
+)  # fmt: skip
+def test_flags_of_other_trainers_are_translated(flag: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        flags.parser("", TrainConfig).parse_args(["x", flag, "1"])
+    assert hint in capsys.readouterr().err

@@ -100,7 +100,7 @@ class TrainConfig(BaseModel):
     # watching
     held_out: Path | None = Field(None, description="pictures never trained on; their loss picks the best checkpoint")
     held_out_count: int = Field(0, ge=0, description="or: how many of the folder's are kept out of the training")
-    evaluate_every: int | None = Field(None, ge=1, description="steps between evaluations; a fifth of them when not given")  # fmt: skip  # noqa: E501
+    evaluate_every: int | None = Field(None, ge=1, description="steps between evaluations; a fifth of all, 50 at least")  # fmt: skip  # noqa: E501
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints; the last two are kept")
     sample_prompts: list[str] = Field([], description="drawn for the report; OUTPUT/prompts.txt may be edited meanwhile")  # fmt: skip  # noqa: E501
     sample_every: int | None = Field(None, ge=1, description="steps between samples; at the end only when not given")
@@ -236,9 +236,12 @@ def _check_text(name: str, value: Any) -> None:
 def _explain(row: Any, known: Sequence[str]) -> str:
     key = ".".join(str(part) for part in row["loc"])
     if row["type"] == "extra_forbidden":
+        for kind, config in (("character", DreamBoothConfig), ("concept", InversionConfig)):
+            if key in config.model_fields:
+                return f"'{key}' is for another kind of training: --kind {kind}"
         near = get_close_matches(key, known, n=1)
         return f"unknown key '{key}'" + (f", did you mean '{near[0]}'?" if near else f"; there are: {', '.join(known)}")
     if row["type"] == "missing":
-        return f"'{key}' is not given"
+        return f"'{key}' is not given" + {"word": ': --word "<ohwx>", the new word'}.get(key, "")
     message = row["msg"].removeprefix("Value error, ")
     return f"'{key}' is {row['input']!r}: {message[0].lower()}{message[1:]}"

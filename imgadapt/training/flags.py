@@ -73,14 +73,43 @@ def _toml(value: Any) -> str:
     return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
+_ELSEWHERE = {  # what sd-scripts, diffusers' examples and ai-toolkit call it
+    **dict.fromkeys(("lr", "unet-lr"), "--learning-rate"),
+    **dict.fromkeys(("text-encoder-lr", "te-lr"), '--targets transformer text --learning-rates "text_encoder*=5e-5"'),
+    **dict.fromkeys(("network-dim", "dim"), "--rank"), "network-alpha": "--alpha", "network-module": "--method",
+    **dict.fromkeys(("max-train-steps", "max-train-epochs", "epochs", "num-train-epochs"), "--steps"),
+    **dict.fromkeys(("train-data-dir", "instance-data-dir", "data-dir"), "the folder, without a flag"),
+    **dict.fromkeys(("pretrained-model-name-or-path", "model", "model-name"), "--base"),
+    **dict.fromkeys(("output-dir", "output-folder"), "--output"), **dict.fromkeys(("name", "output-name"), "--title"),
+    **dict.fromkeys(("resume", "resume-from-checkpoint"), "the same command again, which goes on by itself"),
+    "overwrite": "another --output, or its folder removed",
+    **dict.fromkeys(("repeats", "num-repeats"), "a folder called N_concept in the one given"),
+    "gradient-checkpointing": "--checkpointing", "gradient-accumulation-steps": "--pieces (of --batch-size)",
+    "train-batch-size": "--batch-size (of the whole step)", "mixed-precision": "--precision",
+    **dict.fromkeys(("save-every", "save-every-n-steps", "save-every-n-epochs", "checkpointing-steps"),
+                    "--checkpoint-every to go on from, --evaluate-every for snapshots"),
+    **dict.fromkeys(("token", "placeholder-token", "token-string"), "--word"),
+    **dict.fromkeys(("initializer-token", "init-word"), "--initial"), "num-vectors": "--vectors",
+    "instance-prompt": "--caption", "class-data-dir": "--class-folder", "num-class-images": "--class-count",
+    "prior-loss-weight": "--preservation-weight", "with-prior-preservation": "--preservation classic",
+    "lr-scheduler": "--schedule", "lr-warmup-steps": "--warmup-steps", "optimizer-type": "--optimizer",
+    "snr-gamma": "--min-snr-gamma", "caption-dropout-rate": "--caption-dropout", "keep-tokens": "--keep-tags",
+    "shuffle-caption": "--shuffle-tags", "blocks-to-swap": "--swap-blocks",
+    "use-8bit-adam": "--optimizer adamw8bit", "validation-prompt": "--sample-prompts",
+}  # fmt: skip
+
+
 class _Parser(argparse.ArgumentParser):
     """One that names the nearest flag."""
 
     def error(self, message: str) -> Any:
         if message.startswith("unrecognized arguments: "):
             given = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0]
-            near = get_close_matches(given, self._option_string_actions, n=1)
-            message = f"unknown flag {given}" + (f", did you mean {near[0]}?" if near else "; --help lists them all")
+            there = [flag for flag in self._option_string_actions if not flag.startswith("--no-")]
+            other = _ELSEWHERE.get(given.lstrip("-").replace("_", "-"))
+            near = get_close_matches(given, there, n=1, cutoff=0.7)
+            hint = f"here it is {other}" if other else f"did you mean {near[0]}?" if near else "--help lists them all"
+            message = f"unknown flag {given}: {hint}"
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 

@@ -114,6 +114,8 @@ class Run:
         if self._stop is not None:  # asked twice: at once
             raise KeyboardInterrupt
         self._stop = signal.Signals(number).name
+        if self.processes.main:
+            tqdm.write(f"imgadapt: {self._stop}: saving when this step, or the evaluation, is done; once more: at once")
 
     def steps(self) -> Iterator[int]:
         """The steps still to do, each with its learning rates set; checkpoints between them and at the end.

@@ -14,7 +14,7 @@ import torch
 
 from imgadapt.errors import ConfigError
 from imgadapt.methods import DoRA, LoRA
-from imgadapt.training import recipe
+from imgadapt.training import recipe, subject, words
 from imgadapt.training.config import DreamBoothConfig, InversionConfig, TrainConfig
 from imgadapt.training.data import Example, scan
 from imgadapt.training.families import hub, single_file
@@ -57,6 +57,8 @@ USUAL: Mapping[str, Usual] = {
     "sd3": Usual(_RANKS, 1e-4, _PASSES, 1500, 12000, 2),
     "flux": Usual({"character": 16, "style": 16, "concept": 8}, 1e-4, _PASSES, 1000, 8000, 1),
 }  # fmt: skip
+_FACTORS = {"full": 0.15, "glora": 0.5, "lokr": 5.0, "ia3": 15.0, "norm": 15.0}
+"""Of the rates that were best on the embedded base, to LoRA's usual one (docs/training.md)."""
 _FILES = {"v1": "sd1", "v2": "sd2", "xl_base": "sdxl", "sd3": "sd3", "sd35_medium": "sd3", "sd35_large": "sd3",
           "flux-dev": "flux", "flux-schnell": "flux"}  # fmt: skip
 _CLASSES = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}
@@ -134,6 +136,10 @@ def of(given: Mapping[str, Any], kind: Kind | None = None) -> Plan:
     chosen = _choices(given, kind, base, examples)
     values = {name: value for name, (value, _) in chosen.items() if name in settings.model_fields}
     config = settings.of({**values, **given})
+    if isinstance(config, DreamBoothConfig):  # what their programs will say, before anything is planned
+        subject.with_caption(config)
+    if isinstance(config, InversionConfig):
+        words.settled(config)
     why |= {name: chosen[name][1] for name in values if name not in given}
     return Plan(config, kind, why)
 
@@ -176,12 +182,14 @@ def _choices(
         "batch_size": (batch, f"usual on {named}; --pieces computes it in parts if memory is short"),
         "steps": (steps, f"{count} pictures, each seen {samples / count:.0f} times"),
         "warmup_steps": (min(100, max(5, steps // 20)), "a twentieth"),
-        "checkpoint_every": (max(20, min(250, steps // 10)), "ten of them, the last two kept"),
+        "checkpoint_every": (max(20, min(250, steps // 10)), "the last two are kept"),
         "precision": _precision(usual),
-        "held_out_count": (held_out, "tells which snapshot is best" if held_out else "too few pictures to spare one"),
         "sample_prompts": _prompts(given, kind, examples),
         "flip": (kind == "style", "a style has no sides" if kind == "style" else "faces and writing have sides"),
     }  # fmt: skip
+    if not given.get("held_out"):
+        reason = "tells which snapshot is best" if held_out else "too few pictures to spare one"
+        chosen["held_out_count"] = (held_out, reason)
     if _ranked(given):
         chosen["rank"] = (rank, f"usual for a {kind} on {named}")
     if text:
@@ -192,8 +200,9 @@ def _choices(
         chosen["schedule"] = ("constant", "a schedule-free optimiser averages instead")
     if kind == "character":
         chosen["preservation"] = ("class-free", "keeps the rest of the class, without class pictures")
-    if kind == "concept":
-        chosen["learning_rate"] = (usual.rate, "of the adapter, with --adapter")
+    if kind == "concept" and not given.get("adapter"):  # the word's own rate is another setting
+        for name in ("targets", "learning_rate", "rank"):
+            chosen.pop(name, None)
     return chosen
 
 
@@ -214,7 +223,10 @@ def _ranked(given: Mapping[str, Any]) -> bool:
 def _rate(given: Mapping[str, Any], usual: Usual, named: str) -> tuple[float, str]:
     if given.get("optimizer") == "prodigy":
         return 1.0, "prodigy finds the rate; this is a factor"
-    return usual.rate, f"usual on {named} with AdamW"
+    made = recipe.method(str(given.get("method", "lora")), {})
+    factor = _FACTORS.get(made.name, 1.0)
+    reason = "" if factor == 1 else f", times {factor:g} for {made.name} (docs/training.md)"
+    return usual.rate * factor, f"usual on {named} with AdamW{reason}"
 
 
 def _precision(usual: Usual) -> tuple[str, str]:

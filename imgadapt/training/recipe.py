@@ -57,7 +57,11 @@ def _made(node: ast.AST, defaults: Mapping[str, Any]) -> Method:
     for word in call.keywords:
         if word.arg not in known:
             raise ConfigError(f"{name} has no field '{word.arg}'; it has: {', '.join(known)}")
-        values[word.arg] = ast.literal_eval(word.value)
+        try:
+            values[word.arg] = ast.literal_eval(word.value)
+        except ValueError:
+            said = ast.unparse(word.value)
+            raise ConfigError(f"{name}: {word.arg} is {said}; wanted a number, true or false") from None
     try:
         return kind(**values)
     except TypeError as error:
