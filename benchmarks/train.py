@@ -102,7 +102,7 @@ def theirs(case: Case) -> Step:
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=1e-3)
     schedule = get_scheduler("constant", optimizer)
-    noiser: Any = DDPMScheduler.from_config(pipe.scheduler.config)
+    schedule_of_base: Any = DDPMScheduler.from_config(pipe.scheduler.config)
     (channels, factor), states = family.latent_shape, family.blank(batch)["states"]
     places = (case.side or family.native) // factor
     latents = torch.randn(batch, channels, places, places)
@@ -112,8 +112,8 @@ def theirs(case: Case) -> Step:
     def step(number: int) -> None:
         noise = torch.randn_like(latents)
         times = torch.randint(0, 1000, (batch,))
-        guess = unet(noiser.add_noise(latents, noise, times), times, states, return_dict=False)[0]
-        target = noiser.get_velocity(latents, noise, times) if velocity else noise
+        guess = unet(schedule_of_base.add_noise(latents, noise, times), times, states, return_dict=False)[0]
+        target = schedule_of_base.get_velocity(latents, noise, times) if velocity else noise
         loss = F.mse_loss(guess.float(), target.float(), reduction="mean")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
