@@ -291,6 +291,28 @@ def test_two_processes_train_the_adapter_of_one_and_one_goes_on_where_two_were_s
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
 
+def test_two_processes_that_share_the_base_train_the_adapter_of_one(
+    pictures: Path, tmp_path: Path, child: Callable[..., int]
+) -> None:
+    """FSDP2: each holds half of the frozen denoiser; evaluations and the proof of the files are made by both.
+
+    To 1e-3 of a tensor's largest number: the first steps of AdamW are as large for tiny gradients, which are rounded
+    otherwise in a sum of two halves.
+    """
+    whole, split = tmp_path / "whole" / "out", tmp_path / "split" / "out"
+    arguments = [str(pictures), *SETTINGS, "--learning-rate", "0.01", "--steps", "2", "--checkpoint-every", "2"]
+    arguments += ["--cache", str(tmp_path / "cache"), "--dropout", "0", "--rank-dropout", "0", "--module-dropout", "0"]
+    arguments += ["--pieces", "1"]
+    assert ended(child([*arguments, "--output", str(whole)])) == 0, (tmp_path / "said.txt").read_text()
+    port = free_port()
+    both = [child([*arguments, "--shard", "--output", str(split)], lambda k=k: one_of_two(k, port)) for k in (0, 1)]
+    assert [ended(process) for process in both] == [0, 0], (tmp_path / "said.txt").read_text()
+    ours, theirs = (load(out / "adapter.safetensors").parts for out in (split, whole))
+    for name, part in theirs.items():
+        for key, tensor in part.tensors.items():
+            assert (ours[name].tensors[key] - tensor).abs().max() <= 1e-3 * tensor.abs().max(), (name, key)
+
+
 def signalled(index: int, step: int) -> None:
     """In the second of two children: SIGTERM in a step."""
     usual = loop.Run._check_gradients

@@ -153,7 +153,7 @@ def test_methods_are_read_from_text(text: str, defaults: dict[str, Any], expecte
         ("zzz", "no method 'zzz'; there are: lora"),
         ("lora(rang=3)", "lora has no field 'rang'; it has: rank"),
         ("lora(3)", "lora takes its fields by name: rank"),
-        ("lora(rank=open('x'))", "is not NAME or NAME"),
+        ("lora(rank=open('x'))", "rank is open('x'); wanted a number"),
         ("lora(", "is not NAME or NAME"),
         ("__import__('os')", "no method '__import__'"),
         ("os.system('x')", "wanted a name, and fields by name"),
