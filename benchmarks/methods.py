@@ -23,6 +23,7 @@ import torch
 from imgadapt import demo, detach
 from imgadapt.atomic import write_bytes
 from imgadapt.cli import program
+from imgadapt.errors import TrainingError
 from imgadapt.training import families, objective, optimizers, recipe
 from imgadapt.training.config import TrainConfig
 from imgadapt.training.data import scan
@@ -123,9 +124,7 @@ def study(study: Study, method: str, found: dict[str, Any], output: Path) -> Non
         if f"{rate:.3g}" not in tried:
             try:
                 tried[f"{rate:.3g}"] = study.train(method, rate, "train")
-            except Exception as error:
-                if type(error).__name__ != "TrainingError":
-                    raise
+            except TrainingError as error:
                 detach(study.family.pipeline)  # a rate at which it diverges
                 tried[f"{rate:.3g}"] = {"rate": rate, "tuned": float("inf"), "diverged": str(error)[:80]}
             write_bytes(output, json.dumps(found, indent=1).encode())

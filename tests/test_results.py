@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from imgadapt import attach, demo, detach, load
+from imgadapt import __version__, attach, demo, detach, load
 from imgadapt.errors import ConfigError, DataError, TrainingError
 from imgadapt.file import read_tensors
 from imgadapt.training import families, probe, results
@@ -173,6 +173,7 @@ def test_the_file_says_how_it_was_made_and_private_says_nothing_of_the_users(
     assert {key: said.get(key) for key in expected} == expected
     assert json.loads(said["ss_tag_frequency"])["pictures"]["ohwx"] == 5
     settings = json.loads(said["imgadapt_settings"])
+    assert said["imgadapt_version"] == __version__
     assert (settings["steps"], settings["seed"], settings["method"]) == ("3", "0", '"lora"')
     text = json.dumps(said)
     assert all(word in text for word in PERSONAL if word != "secret")

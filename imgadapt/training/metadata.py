@@ -39,7 +39,7 @@ def metadata(
     sizes = Counter(view.size for view in material.views)
     prediction = material.family.schedule.prediction
     rows = {
-        "imgadapt": __version__,
+        "imgadapt_version": __version__,  # "imgadapt" itself is what our own format keeps there
         "imgadapt_settings": json.dumps(settings, sort_keys=True),
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{spec}/lora" if spec else "",
