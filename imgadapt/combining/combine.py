@@ -1,0 +1,173 @@
+"""combine: a recipe and its files, or adapters in memory, into one adapter."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imgadapt.arch import Architecture, architectures
+from imgadapt.combining.engine import Engine, Input, Merged, whole
+from imgadapt.combining.entering import Base
+from imgadapt.combining.lowrank import concat
+from imgadapt.combining.ranks import Choice, numbers_in, ranks_for
+from imgadapt.combining.recipe import Entry, MergeRecipe
+from imgadapt.combining.report import Report, Row
+from imgadapt.combining.terms import Pair
+from imgadapt.errors import ConfigError, FormatError
+from imgadapt.file import AdapterFile, load, tensors_digest
+from imgadapt.formats import Part, architecture_of
+from imgadapt.methods import Full, LoRA, Norm
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+Progress = Callable[[str, int, int], None]
+"""(what, done, of): called after each layer."""
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal; of a folder of peft's, of its weights."""
+    if path.is_dir():
+        path = next(
+            (path / f"adapter_model.{e}" for e in ("safetensors", "bin") if (path / f"adapter_model.{e}").is_file()),
+            path,
+        )
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_input(entry: Entry, weight: Callable[[str], float], root: Path | None = None) -> Input:
+    """An entry's file.
+
+    Raises:
+        FormatError: see `load`; or it is not the file whose SHA-256 the recipe has.
+    """
+    path = Path(entry.path) if root is None else root / entry.path
+    file = load(path)
+    digest = digest_of(path)
+    if entry.sha256 and digest != entry.sha256:
+        raise FormatError(
+            f"{path} is not the file that the recipe means: its SHA-256 is {digest[:12]}..., not {entry.sha256[:12]}..."
+        )
+    return Input(path.name, file, digest, weight)
+
+
+def in_memory(file: AdapterFile, name: str, weight: Callable[[str], float]) -> Input:
+    """An adapter that may be in no file."""
+    tensors = {f"{layer}.{key}": t for layer, part in file.parts.items() for key, t in part.tensors.items()}
+    return Input(name, file, tensors_digest(tensors), weight)
+
+
+def common_architecture(inputs: Sequence[Input]) -> Architecture | None:
+    """Whose layers they all have.
+
+    Raises:
+        ConfigError: they are for different bases.
+    """
+    named = {i.file.architecture: i.name for i in inputs if i.file.architecture and i.file.parts}
+    if len(named) > 1:
+        said = " and ".join(f"{name} is for {base}" for base, name in named.items())
+        layers = {name for i in inputs for name in i.file.parts}
+        everywhere = [a for a in architectures() if all(a.shape_of(name) is not None for name in layers)]
+        if not everywhere:
+            raise ConfigError(f"{said}: adapters of different bases cannot be merged")
+        return architecture_of({n: p for i in inputs for n, p in i.file.parts.items()}, everywhere)
+    name = next(iter(named), None)
+    return next((a for a in architectures() if a.name == name), None)
+
+
+@torch.no_grad()
+def combine(
+    recipe: MergeRecipe, inputs: Sequence[Input], *, base: Base | None = None, progress: Progress | None = None
+) -> tuple[AdapterFile, Report]:
+    """The merged adapter, and what was done.
+
+    Raises:
+        ConfigError: different bases, a method that needs the base and has none, nothing to merge.
+        FormatError, ShapeError: an input does not fit.
+        StateError: the result is not finite.
+    """
+    architecture = common_architecture(inputs)
+    engine = Engine(recipe, inputs, architecture, base)
+    if not engine.names:
+        raise ConfigError("nothing to merge: no input has a layer whose weight is not 0")
+    report = Report(recipe, [i.name for i in engine.inputs], engine.skipped)
+    ranks = _ranks(engine, progress)
+    parts: dict[str, Part] = {}
+    for k, made in enumerate(engine.cut(lambda name: None if ranks is None else ranks.get(name)), 1):
+        part = part_of(made)
+        parts[made.name] = part
+        report.add(row_of(made, part))
+        if progress is not None:
+            progress("merging", k, len(engine.names))
+    form = {i.file.format for i in inputs}
+    return (
+        AdapterFile(parts, {}, form.pop() if len(form) == 1 else None, architecture.name if architecture else None),
+        report,
+    )
+
+
+def _ranks(engine: Engine, progress: Progress | None) -> Mapping[str, int] | None:
+    """What each layer is cut to; None: no layer is."""
+    recipe = engine.recipe
+    if recipe.rank is not None:
+        return dict.fromkeys(engine.names, recipe.rank)
+    if recipe.rule == "svd" and recipe.error is None and recipe.energy is None and recipe.size is None:
+        return {name: max(p[name].method.file_rank or 1 for p in engine.parts if name in p) for name in engine.names}
+    if recipe.error is None and recipe.energy is None and recipe.size is None:
+        return None
+    choices: dict[str, Choice] = {}
+    others: list[int] = []
+    for k, (made, found) in enumerate(engine.spectra(), 1):
+        if made.bias is not None:
+            others.append(len(made.bias))
+        if found is None:
+            others.append(made.site.rows)
+        else:
+            choices[made.name] = Choice(found.values.clone(), made.site.rows + made.site.fan_in, found.rest)
+        if progress is not None:
+            progress("measuring", k, len(engine.names))
+    width = DTYPES.get(recipe.dtype or "", torch.float32).itemsize
+    numbers = None if recipe.size is None else numbers_in(recipe.size, width, others)
+    return ranks_for(choices, error=recipe.error, energy=recipe.energy, numbers=numbers)
+
+
+def part_of(made: Merged) -> Part:
+    """A merged layer as an adapter has it: LoRA where it is a pair, else a whole difference."""
+    bias: dict[str, Tensor] = {} if made.bias is None else {"bias": made.bias}
+    if len(made.site.shape) == 1:
+        diff = whole(made.terms).flatten()
+        norm = {"w_norm": diff, **({} if made.bias is None else {"b_norm": made.bias})}
+        return Part(Norm(bias=made.bias is not None), norm, shape=made.site.shape)
+    most = min(made.site.rows, made.site.fan_in)
+    pairs = [term for term in made.terms if isinstance(term, Pair)]
+    if len(pairs) == len(made.terms):
+        pair = concat(pairs)
+        rank = pair.up.shape[1]
+        if rank <= most:
+            method = LoRA(rank=rank, alpha=float(rank), bias=bool(bias))
+            shape = made.site.shape
+            tensors = {"up": pair.up.reshape(-1, rank, *made.site.ones), "down": pair.down.reshape(rank, *shape[1:])}
+            return Part(method, {**tensors, **bias}, shape=shape)
+    diff = whole(made.terms).reshape(made.site.shape)
+    rest = {} if made.bias is None else {"diff_b": made.bias}
+    return Part(Full(bias=made.bias is not None), {"diff": diff, **rest}, shape=made.site.shape)
+
+
+def row_of(made: Merged, part: Part) -> Row:
+    return Row(made.name, made.who, made.gram, made.norm, part.method.file_rank, made.residual)
+
+
+def cast(file: AdapterFile, dtype: torch.dtype) -> AdapterFile:
+    return replace(
+        file,
+        parts={
+            name: replace(part, tensors={key: t.to(dtype) for key, t in part.tensors.items()})
+            for name, part in file.parts.items()
+        },
+    )
+
+
+__all__: list[Any] = ["cast", "combine", "common_architecture", "digest_of", "in_memory", "read_input"]

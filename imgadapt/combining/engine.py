@@ -1,0 +1,196 @@
+"""Engine: merges one layer at a time, in any order, for an adapter's file or for a checkpoint."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from imgadapt.arch import Architecture
+from imgadapt.combining.entering import Base, Change, change_of, site_of
+from imgadapt.combining.lowrank import Spectrum, concat, spectrum
+from imgadapt.combining.recipe import MergeRecipe
+from imgadapt.combining.terms import Dense, Pair, Term, gram
+from imgadapt.combining.threads import in_order, one_thread_each
+from imgadapt.errors import StateError
+from imgadapt.file import AdapterFile
+from imgadapt.formats import Part
+from imgadapt.sites import Site
+from imgadapt.whole import settled
+
+
+@dataclass(frozen=True)
+class Input:
+    """An adapter that is merged. digest: SHA-256 of its file (or of its tensors): what random masks are keyed by.
+
+    weight: what each of its layers is multiplied by (see `weights.factor_of`).
+    """
+
+    name: str
+    file: AdapterFile
+    digest: str
+    weight: Callable[[str], float]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of a merge: what the inputs that have it change, in the order of the engine's inputs.
+
+    who: their indices. weights: (k,), fp64; none is 0.
+    """
+
+    name: str
+    site: Site
+    who: tuple[int, ...]
+    changes: tuple[Change, ...]
+    weights: Tensor
+    keys: tuple[str, ...]
+
+    @property
+    def terms(self) -> list[Term]:
+        return [change.term for change in self.changes]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What became of a layer: terms whose sum is the merged change, and the bias's.
+
+    gram: (k, k) inner products of the inputs' changes, unweighted; who: which inputs those are. residual: relative norm
+    of what was cut off, over `norm`, the merged change's before.
+    """
+
+    name: str
+    site: Site
+    terms: tuple[Term, ...]
+    bias: Tensor | None
+    who: tuple[int, ...]
+    gram: Tensor
+    norm: float
+    residual: float = 0.0
+
+
+class Engine:
+    """A recipe with its inputs read.
+
+    Raises:
+        ConfigError, ShapeError: see `change_of`; when the layer is asked for.
+        StateError: a merged change is not finite.
+    """
+
+    def __init__(
+        self,
+        recipe: MergeRecipe,
+        inputs: Sequence[Input],
+        architecture: Architecture | None,
+        base: Base | None = None,
+    ) -> None:
+        self.recipe, self.base, self.architecture = recipe, base, architecture
+        if not recipe.row.ordered:  # so that their order changes nothing
+            order = sorted(range(len(inputs)), key=lambda k: (inputs[k].digest, k))
+        else:
+            order = list(range(len(inputs)))
+        self.order = order
+        self.inputs = [inputs[k] for k in order]
+        self.parts: list[Mapping[str, Part]] = [
+            i.file.parts if base is None else settled(i.file.parts, base.names, base.weight, base.bias)
+            for i in self.inputs
+        ]
+        self.options = recipe.row.checked(recipe.options)
+        names = {name for own in self.parts for name in own}
+        self.names = sorted(
+            name
+            for name in names
+            if any(name in own and i.weight(name) != 0 for i, own in zip(self.inputs, self.parts, strict=True))
+        )
+        self.skipped = sorted(names - set(self.names))
+
+    def layer(self, name: str) -> Layer:
+        """What goes into a layer."""
+        who = [k for k, own in enumerate(self.parts) if name in own and self.inputs[k].weight(name) != 0]
+        site = site_of(name, self.parts[who[0]][name], self.architecture)
+        changes = [change_of(name, self.parts[k][name], site, self.base) for k in who]
+        weights = torch.tensor([self.inputs[k].weight(name) for k in who], dtype=torch.float64)
+        return Layer(name, site, tuple(who), tuple(changes), weights, tuple(self.inputs[k].digest for k in who))
+
+    @torch.no_grad()
+    def merge(self, name: str) -> Merged:
+        """A layer, merged by the rule, exactly; it is not cut yet."""
+        layer, row = self.layer(name), self.recipe.row
+        products = gram(layer.terms)
+        if row.elements is not None:
+            terms, bias = row.elements(layer, self.recipe, self.options)
+        elif row.factors is not None and len(layer.site.shape) > 1:
+            pairs = [term.as_pair() for term in layer.terms]
+            terms, bias = [row.factors(pairs, layer.weights, self.options)], _bias(layer, layer.weights)
+        else:
+            rule = row.scalar
+            factors = layer.weights if rule is None else rule(layer.weights, products, self.options)
+            terms = [term.scaled(float(f)) for term, f in zip(layer.terms, factors, strict=True)]
+            bias = _bias(layer, factors)
+        norm = max(0.0, float(gram(terms).sum())) ** 0.5
+        if not torch.isfinite(torch.tensor(norm)) or (bias is not None and not bool(torch.isfinite(bias).all())):
+            raise StateError(f"{name}: the merged change is not finite; {self._blame(layer)}")
+        return Merged(name, layer.site, tuple(terms), bias, layer.who, products, norm)
+
+    def _blame(self, layer: Layer) -> str:
+        broken = [
+            self.inputs[k].name
+            for k, change in zip(layer.who, layer.changes, strict=True)
+            if not bool(torch.isfinite(gram([change.term])).all())
+        ]
+        return f"{', '.join(broken)} has NaN or infinity there" if broken else "lower the weights"
+
+    def merged(self, names: Sequence[str] | None = None) -> Iterator[Merged]:
+        """All layers, or those named, in order."""
+        with one_thread_each() as workers:
+            yield from in_order(self.merge, self.names if names is None else names, workers)
+
+    def spectra(self) -> Iterator[tuple[Merged, Spectrum | None]]:
+        """All layers with their singular values; None for norms."""
+        with one_thread_each() as workers:
+            yield from in_order(self._spectrum, self.names, workers)
+
+    def _spectrum(self, name: str) -> tuple[Merged, Spectrum | None]:
+        made = self.merge(name)
+        return made, spectrum(made.terms) if len(made.site.shape) > 1 else None
+
+    def cut(self, ranks: Callable[[str], int | None]) -> Iterator[Merged]:
+        """All layers, each cut to a rank; None: as it is."""
+
+        def one(name: str) -> Merged:
+            made, rank = self.merge(name), ranks(name)
+            return made if rank is None or len(made.site.shape) < 2 else truncated(made, rank)
+
+        with one_thread_each() as workers:
+            yield from in_order(one, self.names, workers)
+
+
+def truncated(made: Merged, rank: int) -> Merged:
+    """The best approximation of a rank, with what it leaves out; one whose factors are no wider is left as it is."""
+    if len(made.terms) >= 1 and all(isinstance(term, Pair) for term in made.terms):
+        width = sum(term.up.shape[1] for term in made.terms if isinstance(term, Pair))
+        if width <= rank:
+            return replace(made, terms=(concat(made.terms),))
+    found = spectrum(made.terms, rank)
+    return replace(made, terms=(found.truncated(rank),), residual=found.residual(rank))
+
+
+def _bias(layer: Layer, factors: Tensor) -> Tensor | None:
+    biases = [
+        change.bias * float(f) for change, f in zip(layer.changes, factors, strict=True) if change.bias is not None
+    ]
+    return torch.stack(biases).sum(0) if biases else None
+
+
+def whole(terms: Sequence[Term]) -> Tensor:
+    """The sum of terms as a dense matrix (out, fan_in), fp32."""
+    shape = terms[0].shape
+    if len(terms) == 1 and isinstance(terms[0], Dense):
+        return terms[0].rows(0, shape[0])
+    total = torch.zeros(shape)
+    for term in terms:
+        if isinstance(term, Pair):
+            total.addmm_(term.up, term.down)
+        else:
+            total += term.rows(0, shape[0])
+    return total

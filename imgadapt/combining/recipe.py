@@ -1,0 +1,107 @@
+"""MergeRecipe: what is merged, how, and with which weights."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from imgadapt.combining.rule import Rule
+from imgadapt.combining.rules import RULES
+from imgadapt.errors import ConfigError
+
+Setting = float | str | bool
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An adapter that goes into a merge.
+
+    weight: what its change is multiplied by; may be negative. components: factors by component (`unet`,
+        `text_encoder`, ...; `te` is all text encoders). blocks: factors by block of the denoiser: a preset's name,
+        kohya's list of numbers ("1,0,0,1,...": LBW), or block -> factor. masks: regular expressions over canonical
+        layer names -> factor, all that match multiply. role: what rules that tell their inputs apart go by.
+    sha256: of the file; checked where it is given.
+    """
+
+    path: str
+    weight: float = 1.0
+    components: Mapping[str, float] = field(default_factory=dict[str, float])
+    blocks: str | Mapping[str, float] = ""
+    masks: Mapping[str, float] = field(default_factory=dict[str, float])
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class MergeRecipe:
+    """How adapters become one.
+
+    rule: a name of `RULES`; options: its own settings. space: where the rule works: "delta", on the weights' changes,
+        or "core", on the small matrices that the changes are in the basis that all of them share (arXiv 2509.17786).
+    rank, error, energy, size: of the result; at most one. A rank for each layer; the relative Frobenius error of the
+        whole; the part of its squared norm that is kept; megabytes of the file. The last three give each layer the rank
+        that is worth most. None of them: no less than exact, where the rule keeps a low rank; else whole differences.
+    seed: of what is random. base: a diffusers folder or a checkpoint, for methods that read the base's weights.
+    dtype, format: of the file written.
+
+    Raises:
+        ConfigError: no such rule or option, numbers out of their range, too few or too many inputs, two of rank, error,
+            energy and size.
+    """
+
+    inputs: tuple[Entry, ...]
+    rule: str = "weighted"
+    options: Mapping[str, Setting] = field(default_factory=dict[str, Setting])
+    space: Literal["delta", "core"] = "delta"
+    rank: int | None = None
+    error: float | None = None
+    energy: float | None = None
+    size: float | None = None
+    seed: int = 0
+    base: str | None = None
+    base_sha256: str = ""
+    dtype: str | None = None
+    format: str | None = None
+
+    def __post_init__(self) -> None:
+        row = self.row
+        if not row.least <= len(self.inputs) <= row.most:
+            wanted = f"{row.least} or more" if row.most > 99 else f"{row.least} to {row.most}"
+            raise ConfigError(f"{self.rule} merges {wanted} adapters, and there are {len(self.inputs)}")
+        row.checked(self.options)
+        if self.space not in ("delta", "core") or (self.space == "core" and not row.in_core):
+            raise ConfigError(f"space is {self.space!r}; {self.rule} works in 'delta'" + " or 'core'" * row.in_core)
+        for entry in self.inputs:
+            numbers = [entry.weight, *entry.components.values(), *entry.masks.values()]
+            if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
+                raise ConfigError(f"{entry.path}: weights must be finite numbers, not {numbers}")
+        given = [name for name in ("rank", "error", "energy", "size") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(given)}: one of them says how much is kept")
+        if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
+            raise ConfigError(f"rank is {self.rank!r}; it must be a whole number, 1 or more")
+        for name, most in (("error", 1.0), ("energy", 1.0), ("size", math.inf)):
+            value: Any = getattr(self, name)
+            if value is not None and not (
+                isinstance(value, int | float) and 0 < value <= most and math.isfinite(value)
+            ):
+                raise ConfigError(
+                    f"{name} is {value!r}; it must be a number above 0" + f", {most} at most" * (most < 9)
+                )
+        if self.rule == "concat" and given:
+            raise ConfigError(f"concat is exact and keeps all ranks; for a {given[0]} take rule 'svd'")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed is {self.seed!r}; it must be a whole number from 0 on")
+
+    @property
+    def row(self) -> Rule:
+        found = next((rule for rule in RULES if rule.name == self.rule), None)
+        if found is None:
+            from difflib import get_close_matches
+
+            near = get_close_matches(self.rule, [rule.name for rule in RULES], n=1)
+            hint = f", did you mean '{near[0]}'?" if near else ""
+            raise ConfigError(f"no rule '{self.rule}'{hint}; there are: {', '.join(rule.name for rule in RULES)}")
+        return found
+
+    def option(self, name: str) -> Any:
+        return self.options.get(name, self.row.options[name].default)
