@@ -19,7 +19,7 @@ from imgadapt.combining.report import Report, Row
 from imgadapt.combining.terms import Pair
 from imgadapt.errors import ConfigError, FormatError
 from imgadapt.file import AdapterFile, load, tensors_digest
-from imgadapt.formats import Part, architecture_of
+from imgadapt.formats import FORMATS, Format, Part, architecture_of
 from imgadapt.methods import Full, LoRA, Norm
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -90,16 +90,16 @@ def combine(
         StateError: the result is not finite.
     """
     architecture = common_architecture(inputs)
-    engine = Engine(recipe, inputs, architecture, base)
+    engine = Engine(recipe, inputs, architecture, base, form_of(recipe, inputs))
     if not engine.names:
         raise ConfigError("nothing to merge: no input has a layer whose weight is not 0")
     report = Report(recipe, [i.name for i in engine.inputs], engine.skipped)
     ranks = _ranks(engine, progress)
     parts: dict[str, Part] = {}
     for k, made in enumerate(engine.cut(lambda name: None if ranks is None else ranks.get(name)), 1):
-        part = part_of(made)
-        parts[made.name] = part
-        report.add(row_of(made, part))
+        own = {one.name: part_of(one) for one in engine.apart(made)}
+        parts |= own
+        report.add(row_of(made, next(iter(own.values()))))
         if progress is not None:
             progress("merging", k, len(engine.names))
     form = {i.file.format for i in inputs}
@@ -107,6 +107,12 @@ def combine(
         AdapterFile(parts, {}, form.pop() if len(form) == 1 else None, architecture.name if architecture else None),
         report,
     )
+
+
+def form_of(recipe: MergeRecipe, inputs: Sequence[Input]) -> Format | None:
+    """The format that the result is for: the recipe's, or the one that all inputs are in."""
+    names = {recipe.format} if recipe.format else {i.file.format for i in inputs if i.file.parts}
+    return next((f for f in FORMATS if {f.name} == names), None)
 
 
 def _ranks(engine: Engine, progress: Progress | None) -> Mapping[str, int] | None:

@@ -8,13 +8,14 @@ from torch import Tensor
 
 from imgadapt.arch import Architecture
 from imgadapt.combining.entering import Base, Change, change_of, site_of
+from imgadapt.combining.fused import groups, over, split, stacked
 from imgadapt.combining.lowrank import Spectrum, concat, spectrum
 from imgadapt.combining.recipe import MergeRecipe
 from imgadapt.combining.terms import Dense, Pair, Term, gram
 from imgadapt.combining.threads import in_order, one_thread_each
 from imgadapt.errors import StateError
 from imgadapt.file import AdapterFile
-from imgadapt.formats import Part
+from imgadapt.formats import Format, Part
 from imgadapt.sites import Site
 from imgadapt.whole import settled
 
@@ -83,7 +84,9 @@ class Engine:
         inputs: Sequence[Input],
         architecture: Architecture | None,
         base: Base | None = None,
+        form: Format | None = None,
     ) -> None:
+        """form: the format that the result is for: what is one layer there is merged as one."""
         self.recipe, self.base, self.architecture = recipe, base, architecture
         if not recipe.row.ordered:  # so that their order changes nothing
             order = sorted(range(len(inputs)), key=lambda k: (inputs[k].digest, k))
@@ -96,21 +99,65 @@ class Engine:
             for i in self.inputs
         ]
         self.options = recipe.row.checked(recipe.options)
-        names = {name for own in self.parts for name in own}
-        self.names = sorted(
+        every = {name for own in self.parts for name in own}
+        used = [
             name
-            for name in names
+            for name in every
             if any(name in own and i.weight(name) != 0 for i, own in zip(self.inputs, self.parts, strict=True))
-        )
-        self.skipped = sorted(names - set(self.names))
+        ]
+        self.skipped = sorted(every - set(used))
+        self.fused = {} if recipe.row.rotations else groups(architecture, form, used, self._alike)
+        inside = {s.layer for slices in self.fused.values() for s in slices}
+        self.names = sorted([*self.fused, *(name for name in used if name not in inside)])
+
+    def _alike(self, layers: Sequence[str]) -> bool:
+        """Whether these layers are of the same weights, so that they may be merged as one."""
+        return all(len({i.weight(name) for name in layers}) == 1 for i in self.inputs)
 
     def layer(self, name: str) -> Layer:
-        """What goes into a layer."""
+        """What goes into a layer, or into a fused one."""
+        if name in self.fused:
+            return self._fused_layer(name)
         who = [k for k, own in enumerate(self.parts) if name in own and self.inputs[k].weight(name) != 0]
         site = site_of(name, self.parts[who[0]][name], self.architecture)
         changes = [change_of(name, self.parts[k][name], site, self.base) for k in who]
         weights = torch.tensor([self.inputs[k].weight(name) for k in who], dtype=torch.float64)
         return Layer(name, site, tuple(who), tuple(changes), weights, tuple(self.inputs[k].digest for k in who))
+
+    def _fused_layer(self, name: str) -> Layer:
+        layers = [s.layer for s in self.fused[name]]
+        sites = [
+            next(site_of(layer, own[layer], self.architecture) for own in self.parts if layer in own)
+            for layer in layers
+        ]
+        who = [k for k, own in enumerate(self.parts) if any(layer in own for layer in layers)]
+        who = [k for k in who if self.inputs[k].weight(layers[0]) != 0]
+        changes: list[Change] = []
+        for own in (self.parts[k] for k in who):
+            there = [
+                change_of(layer, own[layer], site, self.base) if layer in own else None
+                for layer, site in zip(layers, sites, strict=True)
+            ]
+            changes.append(stacked(there, sites))
+        weights = torch.tensor([self.inputs[k].weight(layers[0]) for k in who], dtype=torch.float64)
+        keys = tuple(self.inputs[k].digest for k in who)
+        return Layer(name, over(sites), tuple(who), tuple(changes), weights, keys)
+
+    def apart(self, made: Merged) -> list[Merged]:
+        """A merged layer as the layers it is of the model: itself, or those that it fuses."""
+        if made.name not in self.fused:
+            return [made]
+        rows = split(made.terms, made.bias, self.fused[made.name])
+        return [
+            replace(
+                made,
+                name=layer,
+                site=replace(made.site, shape=(terms[0].shape[0], *made.site.shape[1:])),
+                terms=tuple(terms),
+                bias=bias,
+            )
+            for layer, (terms, bias) in rows.items()
+        ]
 
     @torch.no_grad()
     def merge(self, name: str) -> Merged:
