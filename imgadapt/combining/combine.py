@@ -150,7 +150,7 @@ def part_of(made: Merged) -> Part:
     most = min(made.site.rows, made.site.fan_in)
     pairs = [term for term in made.terms if isinstance(term, Pair)]
     if len(pairs) == len(made.terms):
-        pair = concat(pairs)
+        pair = pairs[0] if len(pairs) == 1 else concat(pairs)  # what was fused has one `down`, which stays as it is
         rank = pair.up.shape[1]
         if rank <= most:
             method = LoRA(rank=rank, alpha=float(rank), bias=bool(bias))

@@ -144,7 +144,9 @@ class Engine:
         return Layer(name, over(sites), tuple(who), tuple(changes), weights, keys)
 
     def apart(self, made: Merged) -> list[Merged]:
-        """A merged layer as the layers it is of the model: itself, or those that it fuses."""
+        """A merged layer as the layers it is of the model: itself, or those that it fuses; pairs are made one."""
+        if all(isinstance(term, Pair) for term in made.terms):
+            made = replace(made, terms=(concat(made.terms),))
         if made.name not in self.fused:
             return [made]
         rows = split(made.terms, made.bias, self.fused[made.name])
