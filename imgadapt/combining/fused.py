@@ -55,7 +55,7 @@ def stacked(changes: Sequence[Change | None], sites: Sequence[Site]) -> Change:
 
 def _term(terms: Sequence[Term | None], rows: Sequence[int]) -> Term:
     there = [term for term in terms if term is not None]
-    if any(isinstance(term, Dense) for term in there):
+    if any(not isinstance(term, Pair) and term.rank > min(term.shape) // 2 for term in there):
         blank = torch.zeros(1, there[0].shape[1])
         made = [blank.expand(n, -1) if t is None else t.rows(0, n) for t, n in zip(terms, rows, strict=True)]
         return Dense(torch.cat(made))
