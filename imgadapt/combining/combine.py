@@ -99,7 +99,7 @@ def combine(
     for k, made in enumerate(engine.cut(lambda name: None if ranks is None else ranks.get(name)), 1):
         own = {one.name: part_of(one) for one in engine.apart(made)}
         parts |= own
-        report.add(row_of(made, next(iter(own.values()))))
+        report.add(row_of(made, next(iter(own.values()), None)))
         if progress is not None:
             progress("merging", k, len(engine.names))
     form = {i.file.format for i in inputs}
@@ -162,8 +162,10 @@ def part_of(made: Merged) -> Part:
     return Part(Full(bias=made.bias is not None), {"diff": diff, **rest}, shape=made.site.shape)
 
 
-def row_of(made: Merged, part: Part) -> Row:
-    return Row(made.name, made.who, made.gram, made.norm, part.method.file_rank, made.residual)
+def row_of(made: Merged, part: Part | None) -> Row:
+    """part: None where nothing is left of it."""
+    rank = 0 if part is None else part.method.file_rank
+    return Row(made.name, made.who, made.gram, made.norm, rank, made.residual)
 
 
 def cast(file: AdapterFile, dtype: torch.dtype) -> AdapterFile:

@@ -144,7 +144,11 @@ class Engine:
         return Layer(name, over(sites), tuple(who), tuple(changes), weights, keys)
 
     def apart(self, made: Merged) -> list[Merged]:
-        """A merged layer as the layers it is of the model: itself, or those that it fuses; pairs are made one."""
+        """A merged layer as the layers it is of the model: itself, those that it fuses, or none where nothing is left of
+        it; pairs are made one.
+        """
+        if not made.terms:
+            return []
         if all(isinstance(term, Pair) for term in made.terms):
             made = replace(made, terms=(concat(made.terms),))
         if made.name not in self.fused:
@@ -215,7 +219,12 @@ class Engine:
 
 
 def truncated(made: Merged, rank: int) -> Merged:
-    """The best approximation of a rank, with what it leaves out; one whose factors are no wider is left as it is."""
+    """The best approximation of a rank, with what it leaves out; one whose factors are no wider is left as it is. Of rank
+    0 there are no terms left.
+    """
+    if rank == 0 and made.bias is None:
+        return replace(made, terms=(), residual=1.0)
+    rank = max(rank, 1)  # what carries a bias stays
     if len(made.terms) >= 1 and all(isinstance(term, Pair) for term in made.terms):
         width = sum(term.up.shape[1] for term in made.terms if isinstance(term, Pair))
         if width <= rank:
