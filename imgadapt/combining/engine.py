@@ -144,8 +144,8 @@ class Engine:
         return Layer(name, over(sites), tuple(who), tuple(changes), weights, keys)
 
     def apart(self, made: Merged) -> list[Merged]:
-        """A merged layer as the layers it is of the model: itself, those that it fuses, or none where nothing is left of
-        it; pairs are made one.
+        """A merged layer as the layers it is of the model: itself, those that it fuses, or none where nothing is
+        left of it; pairs are made one.
         """
         if not made.terms:
             return []
@@ -219,8 +219,8 @@ class Engine:
 
 
 def truncated(made: Merged, rank: int) -> Merged:
-    """The best approximation of a rank, with what it leaves out; one whose factors are no wider is left as it is. Of rank
-    0 there are no terms left.
+    """The best approximation of a rank, with what it leaves out; one whose factors are no wider is left as it is. Of
+    rank 0 there are no terms left.
     """
     if rank == 0 and made.bias is None:
         return replace(made, terms=(), residual=1.0)
