@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from threading import Lock
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from imgadapt.combining.entering import Base, Change, change_of, site_of
 from imgadapt.combining.fused import groups, over, split, stacked
 from imgadapt.combining.lowrank import Spectrum, concat, spectrum
 from imgadapt.combining.recipe import MergeRecipe
+from imgadapt.combining.rule import Elements
 from imgadapt.combining.terms import Dense, Pair, Term, gram
 from imgadapt.combining.threads import in_order, one_thread_each
 from imgadapt.errors import StateError
@@ -18,6 +21,8 @@ from imgadapt.file import AdapterFile
 from imgadapt.formats import Format, Part
 from imgadapt.sites import Site
 from imgadapt.whole import settled
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,8 @@ class Engine:
         self.fused = {} if recipe.row.rotations else groups(architecture, form, used, self._alike)
         inside = {s.layer for slices in self.fused.values() for s in slices}
         self.names = sorted([*self.fused, *(name for name in used if name not in inside)])
+        self._used, self._lock = sorted(used), Lock()
+        self._prepared: list[Any] = []
 
     def _alike(self, layers: Sequence[str]) -> bool:
         """Whether these layers are of the same weights, so that they may be merged as one."""
@@ -116,8 +123,9 @@ class Engine:
 
     def layer(self, name: str) -> Layer:
         """What goes into a layer, or into a fused one."""
-        if name in self.fused:
-            return self._fused_layer(name)
+        return self._fused_layer(name) if name in self.fused else self._single_layer(name)
+
+    def _single_layer(self, name: str) -> Layer:
         who = [k for k, own in enumerate(self.parts) if name in own and self.inputs[k].weight(name) != 0]
         site = site_of(name, self.parts[who[0]][name], self.architecture)
         changes = [change_of(name, self.parts[k][name], site, self.base) for k in who]
@@ -166,12 +174,12 @@ class Engine:
         ]
 
     @torch.no_grad()
-    def merge(self, name: str) -> Merged:
-        """A layer, merged by the rule, exactly; it is not cut yet."""
+    def merge(self, name: str, workers: int = 1) -> Merged:
+        """A layer, merged by the rule, exactly; it is not cut yet. workers: threads that rules of elements may take."""
         layer, row = self.layer(name), self.recipe.row
         products = gram(layer.terms)
         if row.elements is not None:
-            terms, bias = row.elements(layer, self.recipe, self.options)
+            terms, bias = self._by_elements(row.elements, layer, products, workers)
         elif row.factors is not None and len(layer.site.shape) > 1:
             pairs = [term.as_pair() for term in layer.terms]
             terms, bias = [row.factors(pairs, layer.weights, self.options)], _bias(layer, layer.weights)
@@ -185,40 +193,83 @@ class Engine:
             raise StateError(f"{name}: the merged change is not finite; {self._blame(layer)}")
         return Merged(name, layer.site, tuple(terms), bias, layer.who, products, norm)
 
+    def _by_elements(
+        self, merge: Elements, layer: Layer, products: Tensor, workers: int
+    ) -> tuple[Sequence[Term], Tensor | None]:
+        """A fused layer's layers are merged each for itself: whatever format the result is for, it is the same."""
+        biases = [change.bias for change in layer.changes if change.bias is not None]
+        if not all(bool(torch.isfinite(t).all()) for t in (products, *biases)):  # rules might leave out what is not
+            raise StateError(f"{layer.name}: the merged change is not finite; {self._blame(layer)}")
+        with self._lock:
+            if not self._prepared:
+                self._prepared.append(merge.prepare(lambda: map(self._single_layer, self._used), self.options, workers))
+        cuts = self._prepared[0]
+        if layer.name not in self.fused:
+            return merge(layer, self.recipe, self.options, cuts=cuts, workers=workers)
+        out, rows, made = torch.empty(layer.changes[0].term.shape), 0, list[Tensor]()
+        for s in self.fused[layer.name]:
+            own = self._single_layer(s.layer)
+            there = out[rows : rows + own.site.rows]
+            _, bias = merge(own, self.recipe, self.options, cuts=cuts, workers=workers, out=there)
+            made.append(torch.zeros(len(there)) if bias is None else bias)
+            rows += len(there)
+        return [Dense(out)], torch.cat(made) if biases else None
+
     def _blame(self, layer: Layer) -> str:
         broken = [
             self.inputs[k].name
             for k, change in zip(layer.who, layer.changes, strict=True)
             if not bool(torch.isfinite(gram([change.term])).all())
+            or (change.bias is not None and not bool(torch.isfinite(change.bias).all()))
         ]
         return f"{', '.join(broken)} has NaN or infinity there" if broken else "lower the weights"
 
     def merged(self, names: Sequence[str] | None = None) -> Iterator[Merged]:
-        """All layers, or those named, in order."""
-        with one_thread_each() as workers:
-            yield from in_order(self.merge, self.names if names is None else names, workers)
+        """All layers, or those named, in order. By rules of elements each is a dense matrix: let go of it before the
+        next is asked for.
+        """
+        return self._each(self.merge, self.names if names is None else names)
 
     def spectra(self) -> Iterator[tuple[Merged, Spectrum | None]]:
-        """All layers with their singular values; None for norms."""
-        with one_thread_each() as workers:
-            yield from in_order(self._spectrum, self.names, workers)
-
-    def _spectrum(self, name: str) -> tuple[Merged, Spectrum | None]:
-        made = self.merge(name)
-        return made, spectrum(made.terms) if len(made.site.shape) > 1 else None
+        """All layers with their singular values; None for norms. By rules of elements: values only, and no terms."""
+        return self._each(self._spectrum, self.names)
 
     def cut(self, ranks: Callable[[str], int | None]) -> Iterator[Merged]:
         """All layers, each cut to a rank; None: as it is."""
 
-        def one(name: str) -> Merged:
-            made, rank = self.merge(name), ranks(name)
-            return made if rank is None or len(made.site.shape) < 2 else truncated(made, rank)
+        def one(name: str, workers: int) -> Merged:
+            made, rank = self.merge(name, workers), ranks(name)
+            return made if rank is None or len(made.site.shape) < 2 else truncated(made, rank, workers)
 
+        return self._each(one, self.names)
+
+    @property
+    def _dense(self) -> bool:
+        return self.recipe.row.elements is not None and self.recipe.space == "delta"
+
+    def _each(self, work: Callable[[str, int], Result], names: Sequence[str]) -> Iterator[Result]:
+        """work(layer, threads) of each, in order: several layers at a time, or, where each becomes a dense matrix, one
+        at a time by all threads.
+        """
         with one_thread_each() as workers:
-            yield from in_order(one, self.names, workers)
+            if not self._dense:
+                yield from in_order(lambda name: work(name, 1), names, workers)
+            else:
+                for name in names:
+                    yield work(name, workers)
+
+    @torch.no_grad()
+    def _spectrum(self, name: str, workers: int) -> tuple[Merged, Spectrum | None]:
+        made = self.merge(name, workers)
+        if len(made.site.shape) < 2:
+            return made, None
+        if not self._dense:
+            return made, spectrum(made.terms)
+        return replace(made, terms=()), spectrum(made.terms, vectors=False, workers=workers)
 
 
-def truncated(made: Merged, rank: int) -> Merged:
+@torch.no_grad()
+def truncated(made: Merged, rank: int, workers: int = 1) -> Merged:
     """The best approximation of a rank, with what it leaves out; one whose factors are no wider is left as it is. Of
     rank 0 there are no terms left.
     """
@@ -229,7 +280,7 @@ def truncated(made: Merged, rank: int) -> Merged:
         width = sum(term.up.shape[1] for term in made.terms if isinstance(term, Pair))
         if width <= rank:
             return replace(made, terms=(concat(made.terms),))
-    found = spectrum(made.terms, rank)
+    found = spectrum(made.terms, rank, workers=workers)
     return replace(made, terms=(found.truncated(rank),), residual=found.residual(rank))
 
 

@@ -5,19 +5,40 @@ products of the changes; `factor` rules work on low-rank factors, and the result
 look at each element of the changes, so the result is whole; `rotation` rules merge OFT and BOFT as rotations.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from imgadapt.combining.terms import Pair
+from imgadapt.combining.terms import Pair, Term
 from imgadapt.errors import ConfigError
 
 Scalar = Callable[[Tensor, Tensor, Mapping[str, Any]], Tensor]
 """(weights (k,), inner products (k, k), options) -> what each change is multiplied by (k,); fp64."""
 Factors = Callable[[Sequence[Pair], Tensor, Mapping[str, Any]], Pair]
 """(changes, weights (k,), options) -> the merged change."""
+
+
+class Elements(Protocol):
+    def __call__(
+        self,
+        layer: Any,
+        recipe: Any,
+        options: Mapping[str, Any],
+        *,
+        cuts: Any = None,
+        workers: int = 1,
+        out: Tensor | None = None,
+    ) -> tuple[tuple[Term, ...], Tensor | None]:
+        """(layer, recipe, options) -> terms whose sum is the merged change, and the bias's. out: where it is written, a
+        matrix (out, fan_in); workers: threads that it may take; cuts: of `prepare`.
+        """
+        ...
+
+    def prepare(self, layers: Callable[[], Iterable[Any]], options: Mapping[str, Any], workers: int) -> Any:
+        """What has to be known of all layers before the first is merged; None: nothing."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -37,7 +58,7 @@ class Rule:
     """A row: one of scalar, factors, elements, rotations.
 
     source: paper or code. least, most: how many inputs it merges. ordered: whether it tells the first from the second.
-    in_core: whether it can work in core space.
+    in_core: whether it can work in core space. wrong: what is wrong with options that are in range, each for itself.
     """
 
     name: str
@@ -45,13 +66,14 @@ class Rule:
     source: str
     scalar: Scalar | None = None
     factors: Factors | None = None
-    elements: Any = None
+    elements: Elements | None = None
     rotations: Any = None
     options: Mapping[str, Option] = field(default_factory=dict[str, Option])
     least: int = 1
     most: int = 1000
     ordered: bool = False
     in_core: bool = False
+    wrong: Callable[[Mapping[str, Any]], str | None] | None = None
 
     def checked(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """All options, defaults filled in.
@@ -79,4 +101,6 @@ class Rule:
             ):
                 raise ConfigError(f"{name} is {value!r}; it must be a number from {option.least:g} to {option.most:g}")
             made[name] = value
+        if self.wrong is not None and (reason := self.wrong(made)):
+            raise ConfigError(f"{self.name}: {reason}")
         return made
