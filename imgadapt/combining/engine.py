@@ -1,7 +1,8 @@
 """Engine: merges one layer at a time, in any order, for an adapter's file or for a checkpoint."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from threading import Lock
 from typing import Any, TypeVar
 
@@ -9,70 +10,21 @@ import torch
 from torch import Tensor
 
 from imgadapt.arch import Architecture
+from imgadapt.combining.corespace import Frame, frame
 from imgadapt.combining.entering import Base, Change, change_of, site_of
 from imgadapt.combining.fused import groups, over, split, stacked
+from imgadapt.combining.layers import Input, Layer, Merged
 from imgadapt.combining.lowrank import Spectrum, concat, spectrum
 from imgadapt.combining.recipe import MergeRecipe
-from imgadapt.combining.rule import Elements
+from imgadapt.combining.rule import Elements, Scalar
 from imgadapt.combining.terms import Dense, Pair, Term, gram
 from imgadapt.combining.threads import in_order, one_thread_each
 from imgadapt.errors import StateError
-from imgadapt.file import AdapterFile
 from imgadapt.formats import Format, Part
 from imgadapt.sites import Site
 from imgadapt.whole import settled
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Input:
-    """An adapter that is merged. digest: SHA-256 of its file (or of its tensors): what random masks are keyed by.
-
-    weight: what each of its layers is multiplied by (see `weights.factor_of`).
-    """
-
-    name: str
-    file: AdapterFile
-    digest: str
-    weight: Callable[[str], float]
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One layer of a merge: what the inputs that have it change, in the order of the engine's inputs.
-
-    who: their indices. weights: (k,), fp64; none is 0.
-    """
-
-    name: str
-    site: Site
-    who: tuple[int, ...]
-    changes: tuple[Change, ...]
-    weights: Tensor
-    keys: tuple[str, ...]
-
-    @property
-    def terms(self) -> list[Term]:
-        return [change.term for change in self.changes]
-
-
-@dataclass(frozen=True)
-class Merged:
-    """What became of a layer: terms whose sum is the merged change, and the bias's.
-
-    gram: (k, k) inner products of the inputs' changes, unweighted; who: which inputs those are. residual: relative norm
-    of what was cut off, over `norm`, the merged change's before.
-    """
-
-    name: str
-    site: Site
-    terms: tuple[Term, ...]
-    bias: Tensor | None
-    who: tuple[int, ...]
-    gram: Tensor
-    norm: float
-    residual: float = 0.0
 
 
 class Engine:
@@ -111,7 +63,7 @@ class Engine:
             if any(name in own and i.weight(name) != 0 for i, own in zip(self.inputs, self.parts, strict=True))
         ]
         self.skipped = sorted(every - set(used))
-        self.fused = {} if recipe.row.rotations else groups(architecture, form, used, self._alike)
+        self.fused = {} if recipe.row.rotations or recipe.row.apart else groups(architecture, form, used, self._alike)
         inside = {s.layer for slices in self.fused.values() for s in slices}
         self.names = sorted([*self.fused, *(name for name in used if name not in inside)])
         self._used, self._lock = sorted(used), Lock()
@@ -129,8 +81,7 @@ class Engine:
         who = [k for k, own in enumerate(self.parts) if name in own and self.inputs[k].weight(name) != 0]
         site = site_of(name, self.parts[who[0]][name], self.architecture)
         changes = [change_of(name, self.parts[k][name], site, self.base) for k in who]
-        weights = torch.tensor([self.inputs[k].weight(name) for k in who], dtype=torch.float64)
-        return Layer(name, site, tuple(who), tuple(changes), weights, tuple(self.inputs[k].digest for k in who))
+        return self._layer(name, site, who, changes, name)
 
     def _fused_layer(self, name: str) -> Layer:
         layers = [s.layer for s in self.fused[name]]
@@ -147,9 +98,13 @@ class Engine:
                 for layer, site in zip(layers, sites, strict=True)
             ]
             changes.append(stacked(there, sites))
-        weights = torch.tensor([self.inputs[k].weight(layers[0]) for k in who], dtype=torch.float64)
+        return self._layer(name, over(sites), who, changes, layers[0])
+
+    def _layer(self, name: str, site: Site, who: Sequence[int], changes: Sequence[Change], weighed: str) -> Layer:
+        """weighed: the layer of the model whose weights are taken."""
+        every = torch.tensor([i.weight(weighed) for i in self.inputs], dtype=torch.float64)
         keys = tuple(self.inputs[k].digest for k in who)
-        return Layer(name, over(sites), tuple(who), tuple(changes), weights, keys)
+        return Layer(name, site, tuple(who), tuple(changes), every[list(who)], keys, every)
 
     def apart(self, made: Merged) -> list[Merged]:
         """A merged layer as the layers it is of the model: itself, those that it fuses, or none where nothing is
@@ -178,14 +133,15 @@ class Engine:
         """A layer, merged by the rule, exactly; it is not cut yet. workers: threads that rules of elements may take."""
         layer, row = self.layer(name), self.recipe.row
         products = gram(layer.terms)
+        biases = [change.bias for change in layer.changes if change.bias is not None]
+        if not all(bool(torch.isfinite(t).all()) for t in (products, *biases)):  # rules might leave out what is not
+            raise StateError(f"{layer.name}: the merged change is not finite; {self._blame(layer)}")
         if row.elements is not None:
-            terms, bias = self._by_elements(row.elements, layer, products, workers)
+            terms, bias = self._by_elements(row.elements, layer, workers)
         elif row.factors is not None and len(layer.site.shape) > 1:
-            pairs = [term.as_pair() for term in layer.terms]
-            terms, bias = [row.factors(pairs, layer.weights, self.options)], _bias(layer, layer.weights)
+            terms, bias = [row.factors(layer, self.options)], _bias(layer, layer.weights)
         else:
-            rule = row.scalar
-            factors = layer.weights if rule is None else rule(layer.weights, products, self.options)
+            factors = layer.weights if row.scalar is None else self._numbers(row.scalar, layer, products)
             terms = [term.scaled(float(f)) for term, f in zip(layer.terms, factors, strict=True)]
             bias = _bias(layer, factors)
         norm = max(0.0, float(gram(terms).sum())) ** 0.5
@@ -193,27 +149,50 @@ class Engine:
             raise StateError(f"{name}: the merged change is not finite; {self._blame(layer)}")
         return Merged(name, layer.site, tuple(terms), bias, layer.who, products, norm)
 
-    def _by_elements(
-        self, merge: Elements, layer: Layer, products: Tensor, workers: int
-    ) -> tuple[Sequence[Term], Tensor | None]:
+    def _numbers(self, rule: Scalar, layer: Layer, products: Tensor) -> Tensor:
+        """What each change of a layer is multiplied by."""
+        index = torch.tensor(layer.who)
+        every = torch.zeros(len(self.inputs), len(self.inputs), dtype=torch.float64)
+        every[index[:, None], index[None]] = products
+        return rule(layer.every, every, self.options)[index]
+
+    def _by_elements(self, merge: Elements, layer: Layer, workers: int) -> tuple[Sequence[Term], Tensor | None]:
         """A fused layer's layers are merged each for itself: whatever format the result is for, it is the same."""
-        biases = [change.bias for change in layer.changes if change.bias is not None]
-        if not all(bool(torch.isfinite(t).all()) for t in (products, *biases)):  # rules might leave out what is not
-            raise StateError(f"{layer.name}: the merged change is not finite; {self._blame(layer)}")
         with self._lock:
             if not self._prepared:
-                self._prepared.append(merge.prepare(lambda: map(self._single_layer, self._used), self.options, workers))
-        cuts = self._prepared[0]
+                self._prepared.append(merge.prepare(partial(map, self._seen, self._used), self.options, workers))
         if layer.name not in self.fused:
-            return merge(layer, self.recipe, self.options, cuts=cuts, workers=workers)
-        out, rows, made = torch.empty(layer.changes[0].term.shape), 0, list[Tensor]()
-        for s in self.fused[layer.name]:
-            own = self._single_layer(s.layer)
-            there = out[rows : rows + own.site.rows]
-            _, bias = merge(own, self.recipe, self.options, cuts=cuts, workers=workers, out=there)
-            made.append(torch.zeros(len(there)) if bias is None else bias)
-            rows += len(there)
-        return [Dense(out)], torch.cat(made) if biases else None
+            return self._elementwise(merge, layer, workers)
+        own = [self._single_layer(s.layer) for s in self.fused[layer.name]]
+        out, rows, made = torch.empty(layer.changes[0].term.shape if self._dense else (0, 0)), 0, list[Change]()
+        for one in own:
+            terms, bias = self._elementwise(merge, one, workers, out[rows : rows + one.site.rows])
+            made.append(Change(terms[0], bias))
+            rows += one.site.rows
+        biases = [torch.zeros(one.site.rows) if c.bias is None else c.bias for one, c in zip(own, made, strict=True)]
+        bias = torch.cat(biases) if any(change.bias is not None for change in made) else None
+        return [Dense(out) if self._dense else stacked(made, [one.site for one in own]).term], bias
+
+    def _elementwise(
+        self, merge: Elements, layer: Layer, workers: int, out: Tensor | None = None
+    ) -> tuple[Sequence[Term], Tensor | None]:
+        there, shared = self._in_space(layer)
+        cuts = self._prepared[0]
+        if shared is None:
+            return merge(layer, self.recipe, self.options, cuts=cuts, workers=workers, out=out)
+        (core,), bias = merge(there, self.recipe, self.options, cuts=cuts, workers=workers)
+        return [shared.lifted(core.rows(0, core.shape[0]))], bias
+
+    def _seen(self, name: str) -> Layer:
+        return self._in_space(self._single_layer(name))[0]
+
+    def _in_space(self, layer: Layer) -> tuple[Layer, Frame | None]:
+        """A layer in the recipe's space, and how to come back; norms have no other."""
+        if self.recipe.space == "delta" or len(layer.site.shape) < 2:
+            return layer, None
+        shared = frame([term.as_pair() for term in layer.terms])
+        changes = [replace(c, term=Dense(core.float())) for c, core in zip(layer.changes, shared.cores, strict=True)]
+        return replace(layer, changes=tuple(changes)), shared
 
     def _blame(self, layer: Layer) -> str:
         broken = [

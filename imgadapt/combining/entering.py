@@ -30,10 +30,14 @@ class Base(Protocol):
 
 @dataclass(frozen=True)
 class Change:
-    """What an adapter changes at a layer at strength 1: the weight, and the bias (out,), where it does."""
+    """What an adapter changes at a layer at strength 1: the weight, and the bias (out,), where it does.
+
+    scale: of LoRA, whose pair is its own factors: what `up` has been multiplied by.
+    """
 
     term: Term
     bias: Tensor | None = None
+    scale: float | None = None
 
 
 @torch.no_grad()
@@ -72,7 +76,8 @@ def change_of(name: str, part: Part, site: Site, base: Base | None) -> Change:
         return Change(Kron(first * method.scale, t["w2"].flatten(1)), bias)
     pair = method.pair(t, site)
     if pair is not None:
-        return Change(Pair(pair[0] * method.scale, pair[1]), bias)
+        own = {"up", "down"} <= t.keys() and "mid" not in t
+        return Change(Pair(pair[0] * method.scale, pair[1]), bias, method.scale if own else None)
     raw: Any = part.tensors[getattr(method, "of_weight", "diff")]
     return Change(Dense(raw.flatten(1) if raw.ndim > 1 else raw[:, None]), bias)
 

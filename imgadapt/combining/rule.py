@@ -5,7 +5,7 @@ products of the changes; `factor` rules work on low-rank factors, and the result
 look at each element of the changes, so the result is whole; `rotation` rules merge OFT and BOFT as rotations.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,9 +15,10 @@ from imgadapt.combining.terms import Pair, Term
 from imgadapt.errors import ConfigError
 
 Scalar = Callable[[Tensor, Tensor, Mapping[str, Any]], Tensor]
-"""(weights (k,), inner products (k, k), options) -> what each change is multiplied by (k,); fp64."""
-Factors = Callable[[Sequence[Pair], Tensor, Mapping[str, Any]], Pair]
-"""(changes, weights (k,), options) -> the merged change."""
+"""(weights (n,), inner products (n, n), options) -> what each change is multiplied by (n,); fp64. Of all inputs: the
+inner products of one that does not have the layer are zero."""
+Factors = Callable[[Any, Mapping[str, Any]], Pair]
+"""(layer, options) -> the merged change."""
 
 
 class Elements(Protocol):
@@ -58,7 +59,9 @@ class Rule:
     """A row: one of scalar, factors, elements, rotations.
 
     source: paper or code. least, most: how many inputs it merges. ordered: whether it tells the first from the second.
-    in_core: whether it can work in core space. wrong: what is wrong with options that are in range, each for itself.
+    in_core: whether it can work in core space. apart: whether it merges each layer that a format fuses for itself.
+    linear: whether the merged change is linear in the weights; relative: whether only their shares in the sum count.
+    wrong: what is wrong with options that are in range, each for itself.
     """
 
     name: str
@@ -73,6 +76,9 @@ class Rule:
     most: int = 1000
     ordered: bool = False
     in_core: bool = False
+    apart: bool = False
+    linear: bool = False
+    relative: bool = False
     wrong: Callable[[Mapping[str, Any]], str | None] | None = None
 
     def checked(self, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,62 @@
+"""What goes into a merge and what comes out of it, layer by layer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from imgadapt.combining.entering import Change
+from imgadapt.combining.terms import Term
+from imgadapt.file import AdapterFile
+from imgadapt.sites import Site
+
+
+@dataclass(frozen=True)
+class Input:
+    """An adapter that is merged. digest: SHA-256 of its file (or of its tensors): what random masks are keyed by.
+
+    weight: what each of its layers is multiplied by (see `weights.factor_of`).
+    """
+
+    name: str
+    file: AdapterFile
+    digest: str
+    weight: Callable[[str], float]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of a merge: what the inputs that have it change, in the order of the engine's inputs.
+
+    who: their indices. weights: (k,), fp64; none is 0. every: (n,), those of all inputs.
+    """
+
+    name: str
+    site: Site
+    who: tuple[int, ...]
+    changes: tuple[Change, ...]
+    weights: Tensor
+    keys: tuple[str, ...]
+    every: Tensor
+
+    @property
+    def terms(self) -> list[Term]:
+        return [change.term for change in self.changes]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What became of a layer: terms whose sum is the merged change, and the bias's.
+
+    gram: (k, k) inner products of the inputs' changes, unweighted; who: which inputs those are. residual: relative norm
+    of what was cut off, over `norm`, the merged change's before.
+    """
+
+    name: str
+    site: Site
+    terms: tuple[Term, ...]
+    bias: Tensor | None
+    who: tuple[int, ...]
+    gram: Tensor
+    norm: float
+    residual: float = 0.0
