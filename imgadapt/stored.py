@@ -20,6 +20,8 @@ _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
+DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+"""What values can be read of, by safetensors' names."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Stored:
         Raises:
             StateError: the file is gone or has changed.
         """
-        dtype = next(dtype for dtype, name in _NAMES.items() if name == self.dtype)
+        dtype = DTYPES[self.dtype]
         direct = tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.dtype == dtype
         into = tensor.detach() if direct else torch.empty(self.shape, dtype=dtype)
         with self._open() as file:
@@ -73,7 +75,7 @@ class Stored:
 
     def read(self) -> Tensor:
         """Its values."""
-        dtype = next(dtype for dtype, name in _NAMES.items() if name == self.dtype)
+        dtype = DTYPES[self.dtype]
         made = torch.empty(self.shape, dtype=dtype)
         self.fill(made)
         return made
