@@ -170,6 +170,17 @@ def test_densities_are_exact_and_take_elements_in_order() -> None:
     assert torch.equal(found, own * (kept_by_sort([own], 24)[0] & ~top))
 
 
+def test_a_bias_has_its_own_threshold_and_its_own_chances() -> None:
+    own, bias = changes(1, 6, 10)[0], changes(1, 50, seed=1)[0] * 100  # none of the weight's would be among the largest
+    found, thin = merge("magnitude_prune", layer([Dense(own)], [1.0], [bias]), density=0.3)
+    assert thin is not None
+    assert torch.equal(found != 0, kept_by_sort([own], 18)[0])
+    assert torch.equal(thin != 0, kept_by_sort([bias], 15)[0])
+    _, thin = merge("dare_linear", layer([Dense(own)], [1.0], [bias]), 3, density=0.5)
+    assert thin is not None
+    assert torch.equal(thin != 0, uniform(mask_key(3, "x", "a.b.bias"), 0, 50) < 0.5)
+
+
 def test_breadcrumbs_without_outliers_keep_what_their_density_says() -> None:
     own = changes(1, 8, 8)[0]  # a hundredth of 64 elements is none
     found, _ = merge("breadcrumbs", layer([Dense(own)], [1.0]), density=0.9, gamma=0.01)
