@@ -142,6 +142,8 @@ def _ranks(engine: Engine, progress: Progress | None) -> Mapping[str, int] | Non
 
 def part_of(made: Merged) -> Part:
     """A merged layer as an adapter has it: LoRA where it is a pair, else a whole difference."""
+    if made.part is not None:
+        return made.part
     bias: dict[str, Tensor] = {} if made.bias is None else {"bias": made.bias}
     if len(made.site.shape) == 1:
         diff = whole(made.terms).flatten()

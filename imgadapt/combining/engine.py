@@ -1,6 +1,6 @@
 """Engine: merges one layer at a time, in any order, for an adapter's file or for a checkpoint."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from threading import Lock
@@ -16,13 +16,14 @@ from imgadapt.combining.fused import groups, over, split, stacked
 from imgadapt.combining.layers import Input, Layer, Merged
 from imgadapt.combining.lowrank import Spectrum, concat, spectrum
 from imgadapt.combining.recipe import MergeRecipe
+from imgadapt.combining.rotations import is_rotation, powers
 from imgadapt.combining.rule import Elements, Scalar
 from imgadapt.combining.terms import Dense, Pair, Term, gram
 from imgadapt.combining.threads import in_order, one_thread_each
+from imgadapt.combining.turning import check, merged_rotation, ready
 from imgadapt.errors import StateError
-from imgadapt.formats import Format, Part
+from imgadapt.formats import Format
 from imgadapt.sites import Site
-from imgadapt.whole import settled
 
 Result = TypeVar("Result")
 
@@ -51,10 +52,7 @@ class Engine:
             order = list(range(len(inputs)))
         self.order = order
         self.inputs = [inputs[k] for k in order]
-        self.parts: list[Mapping[str, Part]] = [
-            i.file.parts if base is None else settled(i.file.parts, base.names, base.weight, base.bias)
-            for i in self.inputs
-        ]
+        self.parts = [ready(i.file.parts, base, recipe.row) for i in self.inputs]
         self.options = recipe.row.checked(recipe.options)
         every = {name for own in self.parts for name in own}
         used = [
@@ -63,6 +61,7 @@ class Engine:
             if any(name in own and i.weight(name) != 0 for i, own in zip(self.inputs, self.parts, strict=True))
         ]
         self.skipped = sorted(every - set(used))
+        check(recipe.row, self.parts, used)
         self.fused = {} if recipe.row.rotations or recipe.row.apart else groups(architecture, form, used, self._alike)
         inside = {s.layer for slices in self.fused.values() for s in slices}
         self.names = sorted([*self.fused, *(name for name in used if name not in inside)])
@@ -110,6 +109,8 @@ class Engine:
         """A merged layer as the layers it is of the model: itself, those that it fuses, or none where nothing is
         left of it; pairs are made one.
         """
+        if made.part is not None:
+            return [made]
         if not made.terms:
             return []
         if all(isinstance(term, Pair) for term in made.terms):
@@ -131,6 +132,10 @@ class Engine:
     @torch.no_grad()
     def merge(self, name: str, workers: int = 1) -> Merged:
         """A layer, merged by the rule, exactly; it is not cut yet. workers: threads that rules of elements may take."""
+        if self._turned(name):
+            every = torch.tensor([i.weight(name) for i in self.inputs], dtype=torch.float64)
+            parts = [own.get(name) if w else None for own, w in zip(self.parts, every.tolist(), strict=True)]
+            return merged_rotation(name, parts, every, self.recipe.row, self.options, (self.architecture, self.base))
         layer, row = self.layer(name), self.recipe.row
         products = gram(layer.terms)
         biases = [change.bias for change in layer.changes if change.bias is not None]
@@ -141,13 +146,21 @@ class Engine:
         elif row.factors is not None and len(layer.site.shape) > 1:
             terms, bias = [row.factors(layer, self.options)], _bias(layer, layer.weights)
         else:
-            factors = layer.weights if row.scalar is None else self._numbers(row.scalar, layer, products)
+            weights = powers(row, layer.every, self.options)[list(layer.who)] if row.rotations else layer.weights
+            factors = weights if row.scalar is None else self._numbers(row.scalar, layer, products)
             terms = [term.scaled(float(f)) for term, f in zip(layer.terms, factors, strict=True)]
             bias = _bias(layer, factors)
         norm = max(0.0, float(gram(terms).sum())) ** 0.5
         if not torch.isfinite(torch.tensor(norm)) or (bias is not None and not bool(torch.isfinite(bias).all())):
             raise StateError(f"{name}: the merged change is not finite; {self._blame(layer)}")
         return Merged(name, layer.site, tuple(terms), bias, layer.who, products, norm)
+
+    def _turned(self, name: str) -> bool:
+        """Whether it is merged as a rotation; what a rule of rotations finds beside them is summed by weight."""
+        return self.recipe.row.rotations is not None and any(
+            name in own and is_rotation(own[name]) and i.weight(name) != 0
+            for i, own in zip(self.inputs, self.parts, strict=True)
+        )
 
     def _numbers(self, rule: Scalar, layer: Layer, products: Tensor) -> Tensor:
         """What each change of a layer is multiplied by."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from imgadapt.combining.entering import Change
 from imgadapt.combining.terms import Term
 from imgadapt.file import AdapterFile
+from imgadapt.formats import Part
 from imgadapt.sites import Site
 
 
@@ -49,7 +50,8 @@ class Merged:
     """What became of a layer: terms whose sum is the merged change, and the bias's.
 
     gram: (k, k) inner products of the inputs' changes, unweighted; who: which inputs those are. residual: relative norm
-    of what was cut off, over `norm`, the merged change's before.
+    of what was cut off, over `norm`, the merged change's before. part: of a rotation, which is no sum: what it is; gram
+    and norm are then of the rotations less 1, and terms are of the base's weights, where they are known.
     """
 
     name: str
@@ -60,3 +62,4 @@ class Merged:
     gram: Tensor
     norm: float
     residual: float = 0.0
+    part: Part | None = None

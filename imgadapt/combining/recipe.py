@@ -87,6 +87,8 @@ class MergeRecipe:
                 raise ConfigError(
                     f"{name} is {value!r}; it must be a number above 0" + f", {most} at most" * (most < 9)
                 )
+        if row.rotations is not None and given:
+            raise ConfigError(f"{self.rule} gives rotations, which have no rank; leave out {given[0]}")
         if self.rule == "concat" and given:
             raise ConfigError(f"concat is exact and keeps all ranks; for a {given[0]} take rule 'svd'")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:

@@ -5,7 +5,7 @@ products of the changes; `factor` rules work on low-rank factors, and the result
 look at each element of the changes, so the result is whole; `rotation` rules merge OFT and BOFT as rotations.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,6 +19,9 @@ Scalar = Callable[[Tensor, Tensor, Mapping[str, Any]], Tensor]
 inner products of one that does not have the layer are zero."""
 Factors = Callable[[Any, Mapping[str, Any]], Pair]
 """(layer, options) -> the merged change."""
+Rotations = Callable[[Sequence[Tensor], Tensor, Mapping[str, Any]], Tensor]
+"""(block-diagonal rotations of all inputs (count, b, b), weights (n,), options) -> the merged rotation; fp64. That of
+an input that does not have the layer is the identity."""
 
 
 class Elements(Protocol):
@@ -70,7 +73,7 @@ class Rule:
     scalar: Scalar | None = None
     factors: Factors | None = None
     elements: Elements | None = None
-    rotations: Any = None
+    rotations: Rotations | None = None
     options: Mapping[str, Option] = field(default_factory=dict[str, Option])
     least: int = 1
     most: int = 1000

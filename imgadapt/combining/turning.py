@@ -1,0 +1,76 @@
+"""Layers that adapters rotate, in the engine: a merged rotation is a part, not terms, and needs no base."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from imgadapt.arch import Architecture
+from imgadapt.combining.entering import Base, change_of
+from imgadapt.combining.layers import Merged
+from imgadapt.combining.rotations import is_rotation, turned
+from imgadapt.combining.rule import Rule
+from imgadapt.errors import ConfigError, ShapeError
+from imgadapt.formats import Part
+from imgadapt.sites import Site
+from imgadapt.whole import settled
+
+
+def ready(parts: Mapping[str, Part], base: Base | None, row: Rule) -> Mapping[str, Part]:
+    """An input's parts, none of them whole or absolute, save what is merged as a rotation."""
+    if base is None:
+        return parts
+    kept = {name: part for name, part in parts.items() if row.rotations is not None and is_rotation(part)}
+    rest = {name: part for name, part in parts.items() if name not in kept}
+    return {**settled(rest, base.names, base.weight, base.bias), **kept}
+
+
+def check(row: Rule, parts: Sequence[Mapping[str, Part]], used: Collection[str]) -> None:
+    """Raises ConfigError: a rule of rotations, and no input is one; or a fused layer is turned in one file, and one of
+    those that it fuses is in another.
+    """
+    if row.rotations is None:
+        return
+    there = [(name, part) for own in parts for name, part in own.items() if name in used]
+    if there and not any(is_rotation(part) for _, part in there):
+        kinds = ", ".join(sorted({part.method.name for _, part in there}))
+        raise ConfigError(f"{row.name} merges rotations (OFT, BOFT), and the inputs are {kinds}; take rule 'weighted'")
+    names = {name for name, _ in there}
+    for name, part in there:
+        if both := [s.layer for s in part.slices if s.layer in names]:
+            raise ConfigError(
+                f"an input turns {name} as one, and another has {both[0]}, which is part of it; only the base's "
+                "weights tell what that makes: give the base and take a rule of changes, as 'weighted' or 'svd'"
+            )
+
+
+def merged_rotation(
+    name: str,
+    parts: Sequence[Part | None],
+    weights: Tensor,
+    row: Rule,
+    options: Mapping[str, Any],
+    tables: tuple[Architecture | None, Base | None],
+) -> Merged:
+    """A layer that an input turns. parts, weights: of all inputs, None and 0 where one does not have it. With the base,
+    its terms are what the rotation changes there; without it there are none.
+    """
+    architecture, base = tables
+    who = tuple(k for k, part in enumerate(parts) if part is not None)
+    shapes: list[tuple[int, ...] | None] = [parts[k].shape for k in who]  # pyright: ignore[reportOptionalMemberAccess] # who has it
+    if architecture is not None:
+        shapes.insert(0, architecture.shape_of(name))
+    if base is not None and name in base.names:
+        shapes.insert(0, base.weight(name)[1].shape)
+    shape = next((s for s in shapes if s is not None), None)
+    site = None if shape is None else Site(shape, "conv" if len(shape) > 2 else "linear", bias="bias")
+    method: Any = next(part.method for part in parts if part is not None)
+    size = None if site is None else site.rows if method.side == "output" else site.fan_in
+    made = turned(name, parts, weights, row, options, size)
+    if site is not None and (rescale := made.part.tensors.get("rescale")) is not None and len(rescale) != site.rows:
+        raise ShapeError(
+            f"{name}: `rescale` is of {len(rescale)} outputs, the layer has {site.rows}; is it another base's?"
+        )
+    terms = (change_of(name, made.part, site, base).term,) if site and base is not None and name in base.names else ()
+    own = site or Site(made.part.shape or ())
+    return Merged(name, own, terms, None, who, made.gram, made.norm, made.residual, made.part)
