@@ -25,6 +25,7 @@ from imgadapt.errors import StateError
 from imgadapt.formats import Format
 from imgadapt.sites import Site
 
+Row = TypeVar("Row")
 Result = TypeVar("Result")
 
 
@@ -220,11 +221,11 @@ class Engine:
         """All layers, or those named, in order. By rules of elements each is a dense matrix: let go of it before the
         next is asked for.
         """
-        return self._each(self.merge, self.names if names is None else names)
+        return self.each(self.merge, self.names if names is None else names)
 
     def spectra(self) -> Iterator[tuple[Merged, Spectrum | None]]:
         """All layers with their singular values; None for norms. By rules of elements: values only, and no terms."""
-        return self._each(self._spectrum, self.names)
+        return self.each(self._spectrum, self.names)
 
     def cut(self, ranks: Callable[[str], int | None]) -> Iterator[Merged]:
         """All layers, each cut to a rank; None: as it is."""
@@ -233,22 +234,22 @@ class Engine:
             made, rank = self.merge(name, workers), ranks(name)
             return made if rank is None or len(made.site.shape) < 2 else truncated(made, rank, workers)
 
-        return self._each(one, self.names)
+        return self.each(one, self.names)
 
     @property
     def _dense(self) -> bool:
         return self.recipe.row.elements is not None and self.recipe.space == "delta"
 
-    def _each(self, work: Callable[[str, int], Result], names: Sequence[str]) -> Iterator[Result]:
-        """work(layer, threads) of each, in order: several layers at a time, or, where each becomes a dense matrix, one
+    def each(self, work: Callable[[Row, int], Result], rows: Sequence[Row]) -> Iterator[Result]:
+        """work(row, threads) of each, in order: several layers at a time, or, where each becomes a dense matrix, one
         at a time by all threads.
         """
         with one_thread_each() as workers:
             if not self._dense:
-                yield from in_order(lambda name: work(name, 1), names, workers)
+                yield from in_order(lambda row: work(row, 1), rows, workers)
             else:
-                for name in names:
-                    yield work(name, workers)
+                for row in rows:
+                    yield work(row, workers)
 
     @torch.no_grad()
     def _spectrum(self, name: str, workers: int) -> tuple[Merged, Spectrum | None]:
