@@ -1,7 +1,8 @@
-"""Whole files or none: a temporary name in the same folder, fsync, rename."""
+"""Whole files and folders or none: a temporary name beside them, fsync, rename."""
 
 import os
 import secrets
+import shutil
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -35,13 +36,40 @@ def atomically(path: Path) -> Generator[BinaryIO]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-    # the file is there and whole: some file systems cannot sync a folder, and Windows cannot open one
-    with suppress(OSError):
-        folder = os.open(path.parent, os.O_RDONLY)
+    _sync(path.parent)
+
+
+@contextmanager
+def folder_atomically(path: Path) -> Generator[Path]:
+    """An empty folder to write into, which becomes `path` when the block ends well and vanishes when it does not. Files
+    in it are to be written by `atomically`.
+
+    Raises:
+        OutputError: it cannot be written, or there is something at `path` already.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise OutputError(f"{path} is there already; name a folder that is not, or remove it")
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for folder in (*(one for one in temporary.rglob("*") if one.is_dir()), temporary):
+            _sync(folder)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    with suppress(OSError):  # some file systems cannot sync a folder, and Windows cannot open one
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(descriptor)
         finally:
-            os.close(folder)
+            os.close(descriptor)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -81,11 +81,8 @@ def add_up(original: Tensor, site: Site, slots: Sequence[Slot], out: Tensor) -> 
         up, down = torch.cat(ups, 1), torch.cat([p[1] for p in pairs if p is not None])
         if site.kind == "embedding":  # stored transposed: rows are entries
             up, down = down.t(), up.t()
-        # what the change can be at most; beside it a weight of a wide exponent cannot overflow, and needs no look
-        most = up.abs().max() * down.abs().max() * len(down)
-        near = torch.finfo(out.dtype).max < 1e30 or not bool(most <= 1e30)
         flat = out.flatten(1)
-        limits = _add_blocks(original.flatten(1), up, down, flat, wide, near)
+        limits = add_product(original.flatten(1), up, down, flat)
         if flat.data_ptr() != out.data_ptr():  # channels last: what was flattened is a copy
             out.copy_(flat.view(out.shape))
     else:
@@ -97,6 +94,17 @@ def add_up(original: Tensor, site: Site, slots: Sequence[Slot], out: Tensor) -> 
         limits = torch.stack(torch.aminmax(total))
         out.copy_(site.seen(total))
     check_finite(limits, out.dtype, slots)
+
+
+def add_product(original: Tensor, up: Tensor, down: Tensor, out: Tensor) -> Tensor:
+    """out = original + up @ down, in fp32 or better and rounded once; original, out (rows, fan_in), which may be the
+    same, up (rows, r), down (r, fan_in). Gives its least and greatest values, or 0 where it cannot overflow.
+    """
+    wide = torch.promote_types(original.dtype, torch.float32)
+    # what the change can be at most; beside it a weight of a wide exponent cannot overflow, and needs no look
+    most = up.abs().max() * down.abs().max() * len(down)
+    near = torch.finfo(out.dtype).max < 1e30 or not bool(most <= 1e30)
+    return _add_blocks(original, up, down, out, wide, near)
 
 
 def check_finite(values: Tensor, dtype: torch.dtype, slots: Sequence[Slot]) -> None:

@@ -125,7 +125,7 @@ class BaseFile:
         """
         if layer.scale is None:
             return 1.0
-        value = self._checked(layer.scale).read()
+        value = self.readable(layer.scale).read()
         if value.numel() != 1:
             raise FormatError(f"{layer.name}: scaled by {tuple(value.shape)} numbers; wanted one for the whole weight")
         return float(value)
@@ -133,13 +133,14 @@ class BaseFile:
     def _read(self, places: Sequence[Place]) -> Tensor:
         pieces: list[Tensor] = []
         for place in sorted(places, key=lambda place: place.start):
-            tensor = self._checked(place.key)
+            tensor = self.readable(place.key)
             whole = place.turned or place.rows == tensor.shape[0]
             value = (tensor if whole else rows_in(tensor, place.first, place.rows)).read()
             pieces.append(value.t() if place.turned else value)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def _checked(self, key: str) -> Stored:
+    def readable(self, key: str) -> Stored:
+        """Raises FormatError: a tensor's values are quantised."""
         tensor = self.tensors[key]
         if tensor.dtype not in DTYPES:
             raise FormatError(
@@ -217,9 +218,8 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         FormatError: an index names a file that is not there.
     """
-    indices = [(one.name.count("."), one.name, one) for one in folder.glob("*.safetensors.index*.json")]
-    if indices:
-        index = min(indices)[-1]
+    index = index_in(folder)
+    if index is not None:
         try:
             names = sorted({*json.loads(index.read_text("utf-8"))["weight_map"].values()})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -229,6 +229,12 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in names]
     whole = [(one.name.count("."), one.name, one) for one in folder.glob("*.safetensors")]
     return [min(whole)[-1]] if whole else []
+
+
+def index_in(folder: Path) -> Path | None:
+    """The list of a folder's shards; of several variants, the plain one."""
+    found = [(one.name.count("."), one.name, one) for one in folder.glob("*.safetensors.index*.json")]
+    return min(found)[-1] if found else None
 
 
 def _stored(path: Path) -> dict[str, Stored]:
