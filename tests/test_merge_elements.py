@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from imgadapt import AdapterFile, Full, LoKr, LoRA, Norm
 from imgadapt.combining import sparse, tiles
-from imgadapt.combining.combine import combine, common_architecture, in_memory
+from imgadapt.combining.combine import combine_inputs, common_architecture, in_memory
 from imgadapt.combining.elements import RULES
 from imgadapt.combining.engine import Engine, Input
 from imgadapt.combining.entering import Change
@@ -381,7 +381,7 @@ def test_a_fused_layer_is_thinned_out_as_its_layers_are(rule: str) -> None:
     rows: list[dict[str, Tensor]] = []
     for form in ("kohya", "diffusers"):
         asked = MergeRecipe((Entry("a"), Entry("b")), rule, {"density": 0.4}, format=form)
-        out, report = combine(asked, [in_memory(f, str(k), lambda _: 0.8) for k, f in enumerate(files)])
+        out, report = combine_inputs(asked, [in_memory(f, str(k), lambda _: 0.8) for k, f in enumerate(files)])
         assert len(report.rows) == (1 if form == "kohya" else 3)
         rows.append({name: part.tensors["diff"] for name, part in out.parts.items()})
     assert sorted(rows[0]) == sorted(QKV)
@@ -513,7 +513,9 @@ def test_budgets_hold_for_dense_results() -> None:
     whole = results(recipe("ties", 2), files, WEIGHTS[:2])
     for error in (0.5, 0.2):
         asked = MergeRecipe((Entry("a"), Entry("b")), "ties", error=error)
-        out, report = combine(asked, [in_memory(f, str(k), lambda _, k=k: WEIGHTS[k]) for k, f in enumerate(files)])
+        out, report = combine_inputs(
+            asked, [in_memory(f, str(k), lambda _, k=k: WEIGHTS[k]) for k, f in enumerate(files)]
+        )
         left = total = 0.0
         for name in ("unet.a", "unet.b", "unet.c", "unet.d"):
             part, t = out.parts.get(name), whole[name].double()

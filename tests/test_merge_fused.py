@@ -9,7 +9,7 @@ from torch import Tensor
 
 from imgadapt import AdapterFile, LoKr, LoRA, load, save
 from imgadapt.arch import Slice
-from imgadapt.combining.combine import combine, in_memory
+from imgadapt.combining.combine import combine_inputs, in_memory
 from imgadapt.combining.entering import Change
 from imgadapt.combining.fused import over, split, stacked
 from imgadapt.combining.lowrank import spectrum
@@ -44,7 +44,9 @@ def delta(file: AdapterFile, name: str, rows: slice) -> Tensor:
 def test_a_fused_layer_keeps_the_rank_asked_for(tmp_path: Path, form: str) -> None:
     files = [flux(1, 4, QKV), flux(2, 3, QKV[:2])]  # the second has no v
     recipe = MergeRecipe((Entry("a"), Entry("b")), "svd", rank=7, format=form)
-    made, report = combine(recipe, [in_memory(files[0], "a", lambda _: 0.8), in_memory(files[1], "b", lambda _: -1.5)])
+    made, report = combine_inputs(
+        recipe, [in_memory(files[0], "a", lambda _: 0.8), in_memory(files[1], "b", lambda _: -1.5)]
+    )
     assert len(report.rows) == (1 if form == "kohya" else 3)
     path = save(made, tmp_path / "c.safetensors", format=form)
     with safe_open(path, "pt") as opened:
@@ -65,11 +67,11 @@ def test_layers_of_unlike_weights_are_merged_apart() -> None:
     file = flux(1, 4, QKV)
     weight = {QKV[0]: 1.0, QKV[1]: 1.0, QKV[2]: 0.0}
     recipe = MergeRecipe((Entry("a"),), "svd", rank=2, format="kohya")
-    made, report = combine(recipe, [in_memory(file, "a", weight.__getitem__)])
+    made, report = combine_inputs(recipe, [in_memory(file, "a", weight.__getitem__)])
     assert set(made.parts) == set(QKV[:2])
     assert report.skipped == [QKV[2]]
     weight[QKV[1]] = 0.5
-    made, report = combine(recipe, [in_memory(file, "a", lambda name: weight[name] or 1.0)])
+    made, report = combine_inputs(recipe, [in_memory(file, "a", lambda name: weight[name] or 1.0)])
     assert [row.layer for row in report.rows] == sorted(QKV)
 
 
@@ -115,7 +117,7 @@ def test_a_full_kronecker_product_enters_a_fused_layer_exactly() -> None:
     part = Part(LoKr(rank=None, factor=4), {"w1": torch.randn(4, 4), "w2": torch.randn(768, 768) * 0.01})
     files = [AdapterFile({name: part}, {}, "lycoris", "flux"), flux(3, 2, QKV)]
     recipe = MergeRecipe((Entry("a"), Entry("b")), format="kohya")
-    made, _ = combine(recipe, [in_memory(files[0], "a", lambda _: 1.0), in_memory(files[1], "b", lambda _: 1.0)])
+    made, _ = combine_inputs(recipe, [in_memory(files[0], "a", lambda _: 1.0), in_memory(files[1], "b", lambda _: 1.0)])
     own, w = made.parts[name], part.tensors
     rows = slice(760, 800)
     wanted = delta(files[1], name, rows) + torch.kron(w["w1"], w["w2"])[rows].double()

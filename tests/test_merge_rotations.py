@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from imgadapt import AdapterFile, load, save
 from imgadapt.combining import orthogonal
-from imgadapt.combining.combine import combine, in_memory
+from imgadapt.combining.combine import combine_inputs, in_memory
 from imgadapt.combining.recipe import Entry, MergeRecipe
 from imgadapt.combining.report import Report
 from imgadapt.errors import ConfigError, ShapeError, StateError
@@ -53,7 +53,7 @@ def merged(
         for k, (part, w) in enumerate(zip(parts, weights, strict=True))
     ]
     recipe = MergeRecipe(tuple(Entry(i.name) for i in inputs), rule, options)
-    return combine(recipe, inputs)
+    return combine_inputs(recipe, inputs)
 
 
 def matrix(part: Part, name: str = "net.layer", *, rescaled: bool = True) -> Tensor:
@@ -395,7 +395,7 @@ def test_what_is_no_rotation_beside_them_is_added_up() -> None:
         in_memory(file, str(k), lambda _, w=w: w) for k, (file, w) in enumerate(zip(files, (0.5, 1.5), strict=True))
     ]
     for rule, wanted in (("compose", 0.5 + 4.5), ("polar", 0.25 + 2.25)):
-        file, _ = combine(MergeRecipe((Entry("0"), Entry("1")), rule), inputs)
+        file, _ = combine_inputs(MergeRecipe((Entry("0"), Entry("1")), rule), inputs)
         assert torch.allclose(file.parts["net.norm"].tensors["w_norm"], torch.full((24,), wanted))
 
 
@@ -411,7 +411,7 @@ def test_what_is_no_rotation_beside_them_is_added_up() -> None:
 def test_a_merged_file_is_read_back_to_the_bit(tmp_path: Path, method: Method, form: str) -> None:
     files = [AdapterFile({TO_Q: made(method, k, TO_Q)}, {}, None, "sd1") for k in (1, 2)]
     inputs = [in_memory(file, "x", lambda _: 1.0) for file in files]
-    file, _ = combine(MergeRecipe((Entry("0"), Entry("1")), "polar"), inputs)
+    file, _ = combine_inputs(MergeRecipe((Entry("0"), Entry("1")), "polar"), inputs)
     path = save(file, tmp_path / ("c" if form == "peft" else "c.safetensors"), format=form)
     again = load(path)
     assert again.parts.keys() == file.parts.keys()

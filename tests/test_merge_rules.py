@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from imgadapt import BOFT, IA3, OFT, AdapterFile, DoRA, Full, GLoRA, LoHa, LoKr, LoRA, Norm, save
-from imgadapt.combining.combine import combine, read_input
+from imgadapt.combining.combine import combine_inputs
 from imgadapt.combining.corespace import canonical, frame
 from imgadapt.combining.engine import Engine, Input, truncated, whole
+from imgadapt.combining.files import read_input
 from imgadapt.combining.ranks import Choice, rank_of, ranks_for
 from imgadapt.combining.recipe import Entry, MergeRecipe
 from imgadapt.combining.rule import Rule
@@ -639,7 +640,7 @@ def test_budgets_are_met_by_the_whole_adapter(tmp_path: Path, rule: str, budget:
     recipe = MergeRecipe((Entry("a"), Entry("b")), rule, **budget, dtype="fp16")
     exact = list(engine(rule, files).merged())
     inputs = engine(rule, files).inputs
-    made, report = combine(recipe, inputs)
+    made, report = combine_inputs(recipe, inputs)
     squares = lost = 0.0
     for m in exact:
         wanted = whole(m.terms).double()
@@ -668,7 +669,7 @@ def test_files_of_three_formats_are_one_merge(tmp_path: Path) -> None:
         written = AdapterFile(dict.fromkeys(layers, own), {}, None, "sd1")
         path = save(written, tmp_path / f"{form}.safetensors", format=form)
         inputs.append(read_input(Entry(str(path)), lambda _, k=k: 0.5 + k))
-    made, _ = combine(MergeRecipe(tuple(Entry(i.name) for i in inputs), "concat"), inputs)
+    made, _ = combine_inputs(MergeRecipe(tuple(Entry(i.name) for i in inputs), "concat"), inputs)
     wanted = sum((0.5 + k) * dense(own, site) for k, own in enumerate(parts))
     for name in layers:
         near(dense(made.parts[name], site), torch.as_tensor(wanted), 2e-6)
@@ -696,7 +697,7 @@ def test_what_is_merged_apart_is_the_same_in_a_format_that_fuses(rule: str, spac
     for form in ("kohya", "diffusers"):
         recipe = MergeRecipe((Entry("a"), Entry("b")), rule, space=space, format=form)
         inputs = [Input(n, f, n, lambda _, w=w: w) for n, f, w in zip("ab", files, (0.8, -0.5), strict=True)]
-        found.append(combine(recipe, inputs)[0])
+        found.append(combine_inputs(recipe, inputs)[0])
     for name in QKV:
         a, b = ((t["up"][:40].double() @ t["down"].double()) for t in (f.parts[name].tensors for f in found))
         near(a, b, 2e-6)

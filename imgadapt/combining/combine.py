@@ -1,10 +1,7 @@
-"""combine: a recipe and its files, or adapters in memory, into one adapter."""
+"""combine_inputs: adapters in memory into one, by a recipe."""
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,46 +9,20 @@ from torch import Tensor
 from imgadapt.arch import Architecture, architectures
 from imgadapt.combining.engine import Engine, Input, Merged, whole
 from imgadapt.combining.entering import Base
+from imgadapt.combining.inheriting import united_words
 from imgadapt.combining.lowrank import concat
 from imgadapt.combining.ranks import Choice, numbers_in, ranks_for
-from imgadapt.combining.recipe import Entry, MergeRecipe
+from imgadapt.combining.recipe import MergeRecipe
 from imgadapt.combining.report import Report, Row
 from imgadapt.combining.terms import Pair
-from imgadapt.errors import ConfigError, FormatError
-from imgadapt.file import AdapterFile, load, tensors_digest
+from imgadapt.errors import ConfigError
+from imgadapt.file import AdapterFile, tensors_digest
 from imgadapt.formats import FORMATS, Format, Part, architecture_of
 from imgadapt.methods import Full, LoRA, Norm
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Progress = Callable[[str, int, int], None]
 """(what, done, of): called after each layer."""
-
-
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal; of a folder of peft's, of its weights."""
-    if path.is_dir():
-        path = next(
-            (path / f"adapter_model.{e}" for e in ("safetensors", "bin") if (path / f"adapter_model.{e}").is_file()),
-            path,
-        )
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_input(entry: Entry, weight: Callable[[str], float], root: Path | None = None) -> Input:
-    """An entry's file.
-
-    Raises:
-        FormatError: see `load`; or it is not the file whose SHA-256 the recipe has.
-    """
-    path = Path(entry.path) if root is None else root / entry.path
-    file = load(path)
-    digest = digest_of(path)
-    if entry.sha256 and digest != entry.sha256:
-        raise FormatError(
-            f"{path} is not the file that the recipe means: its SHA-256 is {digest[:12]}..., not {entry.sha256[:12]}..."
-        )
-    return Input(path.name, file, digest, weight)
 
 
 def in_memory(file: AdapterFile, name: str, weight: Callable[[str], float]) -> Input:
@@ -79,13 +50,14 @@ def common_architecture(inputs: Sequence[Input]) -> Architecture | None:
 
 
 @torch.no_grad()
-def combine(
+def combine_inputs(
     recipe: MergeRecipe, inputs: Sequence[Input], *, base: Base | None = None, progress: Progress | None = None
 ) -> tuple[AdapterFile, Report]:
-    """The merged adapter, and what was done.
+    """The merged adapter, without metadata, and what was done.
 
     Raises:
-        ConfigError: different bases, a method that needs the base and has none, nothing to merge.
+        ConfigError: different bases, a method that needs the base and has none, nothing to merge; a word that two of
+            them have otherwise.
         FormatError, ShapeError: an input does not fit.
         StateError: the result is not finite.
     """
@@ -93,20 +65,29 @@ def combine(
     engine = Engine(recipe, inputs, architecture, base, form_of(recipe, inputs))
     if not engine.names:
         raise ConfigError("nothing to merge: no input has a layer whose weight is not 0")
-    report = Report(recipe, [i.name for i in engine.inputs], engine.skipped)
+    report = Report(recipe, [i.name for i in inputs], engine.skipped, about=[_about(i) for i in inputs])
+    words = united_words(inputs)
     ranks = _ranks(engine, progress)
     parts: dict[str, Part] = {}
     for k, made in enumerate(engine.cut(lambda name: None if ranks is None else ranks.get(name)), 1):
         own = {one.name: part_of(one) for one in engine.apart(made)}
         parts |= own
-        report.add(row_of(made, next(iter(own.values()), None)))
+        row = row_of(made, *own.values())
+        report.add(replace(row, who=tuple(engine.order[k] for k in row.who)))
         if progress is not None:
             progress("merging", k, len(engine.names))
-    form = {i.file.format for i in inputs}
-    return (
-        AdapterFile(parts, {}, form.pop() if len(form) == 1 else None, architecture.name if architecture else None),
-        report,
-    )
+    form = form_of(recipe, inputs)
+    name = None if architecture is None else architecture.name
+    return AdapterFile(parts, {}, None if form is None else form.name, name, embeddings=words), report
+
+
+def _about(one: Input) -> str:
+    """`lora, rank 4 to 16, 722 layers`."""
+    parts = one.file.parts.values()
+    ranks = sorted({part.method.file_rank for part in parts} - {None}, key=lambda r: r or 0)
+    rank = f"rank {ranks[0]}{f' to {ranks[-1]}' if len(ranks) > 1 else ''}, " if ranks else ""
+    words = f", {len(one.file.embeddings)} words" if one.file.embeddings else ""
+    return f"{', '.join(sorted({part.method.name for part in parts}))}, {rank}{len(parts)} layers{words}".lstrip(", ")
 
 
 def form_of(recipe: MergeRecipe, inputs: Sequence[Input]) -> Format | None:
@@ -164,20 +145,9 @@ def part_of(made: Merged) -> Part:
     return Part(Full(bias=made.bias is not None), {"diff": diff, **rest}, shape=made.site.shape)
 
 
-def row_of(made: Merged, part: Part | None) -> Row:
-    """part: None where nothing is left of it."""
-    rank = 0 if part is None else part.method.file_rank
-    return Row(made.name, made.who, made.gram, made.norm, rank, made.residual)
-
-
-def cast(file: AdapterFile, dtype: torch.dtype) -> AdapterFile:
-    return replace(
-        file,
-        parts={
-            name: replace(part, tensors={key: t.to(dtype) for key, t in part.tensors.items()})
-            for name, part in file.parts.items()
-        },
-    )
-
-
-__all__: list[Any] = ["cast", "combine", "common_architecture", "digest_of", "in_memory", "read_input"]
+def row_of(made: Merged, *parts: Part | None) -> Row:
+    """parts: the layers that it is in the file; None, or none of them, where nothing is left of it."""
+    there = [part for part in parts if part is not None]
+    rank, method = (there[0].method.file_rank, there[0].method.name) if there else (0, "")
+    numbers = sum(tensor.numel() for part in there for tensor in part.tensors.values())
+    return Row(made.name, made.who, made.gram, made.norm, rank, made.residual, method, numbers)

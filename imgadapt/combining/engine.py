@@ -13,7 +13,7 @@ from imgadapt.arch import Architecture
 from imgadapt.combining.corespace import Frame, frame
 from imgadapt.combining.entering import Base, Change, change_of, site_of
 from imgadapt.combining.fused import groups, over, split, stacked
-from imgadapt.combining.layers import Input, Layer, Merged
+from imgadapt.combining.layers import Input, Layer, Merged, order_of
 from imgadapt.combining.lowrank import Spectrum, concat, spectrum
 from imgadapt.combining.recipe import MergeRecipe
 from imgadapt.combining.rotations import is_rotation, powers
@@ -47,12 +47,8 @@ class Engine:
     ) -> None:
         """form: the format that the result is for: what is one layer there is merged as one."""
         self.recipe, self.base, self.architecture = recipe, base, architecture
-        if not recipe.row.ordered:  # so that their order changes nothing
-            order = sorted(range(len(inputs)), key=lambda k: (inputs[k].digest, k))
-        else:
-            order = list(range(len(inputs)))
-        self.order = order
-        self.inputs = [inputs[k] for k in order]
+        self.order = order_of(inputs, recipe.row.ordered)
+        self.inputs = [inputs[k] for k in self.order]
         self.parts = [ready(i.file.parts, base, recipe.row) for i in self.inputs]
         self.options = recipe.row.checked(recipe.options)
         every = {name for own in self.parts for name in own}

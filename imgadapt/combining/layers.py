@@ -1,6 +1,6 @@
 """What goes into a merge and what comes out of it, layer by layer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -16,13 +16,24 @@ from imgadapt.sites import Site
 class Input:
     """An adapter that is merged. digest: SHA-256 of its file (or of its tensors): what random masks are keyed by.
 
-    weight: what each of its layers is multiplied by (see `weights.factor_of`).
+    weight: what each of its layers is multiplied by (see `weights.factor_of`). tie: what tells it from another input of
+    the same digest.
     """
 
     name: str
     file: AdapterFile
     digest: str
     weight: Callable[[str], float]
+    tie: str = ""
+
+
+def order_of(inputs: Sequence[Input], ordered: bool) -> list[int]:
+    """Indices of inputs as they are merged: as they come, where a rule tells the first from the second, else an order
+    that theirs does not change.
+    """
+    if ordered:
+        return list(range(len(inputs)))
+    return sorted(range(len(inputs)), key=lambda k: (inputs[k].digest, inputs[k].tie, k))
 
 
 @dataclass(frozen=True)

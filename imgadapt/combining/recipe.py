@@ -1,15 +1,21 @@
 """MergeRecipe: what is merged, how, and with which weights."""
 
 import math
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from os import PathLike
 from typing import Any, Literal
 
 from imgadapt.combining.rule import Rule
 from imgadapt.combining.rules import RULES
 from imgadapt.errors import ConfigError
+from imgadapt.formats import FORMATS
 
 Setting = float | str | bool
+DTYPES = ("fp32", "fp16", "bf16")
 
 
 @dataclass(frozen=True)
@@ -17,18 +23,37 @@ class Entry:
     """An adapter that goes into a merge.
 
     weight: what its change is multiplied by; may be negative. components: factors by component (`unet`,
-        `text_encoder`, ...; `te` is all text encoders). blocks: factors by block of the denoiser: a preset's name,
-        kohya's list of numbers ("1,0,0,1,...": LBW), or block -> factor. masks: regular expressions over canonical
-        layer names -> factor, all that match multiply. role: what rules that tell their inputs apart go by.
+        `text_encoder`, ...; `te` is all text encoders, `denoiser` whatever is none). blocks: factors by block: a
+        preset's name, kohya's list of numbers ("1,0,0,1,...": LBW), or block (`IN04`, or a glob over layers) -> factor.
+        masks: regular expressions over canonical layer names -> factor. All that match multiply.
     sha256: of the file; checked where it is given.
+
+    Raises:
+        ConfigError: a number that is not finite, a mask that is no regular expression.
     """
 
-    path: str
+    path: str | PathLike[str]
     weight: float = 1.0
     components: Mapping[str, float] = field(default_factory=dict[str, float])
     blocks: str | Mapping[str, float] = ""
     masks: Mapping[str, float] = field(default_factory=dict[str, float])
     sha256: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", os.fspath(self.path))
+        blocks = {} if isinstance(self.blocks, str) else self.blocks
+        rows = {"weight": self.weight, **self.components, **blocks, **self.masks}
+        for name, value in rows.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ConfigError(f"{self.path}: {name} is {value!r}; it must be a finite number")
+        object.__setattr__(self, "weight", float(self.weight))
+        for name in ("components", "masks", *(() if isinstance(self.blocks, str) else ("blocks",))):
+            object.__setattr__(self, name, {key: float(value) for key, value in getattr(self, name).items()})
+        for mask in self.masks:
+            try:
+                re.compile(mask)
+            except re.error as error:
+                raise ConfigError(f"{self.path}: the mask '{mask}' is no regular expression: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -41,7 +66,7 @@ class MergeRecipe:
         whole; the part of its squared norm that is kept; megabytes of the file. The last three give each layer the rank
         that is worth most. None of them: no less than exact, where the rule keeps a low rank; else whole differences.
     seed: of what is random. base: a diffusers folder or a checkpoint, for methods that read the base's weights.
-    dtype, format: of the file written.
+    dtype, format: of the file written; None: the inputs', where they agree, else fp32 and what `save` takes.
 
     Raises:
         ConfigError: no such rule or option, numbers out of their range, too few or too many inputs, two of rank, error,
@@ -70,10 +95,8 @@ class MergeRecipe:
         row.checked(self.options)
         if self.space not in ("delta", "core") or (self.space == "core" and not row.in_core):
             raise ConfigError(f"space is {self.space!r}; {self.rule} works in 'delta'" + " or 'core'" * row.in_core)
-        for entry in self.inputs:
-            numbers = [entry.weight, *entry.components.values(), *entry.masks.values()]
-            if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
-                raise ConfigError(f"{entry.path}: weights must be finite numbers, not {numbers}")
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("format", self.format, [form.name for form in FORMATS])
         given = [name for name in ("rank", "error", "energy", "size") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ConfigError(f"{' and '.join(given)}: one of them says how much is kept")
@@ -87,6 +110,8 @@ class MergeRecipe:
                 raise ConfigError(
                     f"{name} is {value!r}; it must be a number above 0" + f", {most} at most" * (most < 9)
                 )
+            if value is not None:
+                object.__setattr__(self, name, float(value))
         if row.rotations is not None and given:
             raise ConfigError(f"{self.rule} gives rotations, which have no rank; leave out {given[0]}")
         if self.rule == "concat" and given:
@@ -98,8 +123,6 @@ class MergeRecipe:
     def row(self) -> Rule:
         found = next((rule for rule in RULES if rule.name == self.rule), None)
         if found is None:
-            from difflib import get_close_matches
-
             near = get_close_matches(self.rule, [rule.name for rule in RULES], n=1)
             hint = f", did you mean '{near[0]}'?" if near else ""
             raise ConfigError(f"no rule '{self.rule}'{hint}; there are: {', '.join(rule.name for rule in RULES)}")
@@ -107,3 +130,8 @@ class MergeRecipe:
 
     def option(self, name: str) -> Any:
         return self.options.get(name, self.row.options[name].default)
+
+
+def _one_of(what: str, value: str | None, known: Collection[str]) -> None:
+    if value is not None and value not in known:
+        raise ConfigError(f"{what} is {value!r}; there are: {', '.join(known)}")

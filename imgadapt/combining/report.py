@@ -13,7 +13,8 @@ from imgadapt.combining.recipe import MergeRecipe
 @dataclass(frozen=True)
 class Row:
     """One layer: which inputs have it, the inner products of their changes (unweighted), the Frobenius norm of the
-    merged change, the rank it is written at (None: whole), and the relative norm of what that leaves out.
+    merged change, the rank it is written at (None: it has none; 0: nothing is left), and the relative norm of what that
+    leaves out. method, numbers: what it is in the file, and how many numbers that takes.
     """
 
     layer: str
@@ -22,12 +23,15 @@ class Row:
     norm: float
     rank: int | None
     residual: float
+    method: str = "lora"
+    numbers: int = 0
 
 
 @dataclass
 class Component:
     """Sums over a component's layers. matched: layers that two inputs or more have (or one, where there is but one
-    input); alone: layers of one input only. cosines: (inputs, inputs) over all layers.
+    input); alone: layers of one input only. cosines: (inputs, inputs) over all layers. whole: layers that are whole
+    differences, and the numbers that they take.
     """
 
     name: str
@@ -40,16 +44,20 @@ class Component:
     residual: float
     ranks: tuple[int, int] | None
     whole: int
+    whole_numbers: int
 
 
 @dataclass
 class Report:
-    """All rows of a merge. inputs: their names, in the order of `who`."""
+    """All rows of a merge. inputs: their names, in the order of `who`; about: a line on each. skipped: layers whose
+    weight is 0 in all inputs that have them.
+    """
 
     recipe: MergeRecipe
     inputs: Sequence[str]
     skipped: Sequence[str]
     rows: list[Row] = field(default_factory=list[Row])
+    about: Sequence[str] = ()
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
@@ -57,14 +65,18 @@ class Report:
     @property
     def residual(self) -> float:
         """Relative Frobenius norm of all that was cut off."""
-        total = sum(row.norm**2 for row in self.rows)
-        return (sum((row.residual * row.norm) ** 2 for row in self.rows) / total) ** 0.5 if total else 0.0
+        return _residual(self.rows)
 
     def components(self) -> list[Component]:
         """By component, and in the last row, where there are several, all of them."""
         names = list(dict.fromkeys(row.layer.partition(".")[0] for row in self.rows))
         made = [self._component(name, [r for r in self.rows if r.layer.startswith(f"{name}.")]) for name in names]
         return [*made, self._component("all", self.rows)] if len(made) > 1 else made
+
+    @property
+    def total(self) -> Component:
+        """All layers."""
+        return self._component("all", self.rows)
 
     def _component(self, name: str, rows: Sequence[Row]) -> Component:
         k = len(self.inputs)
@@ -74,9 +86,8 @@ class Report:
             total[index[:, None], index[None]] += row.gram
         norms = total.diagonal().clamp(min=0).sqrt()
         cosines = total / (norms[:, None] * norms[None]).clamp(min=1e-300)
-        squares = sum(row.norm**2 for row in rows)
-        cut = sum((row.residual * row.norm) ** 2 for row in rows)
-        ranks = [row.rank for row in rows if row.rank is not None]
+        ranks = [row.rank for row in rows if row.rank]
+        whole = [row.numbers for row in rows if row.method == "full"]
         shared = min(2, k)
         return Component(
             name,
@@ -85,10 +96,11 @@ class Report:
             sum(s.startswith(f"{name}.") or name == "all" for s in self.skipped),
             norms.tolist(),
             cosines,
-            squares**0.5,
-            (cut / squares) ** 0.5 if squares else 0.0,
+            sum(row.norm**2 for row in rows) ** 0.5,
+            _residual(rows),
             (min(ranks), max(ranks)) if ranks else None,
-            sum(row.rank is None for row in rows),
+            len(whole),
+            sum(whole),
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -96,6 +108,7 @@ class Report:
         return {
             "rule": self.recipe.rule,
             "inputs": list(self.inputs),
+            "about": list(self.about),
             "residual": self.residual,
             "components": [
                 {
@@ -110,3 +123,8 @@ class Report:
                 for r in self.rows
             ],
         }  # fmt: skip
+
+
+def _residual(rows: Sequence[Row]) -> float:
+    total = sum(row.norm**2 for row in rows)
+    return (sum((row.residual * row.norm) ** 2 for row in rows) / total) ** 0.5 if total else 0.0
