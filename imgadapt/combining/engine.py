@@ -73,6 +73,18 @@ class Engine:
         """What goes into a layer, or into a fused one."""
         return self._fused_layer(name) if name in self.fused else self._single_layer(name)
 
+    def ranks(self, name: str) -> list[int]:
+        """The ranks of a layer in the inputs that have it; where a method has none, the most that its change can have."""
+        layers = [s.layer for s in self.fused.get(name, ())] or [name]
+        found: list[int] = []
+        for own in self.parts:
+            there = [own[layer] for layer in layers if layer in own]
+            sites = [site_of(layer, own[layer], self.architecture) for layer in layers if layer in own]
+            wide = [min(site.rows, site.fan_in) for site in sites]
+            ranks = [p.method.file_rank or most for p, most in zip(there, wide, strict=True)]
+            found += [max(ranks)] if there else []
+        return found
+
     def _single_layer(self, name: str) -> Layer:
         who = [k for k, own in enumerate(self.parts) if name in own and self.inputs[k].weight(name) != 0]
         site = site_of(name, self.parts[who[0]][name], self.architecture)
@@ -138,16 +150,21 @@ class Engine:
         biases = [change.bias for change in layer.changes if change.bias is not None]
         if not all(bool(torch.isfinite(t).all()) for t in (products, *biases)):  # rules might leave out what is not
             raise StateError(f"{layer.name}: the merged change is not finite; {self._blame(layer)}")
+        square: Tensor | None = None
         if row.elements is not None:
             terms, bias = self._by_elements(row.elements, layer, workers)
         elif row.factors is not None and len(layer.site.shape) > 1:
             terms, bias = [row.factors(layer, self.options)], _bias(layer, layer.weights)
+        elif row.scalar is not None and not row.linear and name in self.fused:
+            terms, bias = self._numbers_apart(row.scalar, layer)
         else:
             weights = powers(row, layer.every, self.options)[list(layer.who)] if row.rotations else layer.weights
             factors = weights if row.scalar is None else self._numbers(row.scalar, layer, products)
             terms = [term.scaled(float(f)) for term, f in zip(layer.terms, factors, strict=True)]
             bias = _bias(layer, factors)
-        norm = max(0.0, float(gram(terms).sum())) ** 0.5
+            smaller = bool((factors.abs() <= 1).all())  # so that no number becomes infinite in fp32
+            square = factors @ products @ factors if smaller else None
+        norm = max(0.0, float(gram(terms).sum() if square is None else square)) ** 0.5
         if not torch.isfinite(torch.tensor(norm)) or (bias is not None and not bool(torch.isfinite(bias).all())):
             raise StateError(f"{name}: the merged change is not finite; {self._blame(layer)}")
         return Merged(name, layer.site, tuple(terms), bias, layer.who, products, norm)
@@ -165,6 +182,18 @@ class Engine:
         every = torch.zeros(len(self.inputs), len(self.inputs), dtype=torch.float64)
         every[index[:, None], index[None]] = products
         return rule(layer.every, every, self.options)[index]
+
+    def _numbers_apart(self, rule: Scalar, layer: Layer) -> tuple[list[Term], Tensor | None]:
+        """Each of a fused layer's layers has its own numbers: whatever format the result is for, it is the same."""
+        own = [self._single_layer(s.layer) for s in self.fused[layer.name]]
+        numbers = [self._numbers(rule, one, gram(one.terms)) for one in own]
+        made: list[Change] = []
+        for k in layer.who:
+            there = [(one, one.who.index(k), f) if k in one.who else None for one, f in zip(own, numbers, strict=True)]
+            scaled = [None if t is None else t[0].changes[t[1]].scaled(float(t[2][t[1]])) for t in there]
+            made.append(stacked(scaled, [one.site for one in own]))
+        biases = [change.bias for change in made if change.bias is not None]
+        return [change.term for change in made], torch.stack(biases).sum(0) if biases else None
 
     def _by_elements(self, merge: Elements, layer: Layer, workers: int) -> tuple[Sequence[Term], Tensor | None]:
         """A fused layer's layers are merged each for itself: whatever format the result is for, it is the same."""

@@ -152,6 +152,9 @@ def inner(a: Term, b: Term) -> float:
         return float((a.first.double() * b.first.double()).sum() * (a.second.double() * b.second.double()).sum())
     if isinstance(b, Pair):
         left, right = b.up, b.down
+        if a is b:
+            left, right = left.double(), right.double()
+            return float(((left.t() @ left) * (right @ right.t())).sum())
         if isinstance(a, Pair):
             return float(((a.up.double().t() @ left.double()) * (a.down.double() @ right.double().t())).sum())
         return float((a.times(right.t()).double() * left.double()).sum())
