@@ -8,7 +8,7 @@ from torch import Tensor
 
 from imgadapt.arch import Architecture, architectures
 from imgadapt.combining.engine import Engine, Input, Merged, whole
-from imgadapt.combining.entering import Base
+from imgadapt.combining.entering import Base, site_of
 from imgadapt.combining.inheriting import united_words
 from imgadapt.combining.lowrank import concat
 from imgadapt.combining.ranks import Choice, numbers_in, ranks_for
@@ -101,10 +101,11 @@ def _ranks(engine: Engine, progress: Progress | None) -> Mapping[str, int] | Non
     recipe = engine.recipe
     if recipe.rank is not None:
         return dict.fromkeys(engine.names, recipe.rank)
-    if recipe.rule == "svd" and recipe.error is None and recipe.energy is None and recipe.size is None:
-        return {name: max(p[name].method.file_rank or 1 for p in engine.parts if name in p) for name in engine.names}
     if recipe.error is None and recipe.energy is None and recipe.size is None:
-        return None
+        if recipe.rule == "svd":
+            return {name: max(_own_ranks(engine, name)) for name in engine.names}
+        dense = recipe.row.elements is not None and recipe.space == "delta" and not recipe.whole
+        return {name: sum(_own_ranks(engine, name)) for name in engine.names} if dense else None
     choices: dict[str, Choice] = {}
     others: list[int] = []
     for k, (made, found) in enumerate(engine.spectra(), 1):
@@ -119,6 +120,16 @@ def _ranks(engine: Engine, progress: Progress | None) -> Mapping[str, int] | Non
     width = DTYPES.get(recipe.dtype or "", torch.float32).itemsize
     numbers = None if recipe.size is None else numbers_in(recipe.size, width, others)
     return ranks_for(choices, error=recipe.error, energy=recipe.energy, numbers=numbers)
+
+
+def _own_ranks(engine: Engine, name: str) -> list[int]:
+    """The ranks of a layer, or a fused one, in the inputs that have it; the most there can be where a method has none."""
+    layers = [s.layer for s in engine.fused.get(name, ())] or [name]
+    found: list[int] = []
+    for own in engine.parts:
+        there = [(own[layer], site_of(layer, own[layer], engine.architecture)) for layer in layers if layer in own]
+        found += [max(part.method.file_rank or min(site.rows, site.fan_in) for part, site in there)] if there else []
+    return found
 
 
 def part_of(made: Merged) -> Part:

@@ -64,7 +64,9 @@ class MergeRecipe:
         or "core", on the small matrices that the changes are in the basis that all of them share (arXiv 2509.17786).
     rank, error, energy, size: of the result; at most one. A rank for each layer; the relative Frobenius error of the
         whole; the part of its squared norm that is kept; megabytes of the file. The last three give each layer the rank
-        that is worth most. None of them: no less than exact, where the rule keeps a low rank; else whole differences.
+        that is worth most. None of them: exact, where the rule keeps a low rank; the largest rank of the inputs for
+        "svd"; and where a rule looks at elements, the sum of their ranks.
+    whole: write what such a rule gives as it is, as whole differences: as large as the model.
     seed: of what is random. base: a diffusers folder or a checkpoint, for methods that read the base's weights.
     dtype, format: of the file written; None: the inputs', where they agree, else fp32 and what `save` takes.
 
@@ -81,6 +83,7 @@ class MergeRecipe:
     error: float | None = None
     energy: float | None = None
     size: float | None = None
+    whole: bool = False
     seed: int = 0
     base: str | None = None
     base_sha256: str = ""
@@ -114,6 +117,10 @@ class MergeRecipe:
                 object.__setattr__(self, name, float(value))
         if row.rotations is not None and given:
             raise ConfigError(f"{self.rule} gives rotations, which have no rank; leave out {given[0]}")
+        if self.whole and (given or row.elements is None or self.space == "core"):
+            raise ConfigError(
+                f"whole is for rules of elements, in space 'delta', without {' or '.join(given) or 'more'}"
+            )
         if self.rule == "concat" and given:
             raise ConfigError(f"concat is exact and keeps all ranks; for a {given[0]} take rule 'svd'")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:

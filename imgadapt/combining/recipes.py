@@ -87,6 +87,7 @@ def from_toml(text: str, where: object = "the recipe") -> MergeRecipe:
         (str, _TEXTS, "text"),
         (int | float, _NUMBERS, "a number"),
         (int, _WHOLE, "a whole number"),
+        (bool, ("whole",), "true or false"),
         (dict, ("options",), "a table"),
         (list, ("inputs",), "[[inputs]] tables"),
     ):
