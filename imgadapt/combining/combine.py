@@ -123,7 +123,7 @@ def _ranks(engine: Engine, progress: Progress | None) -> Mapping[str, int] | Non
 
 
 def _own_ranks(engine: Engine, name: str) -> list[int]:
-    """The ranks of a layer, or a fused one, in the inputs that have it; the most there can be where a method has none."""
+    """The ranks of a layer, or a fused one, in the inputs that have it; the most there can be if a method has none."""
     layers = [s.layer for s in engine.fused.get(name, ())] or [name]
     found: list[int] = []
     for own in engine.parts:
