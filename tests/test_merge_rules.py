@@ -690,9 +690,16 @@ def flux(seed: int, *, shared: bool = True) -> AdapterFile:
     return AdapterFile(parts, {}, "kohya", "flux")
 
 
-@pytest.mark.parametrize(("rule", "space"), [("ties", "core"), ("legacy_factor_sum", "delta")])
+@pytest.mark.parametrize(
+    ("rule", "space"),
+    [("ties", "core"), ("legacy_factor_sum", "delta"), ("slerp", "delta"), ("cosine_adaptive", "delta")],
+)
 def test_what_is_merged_apart_is_the_same_in_a_format_that_fuses(rule: str, space: Any) -> None:
     files = [flux(1), flux(200, shared=False)]
+    if rule == "cosine_adaptive":  # one has no v, another shares its q
+        del files[1].parts[QKV[2]]  # pyright: ignore[reportIndexIssue] # a dict here
+        files[1].parts[QKV[0]].tensors["down"].add_(files[0].parts[QKV[0]].tensors["down"])
+        files[1].parts[QKV[0]].tensors["up"].add_(files[0].parts[QKV[0]].tensors["up"])
     found: list[AdapterFile] = []
     for form in ("kohya", "diffusers"):
         recipe = MergeRecipe((Entry("a"), Entry("b")), rule, space=space, format=form)

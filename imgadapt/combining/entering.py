@@ -39,6 +39,9 @@ class Change:
     bias: Tensor | None = None
     scale: float | None = None
 
+    def scaled(self, factor: float) -> "Change":
+        return Change(self.term.scaled(factor), None if self.bias is None else self.bias * factor)
+
 
 @torch.no_grad()
 def change_of(name: str, part: Part, site: Site, base: Base | None) -> Change:
