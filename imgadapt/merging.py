@@ -72,7 +72,7 @@ def add_up(original: Tensor, site: Site, slots: Sequence[Slot], out: Tensor) -> 
     Raises:
         StateError: the sum is not finite in out's dtype; `out` is then not to be used.
     """
-    wide = torch.promote_types(original.dtype, torch.float32)
+    wide = wider(original.dtype)
     on = [slot for slot in slots if slot.on]
     tensors = [slot.tensors(wide, original.device) for slot in on]
     if on and all(slot.way.pair and not slot.method.needs_weight for slot in on):
@@ -96,11 +96,16 @@ def add_up(original: Tensor, site: Site, slots: Sequence[Slot], out: Tensor) -> 
     check_finite(limits, out.dtype, slots)
 
 
+def wider(dtype: torch.dtype) -> torch.dtype:
+    """What sums are taken in: fp32, or fp64 where the weight is."""
+    return dtype if dtype.itemsize > 4 else torch.float32
+
+
 def add_product(original: Tensor, up: Tensor, down: Tensor, out: Tensor) -> Tensor:
     """out = original + up @ down, in fp32 or better and rounded once; original, out (rows, fan_in), which may be the
     same, up (rows, r), down (r, fan_in). Gives its least and greatest values, or 0 where it cannot overflow.
     """
-    wide = torch.promote_types(original.dtype, torch.float32)
+    wide = wider(original.dtype)
     # what the change can be at most; beside it a weight of a wide exponent cannot overflow, and needs no look
     most = up.abs().max() * down.abs().max() * len(down)
     near = torch.finfo(out.dtype).max < 1e30 or not bool(most <= 1e30)

@@ -8,7 +8,7 @@ from torch import Tensor
 from imgadapt.combining.engine import whole
 from imgadapt.combining.rounding import stochastic
 from imgadapt.combining.terms import Dense, Pair, Term
-from imgadapt.merging import add_product
+from imgadapt.merging import add_product, wider
 
 _BLOCK = 2**20  # elements summed at a time
 
@@ -26,9 +26,9 @@ def add(values: Tensor, terms: Sequence[Term], start: int = 0, chance: Chance | 
     if chance is None and len(pairs) == len(terms):
         up = torch.cat([pair.up[start : start + rows] for pair in pairs], 1)
         limits = add_product(values, up, torch.cat([pair.down for pair in pairs]), values)
-        return _within(limits, values.dtype)
+        return _within(limits, values.dtype) and _sound(values)
     fan_in, step = values.shape[1], max(1, _BLOCK // values.shape[1])
-    wide, fine = torch.promote_types(values.dtype, torch.float32), True
+    wide, fine = wider(values.dtype), True
     for first in range(0, rows, step):
         block = values[first : first + step]
         total = block.to(wide, copy=True)
@@ -44,6 +44,11 @@ def add(values: Tensor, terms: Sequence[Term], start: int = 0, chance: Chance | 
 def _within(values: Tensor, dtype: torch.dtype) -> bool:
     """Whether all are numbers that the dtype holds."""
     return bool((values.abs() <= torch.finfo(dtype).max).all())
+
+
+def _sound(values: Tensor) -> bool:
+    """Whether there is no NaN or infinity: its sum tells, fast, unless that is beyond the range itself."""
+    return values.dtype.itemsize < 2 or bool(values.sum().isfinite()) or bool(values.isfinite().all())
 
 
 def turned(terms: Sequence[Term]) -> list[Term]:
