@@ -11,6 +11,7 @@ from torch import Tensor
 
 from imgadapt.arch import Architecture
 from imgadapt.combining.corespace import Frame, frame
+from imgadapt.combining.cutting import bias_of, truncated, whole
 from imgadapt.combining.entering import Base, Change, change_of, site_of
 from imgadapt.combining.fused import groups, over, split, stacked
 from imgadapt.combining.layers import Input, Layer, Merged, order_of
@@ -24,6 +25,8 @@ from imgadapt.combining.turning import check, merged_rotation, ready
 from imgadapt.errors import StateError
 from imgadapt.formats import Format
 from imgadapt.sites import Site
+
+__all__ = ["Engine", "Input", "Layer", "Merged", "truncated", "whole"]
 
 Row = TypeVar("Row")
 Result = TypeVar("Result")
@@ -74,7 +77,7 @@ class Engine:
         return self._fused_layer(name) if name in self.fused else self._single_layer(name)
 
     def ranks(self, name: str) -> list[int]:
-        """The ranks of a layer in the inputs that have it; where a method has none, the most that its change can have."""
+        """A layer's ranks in the inputs that have it; where a method has none, the most that its change can have."""
         layers = [s.layer for s in self.fused.get(name, ())] or [name]
         found: list[int] = []
         for own in self.parts:
@@ -154,14 +157,14 @@ class Engine:
         if row.elements is not None:
             terms, bias = self._by_elements(row.elements, layer, workers)
         elif row.factors is not None and len(layer.site.shape) > 1:
-            terms, bias = [row.factors(layer, self.options)], _bias(layer, layer.weights)
+            terms, bias = [row.factors(layer, self.options)], bias_of(layer, layer.weights)
         elif row.scalar is not None and not row.linear and name in self.fused:
             terms, bias = self._numbers_apart(row.scalar, layer)
         else:
             weights = powers(row, layer.every, self.options)[list(layer.who)] if row.rotations else layer.weights
             factors = weights if row.scalar is None else self._numbers(row.scalar, layer, products)
             terms = [term.scaled(float(f)) for term, f in zip(layer.terms, factors, strict=True)]
-            bias = _bias(layer, factors)
+            bias = bias_of(layer, factors)
             smaller = bool((factors.abs() <= 1).all())  # so that no number becomes infinite in fp32
             square = factors @ products @ factors if smaller else None
         norm = max(0.0, float(gram(terms).sum() if square is None else square)) ** 0.5
@@ -284,40 +287,3 @@ class Engine:
         if not self._dense:
             return made, spectrum(made.terms)
         return replace(made, terms=()), spectrum(made.terms, vectors=False, workers=workers)
-
-
-@torch.no_grad()
-def truncated(made: Merged, rank: int, workers: int = 1) -> Merged:
-    """The best approximation of a rank, with what it leaves out; one whose factors are no wider is left as it is. Of
-    rank 0 there are no terms left.
-    """
-    if rank == 0 and made.bias is None:
-        return replace(made, terms=(), residual=1.0)
-    rank = max(rank, 1)  # what carries a bias stays
-    if len(made.terms) >= 1 and all(isinstance(term, Pair) for term in made.terms):
-        width = sum(term.up.shape[1] for term in made.terms if isinstance(term, Pair))
-        if width <= rank:
-            return replace(made, terms=(concat(made.terms),))
-    found = spectrum(made.terms, rank, workers=workers)
-    return replace(made, terms=(found.truncated(rank),), residual=found.residual(rank))
-
-
-def _bias(layer: Layer, factors: Tensor) -> Tensor | None:
-    biases = [
-        change.bias * float(f) for change, f in zip(layer.changes, factors, strict=True) if change.bias is not None
-    ]
-    return torch.stack(biases).sum(0) if biases else None
-
-
-def whole(terms: Sequence[Term]) -> Tensor:
-    """The sum of terms as a dense matrix (out, fan_in), fp32."""
-    shape = terms[0].shape
-    if len(terms) == 1 and isinstance(terms[0], Dense):
-        return terms[0].rows(0, shape[0])
-    total = torch.zeros(shape)
-    for term in terms:
-        if isinstance(term, Pair):
-            total.addmm_(term.up, term.down)
-        else:
-            total += term.rows(0, shape[0])
-    return total
