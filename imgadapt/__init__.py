@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from imgadapt import methods
     from imgadapt.attaching import attach, detach, swap
+    from imgadapt.combining.files import combine
+    from imgadapt.combining.recipe import Entry, MergeRecipe
     from imgadapt.errors import ImgadaptError
     from imgadapt.file import AdapterFile, load, plan, save
     from imgadapt.live import adapters, collect, disabled, merge, parameters, set_weights, unmerge
@@ -17,6 +19,8 @@ __version__ = "0.1.0"
 
 _PLACES = {  # where the public names live; imported at first use, so that `imgadapt --help` needs no torch
     "attaching": ("attach", "detach", "swap"),
+    "combining.files": ("combine",),
+    "combining.recipe": ("Entry", "MergeRecipe"),
     "errors": ("ImgadaptError",),
     "file": ("AdapterFile", "load", "plan", "save"),
     "live": ("adapters", "collect", "disabled", "merge", "parameters", "set_weights", "unmerge"),
@@ -34,17 +38,20 @@ __all__ = [
     "AdapterFile",
     "DoRA",
     "Dropout",
+    "Entry",
     "Full",
     "GLoRA",
     "ImgadaptError",
     "LoHa",
     "LoKr",
     "LoRA",
+    "MergeRecipe",
     "Method",
     "Norm",
     "adapters",
     "attach",
     "collect",
+    "combine",
     "detach",
     "disabled",
     "load",

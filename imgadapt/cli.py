@@ -17,6 +17,7 @@ PROGRAMS = {
     "generate": ("train_scripts/generate.py", "draw prompts with a base and adapters"),
     "show": ("converters/show.py", "what is in an adapter file"),
     "convert": ("converters/convert.py", "write an adapter in another tool's format"),
+    "merge": ("converters/merge.py", "merge adapters into one, by a rule or a recipe; verify one that was"),
     "resize": ("converters/resize.py", "cut an adapter down to lower ranks"),
 }
 

@@ -58,7 +58,7 @@ def opened(recipe: MergeRecipe, find: Find | None = None) -> tuple[MergeRecipe, 
     inputs = [read_input(entry, lambda _: 1.0, find) for entry in recipe.inputs]
     base, base_sha256 = None, ""
     if recipe.base is not None:
-        base = open_base(find(Entry(recipe.base)) if find is not None else recipe.base)
+        base = open_base(recipe.base if find is None else find(Entry(recipe.base, sha256=recipe.base_sha256)))
         base_sha256 = _checked(base.path, base_digest(base), recipe.base_sha256)
     entries = tuple(replace(e, sha256=one.digest) for e, one in zip(recipe.inputs, inputs, strict=True))
     recipe = replace(

@@ -30,7 +30,7 @@ from imgadapt.errors import ConfigError, FormatError
 
 KEY = "imgadapt_recipe"
 """Of a file's metadata: the recipe it was made by."""
-_VERSION = "imgadapt"
+_VERSION, _OUTPUT = "imgadapt", "output"
 _TEXTS = ("rule", "space", "base", "base_sha256", "dtype", "format")
 _NUMBERS = ("error", "energy", "size")
 _WHOLE = ("rank", "seed")
@@ -82,6 +82,7 @@ def from_toml(text: str, where: object = "the recipe") -> MergeRecipe:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{where}: not TOML: {error}") from error
     data.pop(_VERSION, None)
+    _typed(data.pop(_OUTPUT, ""), str, "text", f"{where}: {_OUTPUT}")
     _known(data, [field.name for field in fields(MergeRecipe)], where)
     for kinds, names, wanted in (
         (str, _TEXTS, "text"),
@@ -127,8 +128,8 @@ def _known(row: Mapping[str, Any], names: Collection[str], where: object) -> Non
             raise ConfigError(f"{where}: unknown key '{name}'{hint}; there are: {', '.join(names)}")
 
 
-def read_recipe(path: Path) -> MergeRecipe:
-    """A recipe from a file; relative paths in it start at its folder.
+def read_recipe(path: Path) -> tuple[MergeRecipe, Path | None]:
+    """A recipe from a file, and the output that it names; relative paths in it start at its folder.
 
     Raises:
         ConfigError: see `from_toml`; or it cannot be read.
@@ -137,7 +138,9 @@ def read_recipe(path: Path) -> MergeRecipe:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
-    return _moved(from_toml(text, path), lambda name: os.path.normpath(path.parent / name))
+    recipe = _moved(from_toml(text, path), lambda name: os.path.normpath(path.parent / name))
+    output: Any = tomllib.loads(text).get(_OUTPUT)
+    return recipe, None if output is None else path.parent / output
 
 
 def text_for(recipe: MergeRecipe, path: Path, version: str) -> str:
