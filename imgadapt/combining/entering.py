@@ -99,13 +99,18 @@ def wrong_size(part: Part, site: Site) -> bool:
 
 
 def site_of(name: str, part: Part, architecture: Architecture | None) -> Site:
-    """The layer's site, from the architecture's table, or else as far as the tensors tell.
+    """The layer's site, from the architecture's table, or else as far as the tensors tell: models of other widths (the
+    embedded base) have layers of the same names.
 
     Raises:
         ShapeError: neither tells.
     """
+    rows, inputs = rows_of(part.method, part.tensors), inputs_of(part.method, part.tensors)
     shape = architecture.shape_of(name) if architecture is not None else None
-    shape = shape or part.shape or _shape_from(part)
+    if shape and not (rows in (None, shape[0]) and inputs in (None, math.prod(shape[1:]))) and rows and inputs:
+        kernel = shape[2:] if inputs % math.prod(shape[2:]) == 0 else ()
+        shape = (rows, inputs // math.prod(kernel), *kernel)
+    shape = part.shape or shape or _shape_from(part)
     if shape is None:
         raise ShapeError(f"{name}: no table has this layer, and its tensors do not tell its size; give the base")
     kind: Any = "conv" if len(shape) > 2 else "linear" if len(shape) == 2 else "norm"
