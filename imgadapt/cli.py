@@ -19,6 +19,7 @@ PROGRAMS = {
     "convert": ("converters/convert.py", "write an adapter in another tool's format"),
     "merge": ("converters/merge.py", "merge adapters into one, by a rule or a recipe; verify one that was"),
     "resize": ("converters/resize.py", "cut an adapter down to lower ranks"),
+    "extract": ("converters/extract.py", "make an adapter of what a fine-tuned checkpoint changed"),
 }
 
 
@@ -67,6 +68,9 @@ def program(run: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> N
     except KeyboardInterrupt:
         print("imgadapt: stopped", file=sys.stderr)
         raise SystemExit(130) from None
+    except BrokenPipeError:  # `imgadapt show ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it closes it
+        raise SystemExit(141) from None
 
 
 def _folder() -> Path:

@@ -10,6 +10,8 @@ import torch
 import imgadapt
 from imgadapt import LoRA, cli
 from imgadapt.arch import architectures
+from imgadapt.combining.recipes import from_toml
+from imgadapt.combining.rules import RULES
 from imgadapt.formats import FORMATS
 from imgadapt.methods import METHODS
 from imgadapt.training import flags, plan, recipe
@@ -18,7 +20,9 @@ ROOT = Path(__file__).parents[1]
 _BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/models.md", "docs/methods.md", "docs/formats.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", *(f"docs/{name}.md" for name in ("models", "methods", "formats", "merging"))]
+)
 def test_every_snippet_of_a_page_runs(page: str, pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("demo_out").mkdir()
@@ -28,7 +32,7 @@ def test_every_snippet_of_a_page_runs(page: str, pipe: Any, tmp_path: Path, monk
     imgadapt.detach(pipe)
     monkeypatch.setattr(imgadapt.demo, "pipeline", lambda: pipe)
     blocks = _BLOCK.findall((ROOT / page).read_text("utf-8"))
-    assert len(blocks) >= 3
+    assert len(blocks) >= (1 if page == "docs/merging.md" else 3)
     names: dict[str, Any] = {"torch": torch, "unet": pipe.unet, "optimizer": None}
     for block in blocks:
         exec(compile(block, page, "exec"), names)
@@ -50,6 +54,18 @@ def test_the_page_of_formats_lists_every_format_and_architecture_once() -> None:
     cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     named = [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
     assert sorted(named) == [a.name for a in architectures()]
+
+
+def test_the_page_of_merging_lists_every_rule_once_and_its_recipe_is_one() -> None:
+    page = (ROOT / "docs/merging.md").read_text("utf-8")
+    table = page.partition("## The rules")[2].partition("## How much")[0]
+    assert re.findall(r"^\| `(\w+)` \| ", table, re.MULTILINE) == [rule.name for rule in RULES]
+    for name, low in re.findall(r"^\| `(\w+)` \|[^|]*\| (\w+) \|", table, re.MULTILINE):
+        rule = next(rule for rule in RULES if rule.name == name)
+        assert low == ("no" if rule.elements else "rotations" if rule.rotations else "yes"), name
+    recipe = re.search(r"^```toml\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert recipe
+    assert from_toml(recipe[1]).rule == "ties"
 
 
 def test_every_method_has_its_section() -> None:
