@@ -18,6 +18,7 @@ PROGRAMS = {
     "show": ("converters/show.py", "what is in an adapter file"),
     "convert": ("converters/convert.py", "write an adapter in another tool's format"),
     "merge": ("converters/merge.py", "merge adapters into one, by a rule or a recipe; verify one that was"),
+    "bake": ("converters/bake.py", "write a checkpoint with adapters in it"),
     "resize": ("converters/resize.py", "cut an adapter down to lower ranks"),
     "extract": ("converters/extract.py", "make an adapter of what a fine-tuned checkpoint changed"),
 }

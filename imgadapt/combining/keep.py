@@ -14,8 +14,6 @@ from imgadapt.errors import ConfigError
 from imgadapt.sites import Site
 
 LAYER_RULES = ("ratio", "cumulative", "fro", "threshold")
-KOHYA = {"sv_ratio": "ratio", "sv_cumulative": "cumulative", "sv_fro": "fro"}
-LYCORIS = {"threshold": "threshold", "quantile": "cumulative", "ratio": "ratio"}
 _KEYS, _HEADER, _START = 5, 80, 1000
 """Where a file's header and metadata name a layer, at most; what they have of it each time beside its name, and in all
 beside the layers, in bytes."""

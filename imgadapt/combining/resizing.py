@@ -12,9 +12,11 @@ import torch
 
 from imgadapt.arch import architectures
 from imgadapt.combining.combine import Progress, part_of, row_of
-from imgadapt.combining.engine import Engine, Input, Merged, truncated
+from imgadapt.combining.cutting import truncated
+from imgadapt.combining.engine import Engine
 from imgadapt.combining.entering import Base
 from imgadapt.combining.keep import Keep, header_bytes
+from imgadapt.combining.layers import Input, Merged
 from imgadapt.combining.lowrank import Spectrum, spectrum
 from imgadapt.combining.recipe import Entry, MergeRecipe
 from imgadapt.combining.shrunk import Shrunk

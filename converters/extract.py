@@ -1,0 +1,73 @@
+"""Make an adapter of what a fine-tuned checkpoint changed of its base; both are diffusers' folders or single files.
+
+imgadapt extract tuned.safetensors base.safetensors style.safetensors --rank 16
+imgadapt extract tuned.safetensors ./base style.safetensors --rank 32 --rank-conv 8 --targets transformer text
+imgadapt extract tuned.safetensors base.safetensors style.safetensors --size 200     # megabytes; slower
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from imgadapt import load, save
+from imgadapt.cli import program
+from imgadapt.combining.amounts import FROM_OTHERS, add_amounts, asked
+from imgadapt.combining.combine import DTYPES
+from imgadapt.combining.extracting import Settings, extract
+from imgadapt.errors import ConfigError
+from imgadapt.formats import FORMATS
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=FROM_OTHERS, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("tuned", type=Path, help="the fine-tuned checkpoint")
+    parser.add_argument("base", type=Path, help="the checkpoint that it came from")
+    parser.add_argument("output", type=Path, help="the file to write")
+    add_amounts(parser)
+    parser.add_argument(
+        "--targets", nargs="+", help="layers: presets, globs; '!' before one leaves it out; default: all"
+    )
+    parser.add_argument("--embeddings", action="store_true", help="embeddings of tokens become LoRA, too")
+    parser.add_argument("--no-whole", action="store_true", help="LoRA even where the whole difference is hardly larger")
+    parser.add_argument("--allow-missing", action="store_true", help="layers that only one of them has are left out")
+    parser.add_argument("--no-hashes", action="store_true", help="without the files' SHA-256 in the metadata")
+    parser.add_argument(
+        "--format", choices=[form.name for form in FORMATS], help="default: kohya, or lycoris with norms"
+    )
+    parser.add_argument("--dtype", choices=[*DTYPES], default="fp16", help="of the tensors; default: fp16")
+    parser.add_argument("--json", action="store_true", help="the report, for scripts")
+    args = parser.parse_args(argv)
+
+    keep = asked(args)
+    if args.output.resolve() in (args.tuned.resolve(), args.base.resolve()):
+        raise ConfigError(f"{args.output} is an input; wanted another name")
+    settings = Settings(
+        args.targets, not args.no_whole, args.embeddings, args.format, DTYPES[args.dtype], not args.allow_missing,
+        not args.no_hashes,
+    )  # fmt: skip
+    with tqdm(disable=args.json, unit="layer", leave=False, dynamic_ncols=True) as bar:
+
+        def step(what: str, done: int, of: int) -> None:
+            bar.total, bar.n = of, done
+            bar.set_description(what, refresh=False)
+            bar.update(0)
+
+        made, report = extract(args.tuned, args.base, keep, settings, progress=step)
+    path = save(made, args.output, format=args.format)
+    load(path)  # it can be read back, or that is said now
+    if args.json:
+        print(json.dumps({**report.as_json(), "written": str(path)}, indent=1))
+        return
+    print(f"{args.tuned} - {args.base}: {keep.said()}")
+    print("\n".join(report.lines()))
+    print(f"{path}" + (f": {path.stat().st_size / 1e6:.2f} MB" if path.is_file() else ""))
+
+
+if __name__ == "__main__":
+    program(main, sys.argv[1:])
