@@ -122,13 +122,16 @@ def entry_of(text: str) -> Entry:
 
 
 def _number(text: str, what: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
+    if not _is_number(text):
         raise ConfigError(f"{what} is '{text}'; it must be a finite number")
-    return value
+    return float(text)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _labels(path: str, number: int) -> set[str]:
@@ -176,6 +179,8 @@ def _set_blocks(entries: list[Entry], labels: Sequence[set[str]], text: str) -> 
                 raise ConfigError(f"--blocks {text}: {entries[k].path} has weights of single blocks already")
             entries[k] = replace(entries[k], blocks=right if equals else text)
         return
+    if not _is_number(right):
+        _which(labels, label, "--blocks")
     which, block, value = _part(labels, text, "--blocks")
     for k in which:
         before = entries[k].blocks
