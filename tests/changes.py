@@ -54,6 +54,9 @@ class Model:
     def names(self) -> list[str]:
         return list(self.sites)
 
+    def site(self, name: str) -> Site:
+        return self.sites[name]
+
     def weight(self, name: str) -> tuple[Tensor, Site]:
         site = self.sites[name]
         return random(99, *site.shape), site

@@ -1,11 +1,15 @@
 """Baking: a checkpoint with adapters added to it is the fp64 sum, rounded once; all else is the base, byte for byte."""
 
+import hashlib
+import json
 import os
 import runpy
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,10 +28,11 @@ from imgadapt.combining.engine import Engine, whole
 from imgadapt.combining.layers import Input
 from imgadapt.combining.masks import uniform
 from imgadapt.combining.recipe import Entry, MergeRecipe
+from imgadapt.combining.recipes import from_toml
 from imgadapt.combining.rounding import stochastic
 from imgadapt.combining.streams import layout_of
 from imgadapt.combining.terms import Dense, Kron, Pair
-from imgadapt.errors import ConfigError, OutputError, ShapeError, StateError
+from imgadapt.errors import ConfigError, ImgadaptError, OutputError, ShapeError, StateError
 from imgadapt.formats import Part
 from imgadapt.methods import Method
 
@@ -57,15 +62,19 @@ METHODS: dict[str, Method] = {
 }
 
 
-def sdxl(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """A whole checkpoint, with what is no layer, and hashes that will be wrong."""
+@cache
+def _weights() -> dict[str, Tensor]:
     prefix = "conditioner.embedders.1.model."
     (_, first), (_, second) = tools.clip_state(8, projected=False), tools.clip_state(12, projected=True)
     made = tools.prefixed(tools.native_checkpoint("sdxl", tools.model_of("sdxl")), "model.diffusion_model.")
     made |= tools.open_clip_of(second, prefix) | {"first_stage_model.decoder.conv_in.weight": torch.randn(5, 4, 3, 3)}
     made |= tools.prefixed(first, "conditioner.embedders.0.transformer.", "text_model.")
-    made = {key: value.to(dtype).contiguous() for key, value in made.items()}
-    return made | {f"{prefix}logit_scale": torch.tensor(4.6), "steps": torch.tensor([7])}
+    return made | {f"{prefix}logit_scale": torch.tensor(4.6)}
+
+
+def sdxl(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """A whole checkpoint, with what is no layer."""
+    return {key: value.to(dtype, copy=True) for key, value in _weights().items()} | {"steps": torch.tensor([7])}
 
 
 METADATA = {"modelspec.hash_sha256": "0xabc", "sshs_model_hash": "abc", "modelspec.title": "Base", "format": "pt"}
@@ -309,11 +318,11 @@ def test_what_is_not_in_the_base_is_an_error_with_its_names(tmp_path: Path) -> N
     assert report.missing == [*strange]
     near(open_base(output).weight("unet.conv_in")[0], wanted([file], base, "unet.conv_in")[0])
     wrong = AdapterFile({"unet.conv_out": file.parts["unet.conv_in"]})
-    with pytest.raises(ShapeError, match=r"unet\.conv_out: the base's weight is \(4, 72\)"):
+    with pytest.raises(ShapeError, match=r"unet\.conv_out: "):
         baked([wrong], source, output)
     one = part(LoRA(rank=2, alpha=1.0), f"{INNER}attn1.to_q", base, 0)
     biased = Part(LoRA(rank=2, alpha=1.0, bias=True), {**one.tensors, "bias": torch.ones(12)})
-    with pytest.raises(ShapeError, match="the base has none"):
+    with pytest.raises(ShapeError, match="bias is there"):
         baked([AdapterFile({f"{INNER}attn1.to_q": biased})], source, output)
 
 
@@ -448,3 +457,64 @@ def test_killed_at_any_moment_the_output_is_the_old_one_or_the_new_one(tmp_path:
     assert len(found) == 20
     assert "broken" not in found
     assert "old" in found
+
+
+def run(*arguments: object) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "imgadapt", "bake", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "120"})
+
+
+def test_the_program_bakes_with_weights_and_says_what_the_file_was_made_of(tmp_path: Path) -> None:
+    source, output = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
+    save_file(sdxl(torch.bfloat16), source, METADATA)
+    base = open_base(source)
+    files = adapters(base, {n: m for n, m in METHODS.items() if m.name in ("lora", "dora", "oft")})
+    for file, name in zip(files, "ab", strict=True):
+        told = replace(file, metadata={"modelspec.title": name, "modelspec.trigger_phrase": f"{name} style"})
+        save(told, tmp_path / f"{name}.safetensors", format="imgadapt")
+    inputs = [f"{tmp_path}/a.safetensors:{WEIGHTS[0]}", f"{tmp_path}/b.safetensors:{WEIGHTS[1]}"]
+    done = run(source, *inputs, "-o", output)
+    assert done.returncode == 0, done.stderr
+    assert "text_encoder_2" in done.stdout
+    assert "tensors changed" in done.stdout
+    result = open_base(output)
+    for name in files[0].parts:
+        near(result.weight(name)[0], wanted(files, base, name)[0])
+    metadata = layout_of(output).metadata
+    rows = json.loads(metadata["merged_from"])
+    assert [row["name"] for row in rows] == ["base.safetensors", "a.safetensors", "b.safetensors"]
+    assert [row["sha256"] for row in rows] == [
+        hashlib.sha256((tmp_path / row["name"]).read_bytes()).hexdigest() for row in rows
+    ]
+    assert metadata["modelspec.title"] == "Base + a - b"
+    assert metadata["modelspec.trigger_phrase"] == "a style"
+    assert from_toml(metadata["imgadapt_recipe"]).inputs[1].weight == WEIGHTS[1]
+    assert not {"sshs_model_hash", "modelspec.hash_sha256"} & metadata.keys()
+
+
+def test_the_program_refuses_with_the_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program: Any = runpy.run_path(str(HERE.parent / "converters" / "bake.py"))["main"]
+    source, adapter = tmp_path / "base.safetensors", tmp_path / "a.safetensors"
+    save_file(sdxl(), source)
+    (file,) = adapters(open_base(source), {"unet.conv_in": LoRA(rank=2, alpha=1.0)}, 1)
+    parts = {"unet.conv_in": file.parts["unet.conv_in"], "unet.down_blocks.9.conv": file.parts["unet.conv_in"]}
+    save(AdapterFile(parts), adapter, format="imgadapt")
+    (tmp_path / "r.toml").write_text("rule = 'svd'\nrank = 4\n[[inputs]]\npath = 'a.safetensors'\n")
+    out = tmp_path / "out.safetensors"
+    for arguments, said in (
+        ((source, adapter), "give --output"),
+        ((source, adapter, "-o", adapter), "is an input"),
+        ((source, adapter, "-o", source), "is the base itself"),
+        ((source, adapter, "-o", out), "1 of 2 layers are not in"),
+        ((source, tmp_path / "r.toml", "-o", out), "the recipe has rank"),
+        ((adapter, adapter, "-o", out), "no table knows"),
+    ):
+        with pytest.raises(ImgadaptError, match=said):
+            program([str(argument) for argument in arguments])
+    assert not out.exists()
+    more = ("--skip-missing", "--json", "--rounding", "stochastic", "--seed", "3")
+    capsys.readouterr()
+    program([str(source), str(adapter), "-o", str(out), *more])
+    told = json.loads(capsys.readouterr().out)
+    assert (told["missing"], told["changed"]) == (["unet.down_blocks.9.conv"], 1)
+    assert layout_of(out).metadata["imgadapt_rounding"] == "stochastic"

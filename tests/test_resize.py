@@ -179,6 +179,9 @@ class Weights(nn.Module):
 
     names = ("unet.a.to_q",)
 
+    def site(self, name: str) -> Site:
+        return LINEAR
+
     def weight(self, name: str) -> tuple[Tensor, Site]:
         return torch.linspace(-1, 1, 24 * 40).reshape(24, 40), LINEAR
 

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -80,7 +79,7 @@ class BaseFile:
     layers: Mapping[str, BaseLayer] = field(repr=False)
     """By `plain` name."""
 
-    @cached_property
+    @property
     def names(self) -> Collection[str]:
         """Canonical names of all layers."""
         return _Names(self.layers)

@@ -65,7 +65,7 @@ def combine_inputs(
     engine = Engine(recipe, inputs, architecture, base, form_of(recipe, inputs))
     if not engine.names:
         raise ConfigError("nothing to merge: no input has a layer whose weight is not 0")
-    report = Report(recipe, [i.name for i in inputs], engine.skipped, about=[_about(i) for i in inputs])
+    report = Report(recipe, [i.name for i in inputs], engine.skipped, about=[about(i) for i in inputs])
     words = united_words(inputs)
     ranks = _ranks(engine, progress)
     parts: dict[str, Part] = {}
@@ -81,7 +81,7 @@ def combine_inputs(
     return AdapterFile(parts, {}, None if form is None else form.name, name, embeddings=words), report
 
 
-def _about(one: Input) -> str:
+def about(one: Input) -> str:
     """`lora, rank 4 to 16, 722 layers`."""
     parts = one.file.parts.values()
     ranks = sorted({part.method.file_rank for part in parts} - {None}, key=lambda r: r or 0)

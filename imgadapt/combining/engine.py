@@ -82,7 +82,7 @@ class Engine:
         found: list[int] = []
         for own in self.parts:
             there = [own[layer] for layer in layers if layer in own]
-            sites = [site_of(layer, own[layer], self.architecture) for layer in layers if layer in own]
+            sites = [site_of(layer, own[layer], self.architecture, self.base) for layer in layers if layer in own]
             wide = [min(site.rows, site.fan_in) for site in sites]
             ranks = [p.method.file_rank or most for p, most in zip(there, wide, strict=True)]
             found += [max(ranks)] if there else []
@@ -90,14 +90,14 @@ class Engine:
 
     def _single_layer(self, name: str) -> Layer:
         who = [k for k, own in enumerate(self.parts) if name in own and self.inputs[k].weight(name) != 0]
-        site = site_of(name, self.parts[who[0]][name], self.architecture)
+        site = site_of(name, self.parts[who[0]][name], self.architecture, self.base)
         changes = [change_of(name, self.parts[k][name], site, self.base) for k in who]
         return self._layer(name, site, who, changes, name)
 
     def _fused_layer(self, name: str) -> Layer:
         layers = [s.layer for s in self.fused[name]]
         sites = [
-            next(site_of(layer, own[layer], self.architecture) for own in self.parts if layer in own)
+            next(site_of(layer, own[layer], self.architecture, self.base) for own in self.parts if layer in own)
             for layer in layers
         ]
         who = [k for k, own in enumerate(self.parts) if any(layer in own for layer in layers)]

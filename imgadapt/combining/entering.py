@@ -21,6 +21,7 @@ class Base(Protocol):
 
     @property
     def names(self) -> Collection[str]: ...
+    def site(self, name: str) -> Site: ...
     def weight(self, name: str) -> tuple[Tensor, Site]:
         """The weight as methods see it (an embedding's is (width, entries)), and its site."""
         ...
@@ -98,13 +99,15 @@ def wrong_size(part: Part, site: Site) -> bool:
     return rows not in (None, site.rows) or inputs not in (None, site.fan_in)
 
 
-def site_of(name: str, part: Part, architecture: Architecture | None) -> Site:
-    """The layer's site, from the architecture's table, or else as far as the tensors tell: models of other widths (the
-    embedded base) have layers of the same names.
+def site_of(name: str, part: Part, architecture: Architecture | None, base: Base | None = None) -> Site:
+    """The layer's site, from the base, the architecture's table, or else as far as the tensors tell: models of other
+    widths (the embedded base) have layers of the same names.
 
     Raises:
         ShapeError: neither tells.
     """
+    if base is not None and name in base.names:
+        return base.site(name)
     rows, inputs = rows_of(part.method, part.tensors), inputs_of(part.method, part.tensors)
     shape = architecture.shape_of(name) if architecture is not None else None
     if shape and not (rows in (None, shape[0]) and inputs in (None, math.prod(shape[1:]))) and rows and inputs:

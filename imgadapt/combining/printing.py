@@ -22,8 +22,10 @@ def said(recipe: MergeRecipe) -> str:
     return ", ".join([head, *(["core space"] if recipe.space == "core" else []), *rest])
 
 
-def lines(report: Report) -> Iterator[str]:
-    """The report as text: the inputs, what each component has of them and became, and notes."""
+def lines(report: Report, *, baked: bool = False) -> Iterator[str]:
+    """The report as text: the inputs, what each component has of them and became, and notes. baked: into a checkpoint,
+    and so whole.
+    """
     yield said(report.recipe)
     width = max(len(name) for name in report.inputs)
     for k, (name, entry) in enumerate(zip(report.inputs, report.recipe.inputs, strict=True), 1):
@@ -31,7 +33,7 @@ def lines(report: Report) -> Iterator[str]:
         yield f"  [{k}] {name:<{width}}  {entry.weight:>7g}  {about}"
     width_of = DTYPES[report.recipe.dtype or "fp32"].itemsize
     for component in report.components():
-        yield from _component(component, width_of)
+        yield from _component(component, 0 if baked else width_of)
     if report.skipped:
         yield f"skipped, their weight is 0: {first_few(list(report.skipped))}"
     for note in notes(report):
@@ -39,6 +41,7 @@ def lines(report: Report) -> Iterator[str]:
 
 
 def _component(c: Component, width: int) -> Iterator[str]:
+    """width: bytes of a number in the file; 0: no adapter is written."""
     several = len(c.norms) > 1
     counts = [f"{c.matched} layers" + (" matched" if several else "")]
     counts += [f"{n} only in [{k}]" for k, n in enumerate(c.alone, 1) if n]
@@ -48,6 +51,8 @@ def _component(c: Component, width: int) -> Iterator[str]:
     yield f"  {'norm':<14}{norms}  merged {c.norm:.4g}"
     if several:
         yield from _cosines(c)
+    if not width:
+        return
     kept = [] if c.ranks is None else [f"rank {c.ranks[0]}" + (f" to {c.ranks[1]}" if c.ranks[1] > c.ranks[0] else "")]
     kept += [f"{c.whole} whole layers, {c.whole_numbers * width / 1e6:.1f} MB"] if c.whole else []
     yield f"  {'written':<14}{', '.join([*kept, f'residual {c.residual:.4f}'])}"

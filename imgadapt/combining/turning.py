@@ -61,7 +61,7 @@ def merged_rotation(
     if architecture is not None:
         shapes.insert(0, architecture.shape_of(name))
     if base is not None and name in base.names:
-        shapes.insert(0, base.weight(name)[1].shape)
+        shapes.insert(0, base.site(name).shape)
     shape = next((s for s in shapes if s is not None), None)
     site = None if shape is None else Site(shape, "conv" if len(shape) > 2 else "linear", bias="bias")
     method: Any = next(part.method for part in parts if part is not None)

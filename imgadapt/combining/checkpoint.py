@@ -1,0 +1,71 @@
+"""bake_files: a recipe's adapters into its base, and metadata of the checkpoint that says what it was made of."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from imgadapt import __version__
+from imgadapt.combining.baking import Baked, Baking, Progress, bake
+from imgadapt.combining.base import BaseFile
+from imgadapt.combining.combine import about, common_architecture, row_of
+from imgadapt.combining.engine import Engine
+from imgadapt.combining.files import metadata_of, opened
+from imgadapt.combining.layers import Input
+from imgadapt.combining.recipe import MergeRecipe
+from imgadapt.combining.recipes import public
+from imgadapt.combining.report import Report
+from imgadapt.combining.streams import layout_of
+from imgadapt.errors import ConfigError
+
+ROUNDING = "imgadapt_rounding"
+"""Metadata: how sums were rounded, where that was not to the nearest value."""
+_AMOUNTS = ("rank", "error", "energy", "size")
+_TOLD = ("merged_from", "modelspec.merged_from", "imgadapt_recipe")
+_TITLE, _WORDS = "modelspec.title", "modelspec.trigger_phrase"
+
+
+def bake_files(
+    recipe: MergeRecipe, output: Path, how: Baking | None = None, *, progress: Progress | None = None
+) -> tuple[Baked, Report]:
+    """Write the recipe's base with its adapters added: see `bake`. how.metadata is added to what is said of the inputs.
+
+    Raises:
+        ConfigError: no base, the output is an input, a recipe that says how much an adapter's file keeps; see `bake`.
+        FormatError, ShapeError, StateError, OutputError: see `combine` and `bake`.
+    """
+    how = how or Baking()
+    if recipe.base is None:
+        raise ConfigError("bake into what? the recipe names no base")
+    if given := [name for name in _AMOUNTS if getattr(recipe, name) is not None]:
+        raise ConfigError(
+            f"the recipe has {given[0]}, which is of adapters; a checkpoint takes the whole sum: leave it out, "
+            "or merge the adapters first and bake the result"
+        )
+    for entry in recipe.inputs:
+        if output.resolve() == Path(entry.path).resolve():
+            raise ConfigError(f"{output} is an input; wanted another name")
+    recipe, inputs, base = opened(replace(recipe, dtype=None, format=None))
+    assert base is not None
+    engine = Engine(recipe, inputs, base.architecture or common_architecture(inputs), base)
+    how = replace(how, seed=recipe.seed, metadata={**_metadata(recipe, inputs, base, how), **how.metadata})
+    made = bake(engine, base, output, how, progress=progress)
+    report = Report(recipe, [i.name for i in inputs], engine.skipped, about=[about(i) for i in inputs])
+    for merged in sorted(made.layers, key=lambda merged: merged.name):
+        report.add(replace(row_of(merged), who=tuple(engine.order[k] for k in merged.who)))
+    return made, report
+
+
+def _metadata(recipe: MergeRecipe, inputs: Sequence[Input], base: BaseFile, how: Baking) -> dict[str, str]:
+    """What the checkpoint says of its making: `merged_from` begins with the base; the rest of the base's stays true."""
+    told: Mapping[str, str] = metadata_of(recipe, inputs, __version__)
+    own = layout_of(next(iter(base.files))).metadata
+    made = {key: told[key] for key in _TOLD if key in told}
+    name = public(str(recipe.base))
+    rows = [{"name": name, "base": True, "sha256": recipe.base_sha256}, *json.loads(told["merged_from"])]
+    made["merged_from"] = json.dumps(rows, ensure_ascii=False)
+    sign = "" if told.get(_TITLE, "-").startswith("-") else "+ "
+    made[_TITLE] = f"{own.get(_TITLE) or Path(name).stem} {sign}{told.get(_TITLE, '')}".strip()
+    words = [text for data in (own, told) for text in data.get(_WORDS, "").split(", ") if text]
+    made |= {_WORDS: ", ".join(dict.fromkeys(words))} if words else {}
+    return made | ({ROUNDING: how.rounding} if how.rounding != "nearest" else {})
