@@ -115,6 +115,8 @@ def main(argv: Sequence[str]) -> None:
     if written:
         size, sha256 = f"{written['bytes'] / 1e6:.2f} MB", f"SHA-256 {written['sha256'][:12]}..."
         print(f"{written['written']}: {written['format']}, {size}, {sha256}")
+        if recipe.format is None and made.format not in (None, written["format"]):
+            print(f"NOTE {made.format} has no word for all of it; --format says another than imgadapt's own")
 
 
 if __name__ == "__main__":

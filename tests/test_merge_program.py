@@ -145,6 +145,9 @@ def test_the_report_says_what_matched_norms_cosines_and_ranks(
     assert unet["ranks"] == [4, 5]
     run("merge", [*AB, "--te", "0", "--rank", "5", "--dry-run"])
     said = capsys.readouterr().out
+    turned = report_of(run, capsys, *reversed(AB), "--te", "0", "--rank", "5", "--dry-run")
+    assert turned["components"][0]["alone"] == [0, 1]
+    assert turned["components"][0]["norms"] == unet["norms"][::-1]
     for line in (
         "svd, rank 5\n", "  [2] hero.safetensors      -0.5  loha, rank 2, 4 layers\n",
         "unet            3 layers matched, 1 only in [1]\n", "rank 4 to 5, residual 0.",
@@ -268,6 +271,17 @@ def test_what_reads_the_base_is_refused_without_it_and_merged_with_it(
     with pytest.raises(FormatError, match=r"pipeline .* is neither there nor beside"):
         verify(Path("c.safetensors"))
     assert verify(Path("c.safetensors"), demo.PIPELINE.parent).identical
+
+
+def test_what_the_inputs_format_cannot_say_is_written_in_another_and_that_is_said(
+    files: list[AdapterFile], run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(adapter(LoRA(4, 2.0), 5), "one.safetensors", format="diffusers")
+    save(adapter(LoRA(3, 2.0), 6), "two.safetensors", format="diffusers")
+    run("merge", ["one.safetensors", "two.safetensors", "--rule", "ties", "--whole", "--output", "whole.safetensors"])
+    assert "NOTE diffusers has no word for all of it" in capsys.readouterr().out
+    assert load("whole.safetensors").format == "imgadapt"
+    assert verify(Path("whole.safetensors")).identical
 
 
 # --- the same each time
