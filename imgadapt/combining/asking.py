@@ -28,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser, *, adapter: bool = True) -> N
     rule.add_argument(
         "--rule", help="a row of --list; default: weighted, the exact sum" + " (svd, with --rank)" * adapter
     )
-    rule.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="a setting of the rule")
+    rule.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="a setting of the rule; or --NAME VALUE"
+    )
     for name in OPTIONS:
         rule.add_argument(_flag(name), dest=f"option_{name}", metavar="VALUE", help=argparse.SUPPRESS)
     rule.add_argument("--space", choices=["delta", "core"], help="core: merge small matrices in the basis all share")
