@@ -14,6 +14,7 @@ PROGRAMS = {
     "dreambooth": ("train_scripts/dreambooth.py", "train a character or a thing, and keep the rest of its class"),
     "textual_inversion": ("train_scripts/textual_inversion.py", "train a new word, or a word and an adapter"),
     "check": ("train_scripts/check.py", "what a training would do, what it takes, and what is wrong with its pictures"),
+    "zip": ("train_scripts/zip.py", "merge adapters by coefficients that are learnt from what each draws alone"),
     "generate": ("train_scripts/generate.py", "draw prompts with a base and adapters"),
     "show": ("converters/show.py", "what is in an adapter file"),
     "convert": ("converters/convert.py", "write an adapter in another tool's format"),
