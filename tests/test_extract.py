@@ -290,6 +290,7 @@ def test_a_folder_against_a_single_file(tmp_path: Path) -> None:
     file, _ = extract(tmp_path / "tuned.safetensors", base, Keep(rank=3), Settings(dtype=torch.float16))
     again = load(save(file, tmp_path / "x.safetensors"))
     assert (again.format, again.architecture, len(again.parts)) == ("lycoris", "sd1", len(file.parts))
+    assert again.metadata["ss_base_model_version"] == "sd_v1"
     for key in ("down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k", "mid_block.resnets.0.conv1"):
         whole = (tuned[f"{key}.weight"] - own[f"{key}.weight"]).double()
         found = delta(again, f"unet.{key}", whole.shape)

@@ -18,7 +18,8 @@ from imgadapt.targets import Targets, idle, matches
 
 _HALF_STEP = (0.75 / (2 * math.log(2)) / 12) ** 0.5
 """Root mean square error of rounding to nearest, in units of |w| eps: step² / 12, and a step is eps times the power of
-two below |w|, whose mean square over |w|² is 3 / (8 ln 2) where logarithms are spread evenly (normal ones: 0.9 of it)."""
+two below |w|, whose mean square over |w|² is 3 / (8 ln 2) where logarithms are spread evenly (0.9 of it if normal)."""
+_BLOCK = 2**20
 
 
 @dataclass(frozen=True)
@@ -158,17 +159,14 @@ class Checkpoints:
             return Difference(None, bias, rounding=rounded)
         if _is_rounded(ours, theirs):
             return Difference(None, bias, rounding=bias is None)
-        step = max(torch.finfo(ours.dtype).eps, torch.finfo(theirs.dtype).eps)
-        values = ours.float()
-        norm = float(torch.linalg.vector_norm(values))
-        values -= theirs
-        left = float(torch.linalg.vector_norm(values))
-        if not math.isfinite(left):
-            broken = self.tuned.path if not math.isfinite(norm) else self.base.path
+        values, norms = _subtracted(ours, theirs)
+        if not math.isfinite(norms[1]):
+            broken = self.tuned.path if not math.isfinite(norms[0]) else self.base.path
             raise StateError(f"{broken}: {layer} has NaN or infinity")
+        step = max(torch.finfo(ours.dtype).eps, torch.finfo(theirs.dtype).eps)
         share = int(values.count_nonzero()) / values.numel()
         flat = values.flatten(1) if values.ndim > 1 else values[:, None]
-        return Difference(flat, bias, left, _HALF_STEP * step * norm * share**0.5)
+        return Difference(flat, bias, norms[1], _HALF_STEP * step * norms[0] * share**0.5)
 
     def _bias(self, layer: str) -> tuple[Tensor | None, bool]:
         """Its difference, and whether it is one of rounding alone."""
@@ -195,11 +193,24 @@ class Checkpoints:
         for key in sorted(self.tuned.tensors.keys() & self.base.tensors.keys() - used):
             a, b = self.tuned.tensors[key], self.base.tensors[key]
             if a.dtype in DTYPES and b.dtype in DTYPES:
-                ours, theirs = a.read(), b.read()
-                same = a.shape == b.shape and torch.equal(ours.float(), theirs.float())
-                if not same and not (a.shape == b.shape and _is_rounded(ours, theirs)):
+                ours = a.read()
+                same = b.matches(ours) or (a.shape == b.shape and _is_rounded(ours, b.read()))
+                if not same:
                     found.append(key)
         return found
+
+
+def _subtracted(ours: Tensor, theirs: Tensor) -> tuple[Tensor, tuple[float, float]]:
+    """ours - theirs, fp32, and the norms of ours and of that; by blocks, for other dtypes would be copied whole."""
+    values = torch.empty(ours.shape)
+    step = max(1, _BLOCK * len(ours) // max(1, ours.numel()))
+    squares: list[tuple[float, float]] = []
+    for k in range(0, len(ours), step):
+        a, out = ours[k : k + step].float(), values[k : k + step]
+        torch.sub(a, theirs[k : k + step].float(), out=out)
+        squares.append((float(a.norm()) ** 2, float(out.norm()) ** 2))
+    first, second = (math.fsum(own) ** 0.5 for own in zip(*squares, strict=True))
+    return values, (first, second)
 
 
 def _is_rounded(ours: Tensor, theirs: Tensor) -> bool:

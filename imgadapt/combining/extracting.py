@@ -26,6 +26,7 @@ from imgadapt.combining.threads import in_order, one_thread_each
 from imgadapt.errors import ConfigError, first_few
 from imgadapt.file import AdapterFile
 from imgadapt.formats import FORMATS, Part
+from imgadapt.formats.kohya import BASES
 from imgadapt.sites import Site
 from imgadapt.targets import Targets
 
@@ -92,6 +93,9 @@ def extract(
     }
     lora = all(part.method.name == "lora" and "bias" not in part.tensors for part in parts.values())
     known = pair.architecture.name if pair.architecture else None
+    if known is not None and known in BASES:
+        spec, metadata["ss_base_model_version"], _ = BASES[known]
+        metadata |= {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": f"{spec}/lora"}
     format_ = settings.format or (("kohya" if lora else "lycoris") if known else None)  # the rest is not read back
     return AdapterFile(dict(sorted(parts.items())), metadata, format_, known), report
 

@@ -7,6 +7,16 @@ from imgadapt.formats.part import Parts
 OWN = ("ss_network_module", "ss_network_dim", "ss_network_alpha")
 HASHES = ("sshs_model_hash", "sshs_legacy_hash")
 """They are of the tensors, so whoever writes the file adds them (`file.py`)."""
+BASES: Mapping[str, tuple[str, str, str]] = {
+    "sd1": ("stable-diffusion-v1", "sd_v1", "https://github.com/Stability-AI/generative-models"),
+    "sd2": ("stable-diffusion-v2-768-v", "sd_v2", "https://github.com/Stability-AI/generative-models"),
+    "sdxl": ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0", "https://github.com/Stability-AI/generative-models"),
+    "sd3": ("stable-diffusion-3", "sd3", "https://github.com/Stability-AI/generative-models"),
+    "sd35_medium": ("stable-diffusion-3", "sd3", "https://github.com/Stability-AI/generative-models"),
+    "sd35_large": ("stable-diffusion-3", "sd3", "https://github.com/Stability-AI/generative-models"),
+    "flux": ("flux-1-dev", "flux1", "https://github.com/black-forest-labs/flux"),
+}
+"""Architecture -> modelspec's name, `ss_base_model_version`, which A1111 tells bases apart by, implementation."""
 
 
 def metadata_for(module: str) -> Callable[[Parts, Mapping[str, str]], dict[str, str]]:

@@ -10,19 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from imgadapt import __version__
+from imgadapt.formats.kohya import BASES
 from imgadapt.training.config import TrainConfig
 from imgadapt.training.data import Example
 from imgadapt.training.material import Material
 
-_SPEC = {  # architecture -> modelspec's name, kohya's base version, implementation
-    "sd1": ("stable-diffusion-v1", "sd_v1", "https://github.com/Stability-AI/generative-models"),
-    "sd2": ("stable-diffusion-v2-768-v", "sd_v2", "https://github.com/Stability-AI/generative-models"),
-    "sdxl": ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0", "https://github.com/Stability-AI/generative-models"),
-    "sd3": ("stable-diffusion-3", "sd3", "https://github.com/Stability-AI/generative-models"),
-    "sd35_medium": ("stable-diffusion-3", "sd3", "https://github.com/Stability-AI/generative-models"),
-    "sd35_large": ("stable-diffusion-3", "sd3", "https://github.com/Stability-AI/generative-models"),
-    "flux": ("flux-1-dev", "flux1", "https://github.com/black-forest-labs/flux"),
-}
 _PERSONAL = ("folder", "output", "base", "cache", "held_out", "class_folder", "caption", "trigger", "class_prompt",
              "sample_prompts", "title", "word", "initial")  # fmt: skip
 
@@ -33,7 +25,7 @@ def metadata(
     """The metadata of a config's file; with `private`, none of it says a word, a name or a path of the user's."""
     examples = list(dict.fromkeys(view.example for view in material.views))
     settings = {key: value for key, value in identity.items() if not (config.private and key in _PERSONAL)}
-    spec, version, source = _SPEC.get(architecture or "", ("", "", ""))
+    spec, version, source = BASES.get(architecture or "", ("", "", ""))
     title = "adapter" if config.private else config.title or config.output.resolve().name
     side = max(config.resolution or [material.family.native])
     sizes = Counter(view.size for view in material.views)
