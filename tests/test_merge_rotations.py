@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from imgadapt import AdapterFile, load, save
+from imgadapt.arch import Slice
 from imgadapt.combining import orthogonal
 from imgadapt.combining.combine import combine_inputs, in_memory
+from imgadapt.combining.cutting import whole
+from imgadapt.combining.engine import Engine
 from imgadapt.combining.recipe import Entry, MergeRecipe
 from imgadapt.combining.report import Report
 from imgadapt.errors import ConfigError, ShapeError, StateError
@@ -381,7 +384,9 @@ def test_what_cannot_be_merged_is_refused_with_the_remedy() -> None:
     with pytest.raises(ConfigError, match="no rank"):
         MergeRecipe((Entry("a"), Entry("b")), "polar", rank=4)
     with pytest.raises(ShapeError, match="for another base"):
-        merged("compose", [made(OFT(4), 1)], [0.5], TO_Q)
+        merged("compose", [replace(made(OFT(4), 1), shape=(320, 320))], [0.5], TO_Q)
+    narrow, _ = merged("compose", [made(OFT(4), 1)], [0.5], TO_Q)  # of a model of other widths, as the embedded base
+    assert narrow.parts[TO_Q].tensors["blocks"].shape == (6, 4, 4)
     broken = made(OFT(4), 1)
     broken.tensors["blocks"][0, 0, 1] = math.nan
     with pytest.raises(StateError, match=r"net.layer: blocks has NaN"):
@@ -419,3 +424,54 @@ def test_a_merged_file_is_read_back_to_the_bit(tmp_path: Path, method: Method, f
     assert theirs.method == ours.method
     assert all(torch.equal(theirs.tensors[k].reshape(t.shape), t) for k, t in ours.tensors.items())
     assert far(matrix(theirs, TO_Q), matrix(ours, TO_Q)) == 0
+
+
+def test_a_fused_layer_that_is_turned_as_one_stays_so() -> None:
+    fused = "transformer.transformer_blocks.0.attn.to_qkv"
+    slices = tuple(Slice(f"transformer.transformer_blocks.0.attn.to_{x}", 0, 8 * k, 8) for k, x in enumerate("qkv"))
+    parts = [replace(made(OFT(4), k), slices=slices) for k in (1, 2)]
+    file, _ = merged("compose", parts, [1, 1], fused)
+    assert file.parts[fused].slices == slices
+    assert far(matrix(file.parts[fused]), matrix(parts[0]) @ matrix(parts[1])) < 1e-6
+    with pytest.raises(ConfigError, match="split this fused layer in different ways"):
+        merged("compose", [parts[0], replace(parts[1], slices=slices[:2])], [1, 1], fused)
+    other = in_memory(AdapterFile({slices[0].layer: made(OFT(4), 3)}), "b", lambda _: 1.0)
+    with pytest.raises(ConfigError, match=r"turns .*to_qkv as one, and another has .*to_q, which is part of it"):
+        combine_inputs(
+            MergeRecipe((Entry("a"), Entry("b")), "compose"),
+            [in_memory(AdapterFile({fused: parts[0]}), "a", lambda _: 1.0), other],
+        )
+
+
+class Weights:
+    """A base of one layer."""
+
+    names = ("net.layer",)
+
+    def __init__(self, weight: Tensor) -> None:
+        self.value = weight
+
+    def site(self, name: str) -> Site:
+        return Site(tuple(self.value.shape))
+
+    def weight(self, name: str) -> tuple[Tensor, Site]:
+        return self.value, Site(tuple(self.value.shape))
+
+    def bias(self, name: str) -> Tensor | None:
+        return None
+
+
+@pytest.mark.parametrize("method", [OFT(8), OFT(6, "input", rescaled=True), BOFT(4, 2)])
+def test_with_the_base_the_terms_are_what_the_rotation_changes(method: Method) -> None:
+    """For a checkpoint that it is baked into; the adapter is the same with and without it."""
+    weight = torch.randn(24, 72, generator=torch.Generator().manual_seed(5))
+    parts = [made(method, k) for k in (1, 2)]
+    inputs = [in_memory(AdapterFile({"net.layer": part}), str(k), lambda _: 1.0) for k, part in enumerate(parts)]
+    recipe = MergeRecipe((Entry("0"), Entry("1")), "polar")
+    (layer,) = Engine(recipe, inputs, None, Weights(weight)).merged()
+    file, _ = combine_inputs(recipe, inputs)
+    part = file.parts["net.layer"]
+    assert layer.part is not None
+    assert all(torch.equal(layer.part.tensors[k], t) for k, t in part.tensors.items())
+    assert far(whole(layer.terms), weights_of(part, weight) - weight) < 1e-5
+    assert float(whole(layer.terms).norm()) > 1

@@ -12,6 +12,7 @@ from imgadapt.combining.rotations import is_rotation, turned
 from imgadapt.combining.rule import Rule
 from imgadapt.errors import ConfigError, ShapeError
 from imgadapt.formats import Part
+from imgadapt.formats.splitting import inputs_of, rows_of
 from imgadapt.sites import Site
 from imgadapt.whole import settled
 
@@ -57,20 +58,36 @@ def merged_rotation(
     """
     architecture, base = tables
     who = tuple(k for k, part in enumerate(parts) if part is not None)
-    shapes: list[tuple[int, ...] | None] = [parts[k].shape for k in who]  # pyright: ignore[reportOptionalMemberAccess] # who has it
-    if architecture is not None:
-        shapes.insert(0, architecture.shape_of(name))
-    if base is not None and name in base.names:
-        shapes.insert(0, base.site(name).shape)
-    shape = next((s for s in shapes if s is not None), None)
-    site = None if shape is None else Site(shape, "conv" if len(shape) > 2 else "linear", bias="bias")
-    method: Any = next(part.method for part in parts if part is not None)
-    size = None if site is None else site.rows if method.side == "output" else site.fan_in
+    there = [part for part in parts if part is not None]
+    in_base = base is not None and name in base.names
+    sure = base.site(name).shape if base is not None and in_base else next((p.shape for p in there if p.shape), None)
+    site = _site(sure or _shape(name, there, architecture))
+    method: Any = there[0].method
+    known = sure is not None or all(getattr(part.method, "shared", False) for part in there)
+    size = None if site is None or not known else site.rows if method.side == "output" else site.fan_in
     made = turned(name, parts, weights, row, options, size)
-    if site is not None and (rescale := made.part.tensors.get("rescale")) is not None and len(rescale) != site.rows:
+    rescale = made.part.tensors.get("rescale")
+    if site is not None and rescale is not None and len(rescale) != site.rows:
         raise ShapeError(
             f"{name}: `rescale` is of {len(rescale)} outputs, the layer has {site.rows}; is it another base's?"
         )
-    terms = (change_of(name, made.part, site, base).term,) if site and base is not None and name in base.names else ()
-    own = site or Site(made.part.shape or ())
-    return Merged(name, own, terms, None, who, made.gram, made.norm, made.residual, made.part)
+    terms = (change_of(name, made.part, site, base).term,) if site is not None and in_base else ()
+    return Merged(name, site or Site(()), terms, None, who, made.gram, made.norm, made.residual, made.part)
+
+
+def _site(shape: tuple[int, ...] | None) -> Site | None:
+    return None if shape is None else Site(shape, "conv" if len(shape) > 2 else "linear", bias="bias")
+
+
+def _shape(name: str, parts: Sequence[Part], architecture: Architecture | None) -> tuple[int, ...] | None:
+    """What the architecture says of a layer, if the tensors do not say otherwise: models of other widths (the embedded
+    base) have layers of the same names.
+    """
+    shape = None if architecture is None else architecture.shape_of(name)
+    if (site := _site(shape)) is None:
+        return None
+    for part in parts:
+        rows, inputs = rows_of(part.method, part.tensors), inputs_of(part.method, part.tensors)
+        if rows not in (None, site.rows) or inputs not in (None, site.fan_in):
+            return None
+    return shape
