@@ -500,6 +500,8 @@ def test_the_program_refuses_with_the_reason(tmp_path: Path, capsys: pytest.Capt
     parts = {"unet.conv_in": file.parts["unet.conv_in"], "unet.down_blocks.9.conv": file.parts["unet.conv_in"]}
     save(AdapterFile(parts), adapter, format="imgadapt")
     (tmp_path / "r.toml").write_text("rule = 'svd'\nrank = 4\n[[inputs]]\npath = 'a.safetensors'\n")
+    entry = "[[inputs]]\npath = 'a.safetensors'\nmasks = { 'blocks.9' = 0.0 }\n"
+    (tmp_path / "s.toml").write_text(f"rule = 'weighted'\nbase_sha256 = '{'5' * 64}'\n{entry}")
     out = tmp_path / "out.safetensors"
     for arguments, said in (
         ((source, adapter), "give --output"),
@@ -507,6 +509,7 @@ def test_the_program_refuses_with_the_reason(tmp_path: Path, capsys: pytest.Capt
         ((source, adapter, "-o", source), "is the base itself"),
         ((source, adapter, "-o", out), "1 of 2 layers are not in"),
         ((source, tmp_path / "r.toml", "-o", out), "the recipe has rank"),
+        ((source, tmp_path / "s.toml", "-o", out), "is not the base that the recipe means"),
         ((adapter, adapter, "-o", out), "no table knows"),
     ):
         with pytest.raises(ImgadaptError, match=said):

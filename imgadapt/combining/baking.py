@@ -30,13 +30,15 @@ _WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", "
 @dataclass(frozen=True)
 class Baking:
     """How changes are written. rounding: to the stored dtype, see `rounding.stochastic`; seed: of what is random.
-    strict: what the base has no layer for is an error. metadata: entries for the files that change.
+    strict: what the base has no layer for is an error. metadata: entries for the files that change; late: the same, as
+    long, with what is known at the end only.
     """
 
     rounding: Literal["nearest", "stochastic"] = "nearest"
     seed: int = 0
     strict: bool = True
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
+    late: Callable[[], Mapping[str, str]] | None = None
 
 
 @dataclass
@@ -79,9 +81,8 @@ def bake(
             targets = {path: folder / path.relative_to(base.path) for path in plan.layouts}
         else:
             targets = {base.path: output}
-        metadata = {p: _metadata(layout, how.metadata) for p, layout in plan.layouts.items()}
         files = {
-            path: stack.enter_context(rewriting(layout, targets[path], metadata[path]))
+            path: stack.enter_context(rewriting(layout, targets[path], *_metadata(layout, how)))
             for path, layout in plan.layouts.items()
         }
         work = _Work(engine, base, files, how)
@@ -128,8 +129,10 @@ def _check_names(base: BaseFile, engine: Engine, names: Sequence[str], missing: 
         )
 
 
-def _metadata(layout: Layout, more: Mapping[str, str]) -> dict[str, str]:
-    return {key: text for key, text in layout.metadata.items() if key not in _HASHES} | dict(more)
+def _metadata(layout: Layout, how: Baking) -> tuple[dict[str, str], Callable[[], dict[str, str]] | None]:
+    """Of the result: at the beginning, and at the end."""
+    kept, late = {key: text for key, text in layout.metadata.items() if key not in _HASHES}, how.late
+    return kept | dict(how.metadata), None if late is None else lambda: kept | dict(late())
 
 
 @dataclass(frozen=True)

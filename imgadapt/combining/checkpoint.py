@@ -2,26 +2,29 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 
 from imgadapt import __version__
 from imgadapt.combining.baking import Baked, Baking, Progress, bake
-from imgadapt.combining.base import BaseFile
+from imgadapt.combining.base import BaseFile, open_base
 from imgadapt.combining.combine import about, common_architecture, row_of
 from imgadapt.combining.engine import Engine
-from imgadapt.combining.files import metadata_of, opened
+from imgadapt.combining.files import base_digest, metadata_of, opened
 from imgadapt.combining.layers import Input
 from imgadapt.combining.recipe import MergeRecipe
 from imgadapt.combining.recipes import public
 from imgadapt.combining.report import Report
 from imgadapt.combining.streams import layout_of
-from imgadapt.errors import ConfigError
+from imgadapt.errors import ConfigError, FormatError, ImgadaptError
 
 ROUNDING = "imgadapt_rounding"
 """Metadata: how sums were rounded, where that was not to the nearest value."""
 _AMOUNTS = ("rank", "error", "energy", "size")
 _TOLD = ("merged_from", "modelspec.merged_from", "imgadapt_recipe")
+_UNKNOWN = "0" * 64  # as long as a hash
 _TITLE, _WORDS = "modelspec.title", "modelspec.trigger_phrase"
 
 
@@ -45,15 +48,48 @@ def bake_files(
     for entry in recipe.inputs:
         if output.resolve() == Path(entry.path).resolve():
             raise ConfigError(f"{output} is an input; wanted another name")
-    recipe, inputs, base = opened(replace(recipe, dtype=None, format=None))
-    assert base is not None
+    base = open_base(recipe.base)
+    digest = _Digest(base, recipe.base_sha256)
+    settled, inputs, _ = opened(replace(recipe, base=None, base_sha256="", dtype=None, format=None))
+    recipe = replace(settled, base=recipe.base, base_sha256=recipe.base_sha256 or _UNKNOWN)
     engine = Engine(recipe, inputs, base.architecture or common_architecture(inputs), base)
-    how = replace(how, seed=recipe.seed, metadata={**_metadata(recipe, inputs, base, how), **how.metadata})
-    made = bake(engine, base, output, how, progress=progress)
+    more = how.metadata
+
+    def metadata(sha256: str) -> dict[str, str]:
+        return {**_metadata(replace(recipe, base_sha256=sha256), inputs, base, how), **more}
+
+    own = replace(how, seed=recipe.seed, metadata=metadata(recipe.base_sha256), late=lambda: metadata(digest.value()))
+    made = bake(engine, base, output, own, progress=progress)
+    recipe = replace(recipe, base_sha256=digest.value())
     report = Report(recipe, [i.name for i in inputs], engine.skipped, about=[about(i) for i in inputs])
     for merged in sorted(made.layers, key=lambda merged: merged.name):
         report.add(replace(row_of(merged), who=tuple(engine.order[k] for k in merged.who)))
     return made, report
+
+
+class _Digest:
+    """SHA-256 of a base, worked out beside the baking: of a large one it takes as long."""
+
+    def __init__(self, base: BaseFile, wanted: str) -> None:
+        self._base, self._wanted = base, wanted
+        self._found: Future[str] = Future()
+        Thread(target=self._work, daemon=True).start()  # where the baking fails nothing waits for it
+
+    def _work(self) -> None:
+        try:
+            self._found.set_result(base_digest(self._base))
+        except (ImgadaptError, OSError) as error:
+            self._found.set_exception(error)
+
+    def value(self) -> str:
+        """Raises FormatError: it cannot be read, or is not the one that the recipe has."""
+        found = self._found.result()
+        if self._wanted not in ("", found):
+            raise FormatError(
+                f"{self._base.path} is not the base that the recipe means: "
+                f"its SHA-256 is {found[:12]}..., not {self._wanted[:12]}..."
+            )
+        return found
 
 
 def _metadata(recipe: MergeRecipe, inputs: Sequence[Input], base: BaseFile, how: Baking) -> dict[str, str]:

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,23 +89,34 @@ class Rewriting:
 
 
 @contextmanager
-def rewriting(layout: Layout, target: Path, metadata: Mapping[str, str]) -> Generator[Rewriting]:
-    """A file of this layout with other metadata, which is there, whole, when the block has ended well.
+def rewriting(
+    layout: Layout, target: Path, metadata: Mapping[str, str], late: Callable[[], Mapping[str, str]] | None = None
+) -> Generator[Rewriting]:
+    """A file of this layout with other metadata, which is there, whole, when the block has ended well. late: the
+    metadata, as long, in which all is known; asked for at the end.
 
     Raises:
         OutputError: it cannot be written; what was there is untouched.
     """
-    rows = {"__metadata__": dict(sorted(metadata.items())), **layout.rows} if metadata else layout.rows
-    text = json.dumps(rows, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text = _header(layout, metadata)
     need = 8 + len(text) + layout.size - layout.start
     room_for(target, need)
     with layout.path.open("rb", buffering=0) as source, atomically(target) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.flush()
         yield Rewriting(layout, source.fileno(), file.fileno(), 8 + len(text))
+        if late is not None:
+            final = _header(layout, late())
+            assert len(final) == len(text)
+            _write(file.fileno(), memoryview(final), 8)
         if (size := os.fstat(file.fileno()).st_size) != need:
             raise OutputError(f"{target}: {size} bytes written, {need} wanted; not all of its tensors came")
+
+
+def _header(layout: Layout, metadata: Mapping[str, str]) -> bytes:
+    rows = {"__metadata__": dict(sorted(metadata.items())), **layout.rows} if metadata else layout.rows
+    text = json.dumps(rows, separators=(",", ":"), ensure_ascii=False).encode()
+    return text + b" " * (-len(text) % 8)
 
 
 def room_for(path: Path, need: int) -> None:
