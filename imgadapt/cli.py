@@ -46,7 +46,8 @@ def main() -> None:
     path = _folder() / PROGRAMS[name][0]
     sys.argv = [f"imgadapt {name}", *arguments[1:]]
     try:
-        runpy.run_path(os.fspath(path), run_name="__main__")
+        namespace = runpy.run_path(os.fspath(path), run_name="imgadapt_program")  # it is told its own name afterwards:
+        program(namespace["main"], arguments[1:])  # run_path hides sys.argv[0], which argparse shows in usages
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if missing.partition(".")[0] == "imgadapt":

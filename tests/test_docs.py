@@ -56,6 +56,26 @@ def test_the_page_of_formats_lists_every_format_and_architecture_once() -> None:
     assert sorted(named) == [a.name for a in architectures()]
 
 
+def test_every_command_shown_has_the_flags_of_its_program(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    shown: dict[str, set[str]] = {}
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for block in re.findall(r"^```sh\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE):
+            for line in block.replace("\\\n", " ").splitlines():
+                if found := re.match(r"imgadapt (\w+)", line):
+                    shown.setdefault(found[1], set()).update(
+                        re.findall(r"(?<!\S)--[a-z][a-z_-]+", line.partition(" # ")[0])
+                    )
+    assert {"train", "style", "generate", "show", "convert", "merge", "bake", "extract", "resize", "zip"} <= set(shown)
+    for name, flags_shown in shown.items():
+        with pytest.raises(SystemExit):
+            run(name, ["--help"])
+        known = set(re.findall(r"(?<!\w)--[a-z][a-z_-]+", capsys.readouterr().out))
+        known |= {
+            f"--{option.replace('_', '-')}" for rule in RULES for option in rule.options if name in ("merge", "bake")
+        }
+        assert flags_shown <= known, name
+
+
 def test_the_page_of_merging_lists_every_rule_once_and_its_recipe_is_one() -> None:
     page = (ROOT / "docs/merging.md").read_text("utf-8")
     table = page.partition("## The rules")[2].partition("## How much")[0]
@@ -75,14 +95,14 @@ def test_every_method_has_its_section() -> None:
 
 
 def test_every_flag_program_and_config_of_the_page_of_training_is_there() -> None:
-    page = (ROOT / "docs/training.md").read_text("utf-8") + (ROOT / "README.md").read_text("utf-8")
+    page = (ROOT / "docs/training.md").read_text("utf-8")
     fields = {name for _, kind in plan.PROGRAMS.values() for name in kind.model_fields}
     others = {"kind", "config", "help", "output", "adapter", "strength", "to", "plan", "base", "index-url"}
     others |= {"num_processes", "module", "nproc-per-node"}  # accelerate's and torchrun's
     named = [flag.removeprefix("no-") for flag in re.findall(r"--([a-z][a-z_-]+)", page)]
     assert {f for f in named if f.replace("-", "_") not in fields and f not in others} == set()
     programs = re.findall(r"^imgadapt (\w+)", page, re.MULTILINE)
-    assert {"train", "check", "style", "textual_inversion"} <= set(programs) <= set(cli.PROGRAMS)
+    assert {"train", "check", "style"} <= set(programs) <= set(cli.PROGRAMS)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "train_scripts" / "configs").glob("*.toml")), ids=lambda p: p.stem)
