@@ -473,7 +473,7 @@ def test_the_program_bakes_with_weights_and_says_what_the_file_was_made_of(tmp_p
         told = replace(file, metadata={"modelspec.title": name, "modelspec.trigger_phrase": f"{name} style"})
         save(told, tmp_path / f"{name}.safetensors", format="imgadapt")
     inputs = [f"{tmp_path}/a.safetensors:{WEIGHTS[0]}", f"{tmp_path}/b.safetensors:{WEIGHTS[1]}"]
-    done = run(source, *inputs, "-o", output)
+    done = run(source, *inputs, "-o", output, "--hash-base")
     assert done.returncode == 0, done.stderr
     assert "text_encoder_2" in done.stdout
     assert "tensors changed" in done.stdout
@@ -486,6 +486,8 @@ def test_the_program_bakes_with_weights_and_says_what_the_file_was_made_of(tmp_p
     assert [row["sha256"] for row in rows] == [
         hashlib.sha256((tmp_path / row["name"]).read_bytes()).hexdigest() for row in rows
     ]
+    assert from_toml(metadata["imgadapt_recipe"]).base_sha256 == rows[0]["sha256"]
+    assert rows[0]["hash_sha256"] == "0xabc"
     assert metadata["modelspec.title"] == "Base + a - b"
     assert metadata["modelspec.trigger_phrase"] == "a style"
     assert from_toml(metadata["imgadapt_recipe"]).inputs[1].weight == WEIGHTS[1]
@@ -520,4 +522,6 @@ def test_the_program_refuses_with_the_reason(tmp_path: Path, capsys: pytest.Capt
     program([str(source), str(adapter), "-o", str(out), *more])
     told = json.loads(capsys.readouterr().out)
     assert (told["missing"], told["changed"]) == (["unet.down_blocks.9.conv"], 1)
-    assert layout_of(out).metadata["imgadapt_rounding"] == "stochastic"
+    metadata = layout_of(out).metadata
+    assert metadata["imgadapt_rounding"] == "stochastic"
+    assert json.loads(metadata["merged_from"])[0] == {"name": "base.safetensors", "base": True}

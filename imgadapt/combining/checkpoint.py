@@ -29,9 +29,15 @@ _TITLE, _WORDS = "modelspec.title", "modelspec.trigger_phrase"
 
 
 def bake_files(
-    recipe: MergeRecipe, output: Path, how: Baking | None = None, *, progress: Progress | None = None
+    recipe: MergeRecipe,
+    output: Path,
+    how: Baking | None = None,
+    *,
+    hash_base: bool = False,
+    progress: Progress | None = None,
 ) -> tuple[Baked, Report]:
     """Write the recipe's base with its adapters added: see `bake`. how.metadata is added to what is said of the inputs.
+    hash_base: take the base's SHA-256, too, which is as much work as the baking; it is taken where the recipe has one.
 
     Raises:
         ConfigError: no base, the output is an input, a recipe that says how much an adapter's file keeps; see `bake`.
@@ -49,18 +55,19 @@ def bake_files(
         if output.resolve() == Path(entry.path).resolve():
             raise ConfigError(f"{output} is an input; wanted another name")
     base = open_base(recipe.base)
-    digest = _Digest(base, recipe.base_sha256)
+    digest = _Digest(base, recipe.base_sha256) if hash_base or recipe.base_sha256 else None
     settled, inputs, _ = opened(replace(recipe, base=None, base_sha256="", dtype=None, format=None))
-    recipe = replace(settled, base=recipe.base, base_sha256=recipe.base_sha256 or _UNKNOWN)
+    recipe = replace(settled, base=recipe.base, base_sha256="" if digest is None else _UNKNOWN)
     engine = Engine(recipe, inputs, base.architecture or common_architecture(inputs), base)
     more = how.metadata
 
     def metadata(sha256: str) -> dict[str, str]:
         return {**_metadata(replace(recipe, base_sha256=sha256), inputs, base, how), **more}
 
-    own = replace(how, seed=recipe.seed, metadata=metadata(recipe.base_sha256), late=lambda: metadata(digest.value()))
+    late = None if digest is None else lambda: metadata(digest.value())
+    own = replace(how, seed=recipe.seed, metadata=metadata(recipe.base_sha256), late=late)
     made = bake(engine, base, output, own, progress=progress)
-    recipe = replace(recipe, base_sha256=digest.value())
+    recipe = recipe if digest is None else replace(recipe, base_sha256=digest.value())
     report = Report(recipe, [i.name for i in inputs], engine.skipped, about=[about(i) for i in inputs])
     for merged in sorted(made.layers, key=lambda merged: merged.name):
         report.add(replace(row_of(merged), who=tuple(engine.order[k] for k in merged.who)))
@@ -98,7 +105,10 @@ def _metadata(recipe: MergeRecipe, inputs: Sequence[Input], base: BaseFile, how:
     own = layout_of(next(iter(base.files))).metadata
     made = {key: told[key] for key in _TOLD if key in told}
     name = public(str(recipe.base))
-    rows = [{"name": name, "base": True, "sha256": recipe.base_sha256}, *json.loads(told["merged_from"])]
+    row: dict[str, object] = {"name": name, "base": True}
+    said = own.get("modelspec.hash_sha256")  # of its tensors, by its maker
+    row |= ({"sha256": recipe.base_sha256} if recipe.base_sha256 else {}) | ({"hash_sha256": said} if said else {})
+    rows = [row, *json.loads(told["merged_from"])]
     made["merged_from"] = json.dumps(rows, ensure_ascii=False)
     sign = "" if told.get(_TITLE, "-").startswith("-") else "+ "
     made[_TITLE] = f"{own.get(_TITLE) or Path(name).stem} {sign}{told.get(_TITLE, '')}".strip()
