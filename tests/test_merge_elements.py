@@ -380,7 +380,7 @@ def test_a_fused_layer_is_thinned_out_as_its_layers_are(rule: str) -> None:
     files = [made(QKV), made(QKV[:2])]
     rows: list[dict[str, Tensor]] = []
     for form in ("kohya", "diffusers"):
-        asked = MergeRecipe((Entry("a"), Entry("b")), rule, {"density": 0.4}, format=form)
+        asked = MergeRecipe((Entry("a"), Entry("b")), rule, {"density": 0.4}, format=form, whole=True)
         out, report = combine_inputs(asked, [in_memory(f, str(k), lambda _: 0.8) for k, f in enumerate(files)])
         assert len(report.rows) == (1 if form == "kohya" else 3)
         rows.append({name: part.tensors["diff"] for name, part in out.parts.items()})

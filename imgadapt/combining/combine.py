@@ -8,17 +8,19 @@ from torch import Tensor
 
 from imgadapt.arch import Architecture, architectures
 from imgadapt.combining.engine import Engine, Input, Merged, whole
-from imgadapt.combining.entering import Base, site_of
+from imgadapt.combining.entering import Base
 from imgadapt.combining.inheriting import united_words
-from imgadapt.combining.lowrank import concat
-from imgadapt.combining.ranks import Choice, numbers_in, ranks_for
+from imgadapt.combining.keep import Keep, header_bytes
+from imgadapt.combining.lowrank import Spectrum, concat
 from imgadapt.combining.recipe import MergeRecipe
 from imgadapt.combining.report import Report, Row
 from imgadapt.combining.terms import Pair
+from imgadapt.embeddings import Embedding
 from imgadapt.errors import ConfigError
 from imgadapt.file import AdapterFile, tensors_digest
 from imgadapt.formats import FORMATS, Format, Part, architecture_of
 from imgadapt.methods import Full, LoRA, Norm
+from imgadapt.sites import Site
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Progress = Callable[[str, int, int], None]
@@ -51,13 +53,18 @@ def common_architecture(inputs: Sequence[Input]) -> Architecture | None:
 
 @torch.no_grad()
 def combine_inputs(
-    recipe: MergeRecipe, inputs: Sequence[Input], *, base: Base | None = None, progress: Progress | None = None
+    recipe: MergeRecipe,
+    inputs: Sequence[Input],
+    *,
+    base: Base | None = None,
+    metadata: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[AdapterFile, Report]:
-    """The merged adapter, without metadata, and what was done.
+    """The merged adapter, with metadata as given, and what was done.
 
     Raises:
-        ConfigError: different bases, a method that needs the base and has none, nothing to merge; a word that two of
-            them have otherwise.
+        ConfigError: different bases, a method that needs the base and has none, nothing to merge, or
+            nothing left; a word that two of them have otherwise.
         FormatError, ShapeError: an input does not fit.
         StateError: the result is not finite.
     """
@@ -67,7 +74,8 @@ def combine_inputs(
         raise ConfigError("nothing to merge: no input has a layer whose weight is not 0")
     report = Report(recipe, [i.name for i in inputs], engine.skipped, about=[about(i) for i in inputs])
     words = united_words(inputs)
-    ranks = _ranks(engine, progress)
+    rest = header_bytes({name for own in engine.parts for name in own}, metadata or {}) + word_bytes(words)
+    ranks = _ranks(engine, rest, progress)
     parts: dict[str, Part] = {}
     for k, made in enumerate(engine.cut(lambda name: None if ranks is None else ranks.get(name)), 1):
         own = {one.name: part_of(one) for one in engine.apart(made)}
@@ -76,9 +84,13 @@ def combine_inputs(
         report.add(replace(row, who=tuple(engine.order[k] for k in row.who)))
         if progress is not None:
             progress("merging", k, len(engine.names))
+    if not parts:
+        zero = all(row.norm == 0 for row in report.rows)
+        why = "the merged change is 0 everywhere" if zero else "ask for more"
+        raise ConfigError(f"nothing is left of any layer at this error, energy or size: {why}")
     form = form_of(recipe, inputs)
     name = None if architecture is None else architecture.name
-    return AdapterFile(parts, {}, None if form is None else form.name, name, embeddings=words), report
+    return AdapterFile(parts, metadata or {}, None if form is None else form.name, name, embeddings=words), report
 
 
 def about(one: Input) -> str:
@@ -96,40 +108,45 @@ def form_of(recipe: MergeRecipe, inputs: Sequence[Input]) -> Format | None:
     return next((f for f in FORMATS if {f.name} == names), None)
 
 
-def _ranks(engine: Engine, progress: Progress | None) -> Mapping[str, int] | None:
-    """What each layer is cut to; None: no layer is."""
+def _ranks(engine: Engine, rest: float, progress: Progress | None) -> Mapping[str, int] | None:
+    """What each layer is cut to; None: no layer is. rest: bytes of the file besides the layers' tensors."""
     recipe = engine.recipe
     if recipe.rank is not None:
         return dict.fromkeys(engine.names, recipe.rank)
     if recipe.error is None and recipe.energy is None and recipe.size is None:
         if recipe.rule == "svd":
-            return {name: max(_own_ranks(engine, name)) for name in engine.names}
+            return {name: max(engine.ranks(name)) for name in engine.names}
         dense = recipe.row.elements is not None and recipe.space == "delta" and not recipe.whole
-        return {name: sum(_own_ranks(engine, name)) for name in engine.names} if dense else None
-    choices: dict[str, Choice] = {}
-    others: list[int] = []
-    for k, (made, found) in enumerate(engine.spectra(), 1):
-        if made.bias is not None:
-            others.append(len(made.bias))
-        if found is None:
-            others.append(made.site.rows)
+        return {name: sum(engine.ranks(name)) for name in engine.names} if dense else None
+    keep = Keep(error=recipe.error, energy=recipe.energy, size=recipe.size)
+    return shared_ranks(engine, keep, DTYPES[recipe.dtype or "fp32"].itemsize, rest, progress)
+
+
+def shared_ranks(
+    engine: Engine, keep: Keep, width: int, rest: float, progress: Progress | None = None
+) -> Mapping[str, int]:
+    """Ranks of all layers by an error, an energy or a size of the whole. width: bytes of a number; rest: what the file
+    has besides the layers' tensors.
+
+    Raises:
+        ConfigError: the file is larger than the size without any rank.
+    """
+    found: dict[str, tuple[Site, Spectrum]] = {}
+    for k, (made, values) in enumerate(engine.spectra(), 1):
+        rest += width * len(made.bias) if made.bias is not None else 0
+        if values is None:
+            rest += width * made.site.rows
         else:
-            choices[made.name] = Choice(found.values.clone(), made.site.rows + made.site.fan_in, found.rest)
+            found[made.name] = made.site, values
         if progress is not None:
             progress("measuring", k, len(engine.names))
-    width = DTYPES.get(recipe.dtype or "", torch.float32).itemsize
-    numbers = None if recipe.size is None else numbers_in(recipe.size, width, others)
-    return ranks_for(choices, error=recipe.error, energy=recipe.energy, numbers=numbers)
+    return keep.shared(found, width, rest) if found else {}
 
 
-def _own_ranks(engine: Engine, name: str) -> list[int]:
-    """The ranks of a layer, or a fused one, in the inputs that have it; the most there can be if a method has none."""
-    layers = [s.layer for s in engine.fused.get(name, ())] or [name]
-    found: list[int] = []
-    for own in engine.parts:
-        there = [(own[layer], site_of(layer, own[layer], engine.architecture)) for layer in layers if layer in own]
-        found += [max(part.method.file_rank or min(site.rows, site.fan_in) for part, site in there)] if there else []
-    return found
+def word_bytes(words: Mapping[str, Embedding]) -> int:
+    """What words take in a file."""
+    tensors = [t for word in words.values() for t in (*word.vectors.values(), *word.outputs.values())]
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def part_of(made: Merged) -> Part:

@@ -18,7 +18,7 @@ def truncated(made: Merged, rank: int, workers: int = 1) -> Merged:
     """
     if rank == 0 and made.bias is None:
         return replace(made, terms=(), residual=1.0)
-    rank = max(rank, 1)  # what carries a bias stays
+    rank = min(max(rank, 1), made.site.rows, made.site.fan_in)  # what carries a bias stays
     if len(made.terms) >= 1 and all(isinstance(term, Pair) for term in made.terms):
         width = sum(term.up.shape[1] for term in made.terms if isinstance(term, Pair))
         if width <= rank:

@@ -1,5 +1,6 @@
 """Engine: merges one layer at a time, in any order, for an adapter's file or for a checkpoint."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,7 @@ from imgadapt.combining.layers import Input, Layer, Merged, order_of
 from imgadapt.combining.lowrank import Spectrum, concat, spectrum
 from imgadapt.combining.recipe import MergeRecipe
 from imgadapt.combining.rotations import is_rotation, powers
-from imgadapt.combining.rule import Elements, Scalar
+from imgadapt.combining.rule import Elements, Factors, Rule, Scalar
 from imgadapt.combining.terms import Dense, Pair, Term, gram
 from imgadapt.combining.threads import in_order, one_thread_each
 from imgadapt.combining.turning import check, merged_rotation, ready
@@ -77,12 +78,13 @@ class Engine:
         return self._fused_layer(name) if name in self.fused else self._single_layer(name)
 
     def ranks(self, name: str) -> list[int]:
-        """A layer's ranks in the inputs that have it; where a method has none, the most that its change can have."""
+        """A layer's ranks in the inputs that have it, at a weight; where a method has none, the most that there are."""
         layers = [s.layer for s in self.fused.get(name, ())] or [name]
         found: list[int] = []
-        for own in self.parts:
-            there = [own[layer] for layer in layers if layer in own]
-            sites = [site_of(layer, own[layer], self.architecture, self.base) for layer in layers if layer in own]
+        for one, parts in zip(self.inputs, self.parts, strict=True):
+            own = {layer: parts[layer] for layer in layers if layer in parts and one.weight(layer) != 0}
+            there = list(own.values())
+            sites = [site_of(layer, part, self.architecture, self.base) for layer, part in own.items()]
             wide = [min(site.rows, site.fan_in) for site in sites]
             ranks = [p.method.file_rank or most for p, most in zip(there, wide, strict=True)]
             found += [max(ranks)] if there else []
@@ -156,8 +158,8 @@ class Engine:
         square: Tensor | None = None
         if row.elements is not None:
             terms, bias = self._by_elements(row.elements, layer, workers)
-        elif row.factors is not None and len(layer.site.shape) > 1:
-            terms, bias = [row.factors(layer, self.options)], bias_of(layer, layer.weights)
+        elif row.factors is not None:
+            terms, bias = self._by_factors(row, row.factors, layer)
         elif row.scalar is not None and not row.linear and name in self.fused:
             terms, bias = self._numbers_apart(row.scalar, layer)
         else:
@@ -167,10 +169,10 @@ class Engine:
             bias = bias_of(layer, factors)
             smaller = bool((factors.abs() <= 1).all())  # so that no number becomes infinite in fp32
             square = factors @ products @ factors if smaller else None
-        norm = max(0.0, float(gram(terms).sum() if square is None else square)) ** 0.5
-        if not torch.isfinite(torch.tensor(norm)) or (bias is not None and not bool(torch.isfinite(bias).all())):
+        energy = float(gram(terms).sum() if square is None else square)
+        if not math.isfinite(energy) or (bias is not None and not bool(torch.isfinite(bias).all())):
             raise StateError(f"{name}: the merged change is not finite; {self._blame(layer)}")
-        return Merged(name, layer.site, tuple(terms), bias, layer.who, products, norm)
+        return Merged(name, layer.site, tuple(terms), bias, layer.who, products, max(0.0, energy) ** 0.5)
 
     def _turned(self, name: str) -> bool:
         """Whether it is merged as a rotation; what a rule of rotations finds beside them is summed by weight."""
@@ -178,6 +180,23 @@ class Engine:
             name in own and is_rotation(own[name]) and i.weight(name) != 0
             for i, own in zip(self.inputs, self.parts, strict=True)
         )
+
+    def _by_factors(self, row: Rule, merge: Factors, layer: Layer) -> tuple[Sequence[Term], Tensor | None]:
+        """Norms and biases, which have no factors, are added up at the rule's scale, or go by a rule of elements."""
+        flat, weights = len(layer.site.shape) < 2, layer.weights * self.options.get("scale", 1.0)
+        if row.beside is None:
+            sums = [t.scaled(float(w)) for t, w in zip(layer.terms, weights, strict=True)] if flat else ()
+            return sums or [merge(layer, self.options)], bias_of(layer, weights)
+        if flat:
+            return row.beside(layer, self.recipe, self.options)
+        own = [(k, change.bias[:, None]) for k, change in enumerate(layer.changes) if change.bias is not None]
+        if not own:
+            return [merge(layer, self.options)], None
+        index, changes = [k for k, _ in own], tuple(Change(Dense(bias)) for _, bias in own)
+        who, keys = tuple(layer.who[k] for k in index), tuple(layer.keys[k] for k in index)
+        biases = replace(layer, who=who, changes=changes, weights=layer.weights[index], keys=keys)
+        (bias,), _ = row.beside(biases, self.recipe, self.options)
+        return [merge(layer, self.options)], bias.rows(0, bias.shape[0])[:, 0]
 
     def _numbers(self, rule: Scalar, layer: Layer, products: Tensor) -> Tensor:
         """What each change of a layer is multiplied by."""
@@ -252,7 +271,7 @@ class Engine:
         return self.each(self.merge, self.names if names is None else names)
 
     def spectra(self) -> Iterator[tuple[Merged, Spectrum | None]]:
-        """All layers with their singular values; None for norms. By rules of elements: values only, and no terms."""
+        """All layers with their singular values, without vectors and terms; None for norms."""
         return self.each(self._spectrum, self.names)
 
     def cut(self, ranks: Callable[[str], int | None]) -> Iterator[Merged]:
@@ -282,8 +301,5 @@ class Engine:
     @torch.no_grad()
     def _spectrum(self, name: str, workers: int) -> tuple[Merged, Spectrum | None]:
         made = self.merge(name, workers)
-        if len(made.site.shape) < 2:
-            return made, None
-        if not self._dense:
-            return made, spectrum(made.terms)
-        return replace(made, terms=()), spectrum(made.terms, vectors=False, workers=workers)
+        found = spectrum(made.terms, vectors=False, workers=workers) if len(made.site.shape) > 1 else None
+        return replace(made, terms=()), found

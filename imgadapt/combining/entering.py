@@ -78,6 +78,11 @@ def change_of(name: str, part: Part, site: Site, base: Base | None) -> Change:
     if "w2" in t:
         first = t["w1"] if "w1" in t else t["w1_a"] @ t["w1_b"]
         return Change(Kron(first * method.scale, t["w2"].flatten(1)), bias)
+    if getattr(method, "absolute", False):
+        raise ConfigError(
+            f"{name}: the file sets the weights themselves, and what that changes depends on the base's; give the base "
+            "it was trained on"
+        )
     pair = method.pair(t, site)
     if pair is not None:
         own = {"up", "down"} <= t.keys() and "mid" not in t

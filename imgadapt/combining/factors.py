@@ -144,7 +144,7 @@ _ALIGNED = {name: option for name, option in _TIES.options.items() if name != "t
 
 RULES = (
     Rule("knots", "TIES in the basis that all changes share: what they do to outputs is aligned first",
-         "arXiv 2410.19735", factors=knots, options=_ALIGNED),
+         "arXiv 2410.19735", factors=knots, options=_ALIGNED, beside=_TIES.elements),
     Rule("tsv_m", "the sum, with singular vectors of different adapters made orthogonal: they disturb each other less",
          "arXiv 2412.00081", factors=tsv_m,
          options={"keep": Option(1.0, _KEEP.format("each adapter's rank")), "scale": SCALE},

@@ -17,8 +17,9 @@ from imgadapt.combining.recipe import Entry, MergeRecipe
 from imgadapt.combining.recipes import KEY, public, to_toml
 from imgadapt.combining.report import Report
 from imgadapt.combining.weights import Factor, factor_of
-from imgadapt.errors import FormatError
+from imgadapt.errors import FormatError, StateError
 from imgadapt.file import AdapterFile, load
+from imgadapt.formats import Part
 
 Find = Callable[[Entry], Path]
 """Where an entry's file is."""
@@ -44,9 +45,9 @@ def merge_files(
 ) -> tuple[AdapterFile, Report]:
     """See `combine`; and what was done. find: where files are, if not where the recipe says."""
     recipe, inputs, base = opened(recipe, find)
-    made, report = combine_inputs(recipe, inputs, base=base, progress=progress)
     metadata = metadata_of(recipe, inputs, version)
-    return replace(cast(made, DTYPES[recipe.dtype or "fp32"]), metadata=metadata), report
+    made, report = combine_inputs(recipe, inputs, base=base, metadata=metadata, progress=progress)
+    return cast(made, DTYPES[recipe.dtype or "fp32"]), report
 
 
 def opened(recipe: MergeRecipe, find: Find | None = None) -> tuple[MergeRecipe, list[Input], BaseFile | None]:
@@ -138,9 +139,16 @@ def _dtype(inputs: Sequence[Input]) -> str:
 
 
 def cast(file: AdapterFile, dtype: torch.dtype) -> AdapterFile:
-    """The same adapter in another dtype; words stay as they are."""
-    parts = {
-        name: replace(part, tensors={key: t.to(dtype) for key, t in part.tensors.items()})
-        for name, part in file.parts.items()
-    }
+    """The same adapter in another dtype; words stay as they are.
+
+    Raises:
+        StateError: a number is beyond what the dtype holds.
+    """
+    parts: dict[str, Part] = {}
+    for name, part in file.parts.items():
+        tensors = {key: t.to(dtype) for key, t in part.tensors.items()}
+        if dtype.itemsize < 4 and not all(bool(t.isfinite().all()) for t in tensors.values()):
+            said = next(name for name, known in DTYPES.items() if known == dtype)
+            raise StateError(f"{name}: the merged change is beyond what {said} holds; take another dtype (bf16, fp32)")
+        parts[name] = replace(part, tensors=tensors)
     return replace(file, parts=parts)

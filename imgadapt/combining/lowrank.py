@@ -70,7 +70,7 @@ def concat(terms: Sequence[Term]) -> Pair:
 
 def balanced(pair: Pair) -> Pair:
     """The same change with factors of one Frobenius norm, a power of two apart at most, so that no digit is lost."""
-    up, down = float(pair.up.norm()), float(pair.down.norm())
+    up, down = (float(torch.linalg.vector_norm(t, dtype=torch.float64)) for t in (pair.up, pair.down))
     if not (up > 0 and down > 0):
         return pair
     factor = 2.0 ** round(float(torch.log2(torch.tensor(down / up, dtype=torch.float64))) / 2)
@@ -81,11 +81,11 @@ def spectrum(terms: Sequence[Term], rank: int | None = None, *, vectors: bool = 
     """Of the sum of terms. rank: how many values are wanted, if not all: where the change is of nearly full rank, these
     are found by random projections (arXiv 0909.4061, seeded), to a few parts in a thousand; elsewhere exactly.
 
-    vectors: whether they are wanted, too; where the change is whole and they are not, nothing of its size is made.
+    vectors: whether they are wanted, too; without them nothing of the change's size is made, nor kept.
     workers: threads, which change no bit.
     """
     if len(terms) == 1 and isinstance(terms[0], Kron):
-        return _of_kron(terms[0])
+        return _of_kron(terms[0], vectors)
     shape, total = terms[0].shape, sum(term.rank for term in terms)
     if vectors and rank is not None and total > min(shape) // 2 and 2 * (rank + _OVER) < min(shape):
         return _projected(terms, rank + _OVER, workers)
@@ -97,8 +97,16 @@ def spectrum(terms: Sequence[Term], rank: int | None = None, *, vectors: bool = 
     pair = concat(terms)
     left, core_up = torch.linalg.qr(pair.up)
     right, core_down = torch.linalg.qr(pair.down.t())
-    u, s, vt = torch.linalg.svd(core_up.double() @ core_down.double().t())
+    core = core_up.double() @ core_down.double().t()
+    if not vectors:
+        return _bare(torch.linalg.svdvals(core), shape)
+    u, s, vt = torch.linalg.svd(core)
     return Spectrum(s, u, vt, left, right.t())
+
+
+def _bare(values: Tensor, shape: tuple[int, int]) -> Spectrum:
+    """Without vectors."""
+    return Spectrum(values, torch.empty(shape[0], 0), torch.empty(0, shape[1]))
 
 
 def _exactly(term: Dense, count: int, workers: int) -> Spectrum:
@@ -110,7 +118,7 @@ def _exactly(term: Dense, count: int, workers: int) -> Spectrum:
     products = _products(values, workers)
     if count == 0:
         found = torch.linalg.eigvalsh(products).flip(0).clamp(min=0).sqrt() * abs(term.factor)
-        return Spectrum(found, torch.empty(term.shape[0], 0), torch.empty(0, term.shape[1]))
+        return _bare(found, term.shape)
     squares, u = torch.linalg.eigh(products)
     found = squares.flip(0).clamp(min=0).sqrt() * abs(term.factor)
     u = u.flip(1)[:, :count].float()
@@ -139,8 +147,11 @@ def _products(values: Tensor, workers: int) -> Tensor:
     return made.triu() + made.triu(1).t()
 
 
-def _of_kron(term: Kron) -> Spectrum:
+def _of_kron(term: Kron, vectors: bool) -> Spectrum:
     """Singular values of a Kronecker product are the products of those of its factors."""
+    if not vectors:
+        first, second = (torch.linalg.svdvals(w.double()) for w in (term.first, term.second))
+        return _bare((first[:, None] * second).flatten().sort(descending=True).values, term.shape)
     (u1, s1, v1), (u2, s2, v2) = (torch.linalg.svd(w.double(), full_matrices=False) for w in (term.first, term.second))
     values, order = (s1[:, None] * s2[None]).flatten().sort(descending=True, stable=True)
     i, j = order // len(s2), order % len(s2)

@@ -5,7 +5,7 @@ taken first. Per layer, they come in order of their size, so this is the best ch
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -64,8 +64,3 @@ def rank_of(values: torch.Tensor, rule: str, bound: float) -> int:
     share = (v if rule == "cumulative" else v**2).cumsum(0)
     reached = share / share[-1] >= (bound if rule == "cumulative" else bound**2) * (1 - 1e-12)
     return int(reached.to(torch.int8).argmax()) + 1
-
-
-def numbers_in(megabytes: float, bytes_each: int, others: Sequence[int]) -> int:
-    """How many numbers of so many bytes a file of that size has room for, beside others that it has anyway."""
-    return int(megabytes * 1e6 / bytes_each) - sum(others)

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -44,7 +45,7 @@ class Entry:
         blocks = {} if isinstance(self.blocks, str) else self.blocks
         rows = {"weight": self.weight, **self.components, **blocks, **self.masks}
         for name, value in rows.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            if not finite(value):
                 raise ConfigError(f"{self.path}: {name} is {value!r}; it must be a finite number")
         object.__setattr__(self, "weight", float(self.weight))
         for name in ("components", "masks", *(() if isinstance(self.blocks, str) else ("blocks",))):
@@ -107,9 +108,7 @@ class MergeRecipe:
             raise ConfigError(f"rank is {self.rank!r}; it must be a whole number, 1 or more")
         for name, most in (("error", 1.0), ("energy", 1.0), ("size", math.inf)):
             value: Any = getattr(self, name)
-            if value is not None and not (
-                isinstance(value, int | float) and 0 < value <= most and math.isfinite(value)
-            ):
+            if value is not None and not (finite(value) and 0 < value <= most):
                 raise ConfigError(
                     f"{name} is {value!r}; it must be a number above 0" + f", {most} at most" * (most < 9)
                 )
@@ -137,6 +136,11 @@ class MergeRecipe:
 
     def option(self, name: str) -> Any:
         return self.options.get(name, self.row.options[name].default)
+
+
+def finite(value: Any) -> bool:
+    """Whether it is a number, and one that a float can be (TOML has whole ones of any length)."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _one_of(what: str, value: str | None, known: Collection[str]) -> None:

@@ -79,7 +79,7 @@ def from_toml(text: str, where: object = "the recipe") -> MergeRecipe:
     """
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits and deep nesting, too
         raise ConfigError(f"{where}: not TOML: {error}") from error
     data.pop(_VERSION, None)
     _typed(data.pop(_OUTPUT, ""), str, "text", f"{where}: {_OUTPUT}")

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from imgadapt.arch import architectures
-from imgadapt.combining.combine import Progress, part_of, row_of
+from imgadapt.combining.combine import Progress, part_of, row_of, shared_ranks, word_bytes
 from imgadapt.combining.cutting import truncated
 from imgadapt.combining.engine import Engine
 from imgadapt.combining.entering import Base
 from imgadapt.combining.keep import Keep, header_bytes
 from imgadapt.combining.layers import Input, Merged
-from imgadapt.combining.lowrank import Spectrum, spectrum
+from imgadapt.combining.lowrank import spectrum
 from imgadapt.combining.recipe import Entry, MergeRecipe
 from imgadapt.combining.shrunk import Shrunk
 from imgadapt.combining.terms import Pair
@@ -52,7 +52,7 @@ def resize(
         change there is worked out and becomes LoRA. others: without a base, leave such layers as they are.
 
     Raises:
-        ConfigError: methods that read the base's weights, and neither; a size that cannot be met.
+        ConfigError: methods that read the base's weights, and neither; a size that cannot be met; nothing is left.
         FormatError, ShapeError, StateError: see `combine`.
     """
     bound = sorted(layer for layer, part in file.parts.items() if base is None and _reads_weights(part))
@@ -84,6 +84,8 @@ def resize(
         report.add(row_of(made, next((parts[layer] for layer in layers), None)))
         if progress is not None:
             progress("resizing", k, len(engine.names))
+    if not parts:
+        raise ConfigError(f"nothing is left at {keep.said()}: ask for more")
     if gone:
         report.notes.append(f"{len(gone)} layers have no rank left and are gone: {first_few(gone)}")
     if keep.error is not None and report.residual > keep.error * (1 + 1e-6):
@@ -112,7 +114,7 @@ def _cut(
         elif keep.rule is None:
             rank = ranks[name]
         else:
-            rank = keep.of(made.site, _values(made).values)
+            rank = keep.of(made.site, spectrum(made.terms, vectors=False).values)
         if _wide(made) <= rank or not (_low(made) or smaller(made.site, rank)):
             return made, False
         return truncated(made, rank), True
@@ -125,34 +127,14 @@ def _shared(
     engine: Engine, keep: Keep, others: Mapping[str, Part], width: int, progress: Progress | None
 ) -> Mapping[str, int]:
     """Ranks by what is asked of the whole."""
-    found: dict[str, tuple[Site, Spectrum]] = {}
     file = engine.inputs[0].file
-    kept = [t for part in others.values() for t in part.tensors.values()]
-    kept += [t for word in file.embeddings.values() for t in (*word.vectors.values(), *word.outputs.values())]
-    rest = sum(t.numel() * t.element_size() for t in kept)
-    rest += header_bytes((*others, *(name for own in engine.parts for name in own)), file.metadata)
-    with one_thread_each() as workers:
-        measured = in_order(lambda name: _measured(engine.merge(name)), engine.names, workers)
-        for k, (made, values) in enumerate(measured, 1):
-            if made.bias is not None:
-                rest += len(made.bias) * width
-            if values is None:
-                rest += made.site.rows * width
-            else:
-                found[made.name] = made.site, values
-            if progress is not None:
-                progress("measuring", k, len(engine.names))
-    return keep.shared(found, width, rest)
-
-
-def _measured(made: Merged) -> tuple[Merged, Spectrum | None]:
-    return replace(made, terms=()), _values(made) if len(made.site.shape) > 1 else None
-
-
-def _values(made: Merged) -> Spectrum:
-    """Singular values alone."""
-    found = spectrum(made.terms, vectors=False)
-    return Spectrum(found.values.clone(), found.u[:0], found.vt[:0], rest=found.rest)
+    kept = sum(t.numel() * t.element_size() for part in others.values() for t in part.tensors.values())
+    rest = (
+        kept
+        + word_bytes(file.embeddings)
+        + header_bytes((*others, *(name for own in engine.parts for name in own)), file.metadata)
+    )
+    return shared_ranks(engine, keep, width, rest, progress)
 
 
 def _wide(made: Merged) -> int:

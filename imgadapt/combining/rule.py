@@ -63,6 +63,7 @@ class Rule:
 
     source: paper or code. least, most: how many inputs it merges. ordered: whether it tells the first from the second.
     in_core: whether it can work in core space. apart: whether it merges each layer that a format fuses for itself.
+    beside: what merges norms and biases, where a rule has factors; None: they are added up, times `scale`.
     linear: whether the merged change is linear in the weights; relative: whether only their shares in the sum count.
     wrong: what is wrong with options that are in range, each for itself.
     """
@@ -80,6 +81,7 @@ class Rule:
     ordered: bool = False
     in_core: bool = False
     apart: bool = False
+    beside: Elements | None = None
     linear: bool = False
     relative: bool = False
     wrong: Callable[[Mapping[str, Any]], str | None] | None = None
