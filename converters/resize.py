@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
     if args.output.resolve() == args.input.resolve():
         raise ConfigError(f"{args.output} is the input; wanted another name")
     base = open_base(args.base) if args.base else None
-    with tqdm(disable=args.json, unit="layer", leave=False, dynamic_ncols=True) as bar:
+    with tqdm(disable=args.json or None, unit="layer", leave=False, dynamic_ncols=True) as bar:
 
         def step(what: str, done: int, of: int) -> None:
             bar.total, bar.n = of, done

@@ -9,13 +9,17 @@ import torch
 
 from imgadapt import AdapterFile, Full, LoRA, MergeRecipe, Norm, combine, load, save
 from imgadapt.combining.combine import combine_inputs
+from imgadapt.combining.files import merge_files
 from imgadapt.combining.keep import Keep
 from imgadapt.combining.lowrank import concat, spectrum
+from imgadapt.combining.printing import lines, notes
 from imgadapt.combining.recipe import Entry
-from imgadapt.combining.recipes import from_toml
+from imgadapt.combining.recipes import KEY, from_toml
 from imgadapt.combining.resizing import resize
 from imgadapt.combining.terms import Dense, Kron, Pair
-from imgadapt.errors import ConfigError, StateError
+from imgadapt.combining.verify import verify
+from imgadapt.embeddings import Embedding
+from imgadapt.errors import ConfigError, FormatError, StateError
 from imgadapt.formats import Part
 from tests.changes import LINEAR, NORM, Model, dense, engine, file, lora, merged, near, part, random
 
@@ -136,3 +140,40 @@ def test_numbers_beyond_fp16_are_an_error_before_anything_is_written(tmp_path: P
     with pytest.raises(StateError, match=rf"{name}: the merged change is beyond what fp16 holds"):
         combine(MergeRecipe((Entry(path, 1e12),), dtype="fp16"))
     assert load(path).parts.keys() == combine(MergeRecipe((Entry(path, 1e12),), dtype="bf16")).parts.keys()
+
+
+def words(path: Path, **tokens: int) -> Path:
+    made = {token: Embedding(token, {"clip_l": random(seed, 2, 768)}) for token, seed in tokens.items()}
+    return save(AdapterFile({}, embeddings=made), path)
+
+
+def test_files_of_words_are_united_and_no_note_says_that_they_are_left_out(tmp_path: Path) -> None:
+    a, b = words(tmp_path / "a.safetensors", cat=1), words(tmp_path / "b.safetensors", dog=2)
+    made, report = merge_files(MergeRecipe((Entry(a), Entry(b))))
+    assert sorted(made.embeddings) == ["cat", "dog"]
+    assert notes(report) == []
+    assert next(iter(lines(report))) == "weighted"
+    path = save(made, tmp_path / "c.safetensors")
+    (vectors,) = load(path).embeddings["dog"].vectors.values()
+    assert torch.equal(vectors, random(2, 2, 768))
+    assert verify(path).identical
+    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    tensors = {"up": random(1, 320, 4), "down": random(2, 4, 320)}
+    lora = save(
+        AdapterFile({name: Part(LoRA(4), tensors)}, {}, None, "sd1"), tmp_path / "l.safetensors", format="kohya"
+    )
+    made, report = merge_files(MergeRecipe((Entry(lora), Entry(b))))
+    assert list(made.embeddings) == ["dog"]
+    assert notes(report) == []
+    with pytest.raises(ConfigError, match="nothing to merge"):
+        merge_files(MergeRecipe((Entry(lora, 0.0), Entry(b))))
+
+
+@pytest.mark.parametrize("place", ["/dev/zero", "..", "", "/", "a\\u0000b"])
+def test_a_hostile_recipe_in_a_file_is_looked_for_and_not_found(tmp_path: Path, place: str) -> None:
+    """A device has no end, and folders that are no base are no error of theirs."""
+    recipe = f'rule = "weighted"\n[[inputs]]\npath = "{place}"\nsha256 = "{"0" * 64}"\n'
+    made = AdapterFile({}, {KEY: recipe}, embeddings={"cat": Embedding("cat", {"clip_l": random(1, 1, 768)})})
+    path = save(made, tmp_path / "hostile.safetensors")
+    with pytest.raises(FormatError, match=r"is neither there nor beside"):
+        verify(path)

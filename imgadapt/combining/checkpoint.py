@@ -68,7 +68,8 @@ def bake_files(
     own = replace(how, seed=recipe.seed, metadata=metadata(recipe.base_sha256), late=late)
     made = bake(engine, base, output, own, progress=progress)
     recipe = recipe if digest is None else replace(recipe, base_sha256=digest.value())
-    report = Report(recipe, [i.name for i in inputs], engine.skipped, about=[about(i) for i in inputs])
+    layers = [len(i.file.parts) for i in inputs]
+    report = Report(recipe, [i.name for i in inputs], engine.skipped, layers, about=[about(i) for i in inputs])
     for merged in sorted(made.layers, key=lambda merged: merged.name):
         report.add(replace(row_of(merged), who=tuple(engine.order[k] for k in merged.who)))
     return made, report

@@ -70,10 +70,10 @@ def combine_inputs(
     """
     architecture = common_architecture(inputs)
     engine = Engine(recipe, inputs, architecture, base, form_of(recipe, inputs))
-    if not engine.names:
+    words, layers = united_words(inputs), [len(i.file.parts) for i in inputs]
+    if not engine.names and (any(layers) or not words):
         raise ConfigError("nothing to merge: no input has a layer whose weight is not 0")
-    report = Report(recipe, [i.name for i in inputs], engine.skipped, about=[about(i) for i in inputs])
-    words = united_words(inputs)
+    report = Report(recipe, [i.name for i in inputs], engine.skipped, layers, about=[about(i) for i in inputs])
     rest = header_bytes({name for own in engine.parts for name in own}, metadata or {}) + word_bytes(words)
     ranks = _ranks(engine, rest, progress)
     parts: dict[str, Part] = {}
@@ -84,7 +84,7 @@ def combine_inputs(
         report.add(replace(row, who=tuple(engine.order[k] for k in row.who)))
         if progress is not None:
             progress("merging", k, len(engine.names))
-    if not parts:
+    if engine.names and not parts:
         zero = all(row.norm == 0 for row in report.rows)
         why = "the merged change is 0 everywhere" if zero else "ask for more"
         raise ConfigError(f"nothing is left of any layer at this error, energy or size: {why}")

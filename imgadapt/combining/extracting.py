@@ -115,7 +115,7 @@ class _Extraction:
     def run(self) -> tuple[dict[str, Part], Shrunk]:
         keep, name = self.keep, self.pair.tuned.path.name
         recipe = MergeRecipe((Entry(name),), rank=keep.rank, error=keep.error, energy=keep.energy, size=keep.size)
-        report = Shrunk(recipe, [name], [], said=keep.said(), notes=list(self.pair.notes))
+        report = Shrunk(recipe, [name], [], [len(self.todo)], said=keep.said(), notes=list(self.pair.notes))
         ranks = self._shared() if keep.whole else {}
         parts: dict[str, Part] = {}
         for one, (found, made) in self._each("extracting", lambda one: self._cut(one, ranks)):

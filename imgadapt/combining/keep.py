@@ -113,7 +113,7 @@ class Keep:
         if self.size is not None:
             numbers = int((self.size * 1e6 - others) / width)
             if numbers <= 0:
-                raise ConfigError(f"size is {self.size:g} MB, and without any rank the file has {others / 1e6:.2f}")
+                raise ConfigError(f"size is {self.size:g} MB, and without any rank the file has {others / 1e6:.3g}")
         return ranks_for(choices, error=self.error, energy=self.energy, numbers=numbers)
 
 

@@ -79,10 +79,10 @@ def notes(report: Report) -> list[str]:
     made: list[str] = []
     total, recipe = report.total, report.recipe
     k = len(report.inputs)
-    if k > 1 and total.matched == 0:
+    if sum(n > 0 for n in report.layers) > 1 and total.matched == 0:
         made.append("the inputs share no layer: each keeps its own, as halves of B-LoRA are meant to")
     for number, (norm, name) in enumerate(zip(total.norms, report.inputs, strict=True), 1):
-        if norm == 0:
+        if norm == 0 and report.layers[number - 1]:
             made.append(f"nothing of [{number}] {name} is in the result: its weights or its changes are 0")
     for i, j in combinations(range(k), 2):
         cosine = float(total.cosines[i, j])

@@ -49,13 +49,14 @@ class Component:
 
 @dataclass
 class Report:
-    """All rows of a merge. inputs: their names, in the order of `who`; about: a line on each. skipped: layers whose
-    weight is 0 in all inputs that have them.
+    """All rows of a merge. inputs: their names, in the order of `who`; about: a line on each; layers: how many each has
+    (none: it has words only). skipped: layers whose weight is 0 in all inputs that have them.
     """
 
     recipe: MergeRecipe
     inputs: Sequence[str]
     skipped: Sequence[str]
+    layers: Sequence[int]
     rows: list[Row] = field(default_factory=list[Row])
     about: Sequence[str] = ()
 

@@ -69,7 +69,7 @@ def resize(
     known = next((a for a in architectures() if a.name == file.architecture), None)
     form = next((f for f in FORMATS if f.name == file.format), None)
     engine = Engine(recipe, [Input(name, replace(file, parts=own), "", lambda _: 1.0)], known, base, form)
-    report = Shrunk(recipe, [name], [], said=keep.said(), kept=list(bound))
+    report = Shrunk(recipe, [name], [], [len(own)], said=keep.said(), kept=list(bound))
     parts = {layer: file.parts[layer] for layer in bound}
     gone: list[str] = []
     for k, (made, cut) in enumerate(_cut(engine, keep, dict(parts), _width(file), progress), 1):

@@ -82,11 +82,10 @@ def _found(entry: Entry, path: Path, look_in: Path | None) -> Path:
     folders = [path.parent, *([look_in] if look_in is not None else [])]
     places = dict.fromkeys([said, path.parent / said, *(folder / name for folder in folders)])
     others: dict[Path, str] = {}
-    for place in (place for place in places if place.exists()):
-        digest = _digest(place, whole=place.is_dir() and not (place / "adapter_config.json").is_file())
-        if digest == entry.sha256:
+    for place in (place for place in places if place.is_file() or place.is_dir()):  # and no device, which has no end
+        if (digest := _digest(place)) == entry.sha256:
             return place
-        others[place] = digest
+        others |= {} if digest is None else {place: digest}
     for place in _files(look_in):
         if place not in others and digest_of(place) == entry.sha256:
             return place
@@ -101,9 +100,14 @@ def _found(entry: Entry, path: Path, look_in: Path | None) -> Path:
     raise FormatError(f"{entry.path} ({wanted}) is neither there nor beside {path}; {seen}")
 
 
-def _digest(place: Path, *, whole: bool) -> str:
-    """whole: a folder that is a base's."""
-    return base_digest(open_base(place)) if whole else digest_of(place)
+def _digest(place: Path) -> str | None:
+    """None: it is a folder, neither peft's nor a base's."""
+    if not place.is_dir() or (place / "adapter_config.json").is_file():
+        return digest_of(place)
+    try:
+        return base_digest(open_base(place))
+    except ImgadaptError:
+        return None
 
 
 def _files(folder: Path | None) -> Iterator[Path]:
