@@ -1,6 +1,7 @@
 """Merging as an attacker finds it: hostile recipes, numbers at the edges, what would be left out without a word."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from imgadapt import AdapterFile, Full, LoRA, MergeRecipe, Norm, combine, load, save
 from imgadapt.combining.combine import combine_inputs
+from imgadapt.combining.engine import Input
 from imgadapt.combining.files import merge_files
 from imgadapt.combining.keep import Keep
 from imgadapt.combining.lowrank import concat, spectrum
@@ -177,3 +179,13 @@ def test_a_hostile_recipe_in_a_file_is_looked_for_and_not_found(tmp_path: Path, 
     path = save(made, tmp_path / "hostile.safetensors")
     with pytest.raises(FormatError, match=r"is neither there nor beside"):
         verify(path)
+
+
+def test_layers_of_other_widths_are_not_fused_as_the_architectures_are() -> None:
+    """Their rows would be looked for where the architecture has them, and none would be found."""
+    names = [f"transformer.transformer_blocks.0.attn.to_{x}" for x in "qkv"]
+    files = [file(*(part(LoRA(3, 1.0), seed=10 * f + k) for k in range(3)), names=names) for f in (1, 2)]
+    inputs = [Input(str(k), replace(one, architecture="flux"), str(k), lambda _: 0.5) for k, one in enumerate(files)]
+    made, _ = combine_inputs(MergeRecipe((Entry("0"), Entry("1")), "svd", rank=6, format="kohya"), inputs)
+    for name in names:
+        near(dense(made.parts[name]), 0.5 * (dense(files[0].parts[name]) + dense(files[1].parts[name])), 1e-6)

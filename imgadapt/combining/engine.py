@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from imgadapt.arch import Architecture
+from imgadapt.arch import Architecture, Slice
 from imgadapt.combining.corespace import Frame, frame
 from imgadapt.combining.cutting import bias_of, truncated, whole
 from imgadapt.combining.entering import Base, Change, change_of, site_of
@@ -69,9 +69,12 @@ class Engine:
         self._used, self._lock = sorted(used), Lock()
         self._prepared: list[Any] = []
 
-    def _alike(self, layers: Sequence[str]) -> bool:
-        """Whether these layers are of the same weights, so that they may be merged as one."""
-        return all(len({i.weight(name) for name in layers}) == 1 for i in self.inputs)
+    def _alike(self, slices: Sequence[Slice]) -> bool:
+        """Whether these layers are of the same weights, and as large as there, so that they may be merged as one."""
+        if any(len({i.weight(s.layer) for s in slices}) > 1 for i in self.inputs):
+            return False
+        there = [next((s, own[s.layer]) for own in self.parts if s.layer in own) for s in slices]
+        return all(site_of(s.layer, part, self.architecture, self.base).rows == s.rows for s, part in there)
 
     def layer(self, name: str) -> Layer:
         """What goes into a layer, or into a fused one."""

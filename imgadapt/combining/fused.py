@@ -20,11 +20,11 @@ def groups(
     architecture: Architecture | None,
     form: Format | None,
     names: Collection[str],
-    alike: Callable[[Sequence[str]], bool],
+    alike: Callable[[Sequence[Slice]], bool],
 ) -> dict[str, tuple[Slice, ...]]:
     """Name of a fused layer of the format -> which of its rows are which of the layers named, in their order there.
 
-    alike: whether layers may be merged as one (their weights are the same).
+    alike: whether layers may be merged as one (their weights are the same, and their sizes the architecture's).
     """
     if architecture is None or form is None or not form.native or architecture.name in form.except_for:
         return {}
@@ -34,7 +34,7 @@ def groups(
             continue
         own = sorted((s for s in slices if s.layer in names), key=lambda s: s.first)
         single = len({s.layer for s in own}) == len(own) and all(s.start == 0 for s in own)
-        if len(own) > 1 and single and alike([s.layer for s in own]):
+        if len(own) > 1 and single and alike(own):
             made[native] = tuple(own)
     return made
 
