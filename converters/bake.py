@@ -8,7 +8,6 @@ imgadapt bake base.safetensors recipe.toml --output baked.safetensors
 
 import argparse
 import json
-import signal
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -35,11 +34,6 @@ def bar(hidden: bool) -> Generator[Progress]:
             shown.update(done - shown.n)
 
         yield step
-
-
-def stopped(number: int, frame: object) -> None:
-    """SIGTERM takes what is half written away, as Ctrl-C does."""
-    raise SystemExit(128 + number)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -80,5 +74,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, stopped)
     program(main, sys.argv[1:])

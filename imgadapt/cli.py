@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -57,9 +58,11 @@ def main() -> None:
 
 
 def program(run: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> None:
-    """Run a program's main: an error of imgadapt is one line on stderr and exit status 1, Ctrl-C is 130."""
+    """Run a program's main: an error of imgadapt is one line on stderr and exit status 1, Ctrl-C is 130,
+    SIGTERM 143."""
     from imgadapt.errors import ImgadaptError, Interrupted
 
+    signal.signal(signal.SIGTERM, _stopped)
     try:
         run(arguments)
     except Interrupted as error:
@@ -74,6 +77,11 @@ def program(run: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> N
     except BrokenPipeError:  # `imgadapt show ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it closes it
         raise SystemExit(141) from None
+
+
+def _stopped(number: int, frame: object) -> None:
+    """SIGTERM takes what is half written away, as Ctrl-C does. (Training saves its state first, by its own handler.)"""
+    raise SystemExit(128 + number)
 
 
 def _folder() -> Path:
