@@ -59,7 +59,8 @@ def main() -> None:
 
 def program(run: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> None:
     """Run a program's main: an error of imgadapt is one line on stderr and exit status 1, Ctrl-C is 130,
-    SIGTERM 143."""
+    SIGTERM 143.
+    """
     from imgadapt.errors import ImgadaptError, Interrupted
 
     signal.signal(signal.SIGTERM, _stopped)

@@ -262,12 +262,12 @@ def test_programs_are_found_in_a_wheel_layout(tmp_path: Path) -> None:
         (package / name).write_bytes((Path(cli.__file__).parent / name).read_bytes())
     program = package / "_programs" / cli.PROGRAMS["show"][0]
     program.parent.mkdir(parents=True)
-    program.write_text("import sys; print('ran', sys.argv)")
+    program.write_text("def main(arguments):\n    print('ran', __file__, arguments)\n")
     done = subprocess.run(
         imgadapt("show", "x"), cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert done.stdout.strip() == f"ran {[str(program), 'x']}"
+    assert done.stdout.strip() == f"ran {program} ['x']"
 
 
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:
