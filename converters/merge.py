@@ -10,6 +10,7 @@ imgadapt merge --verify both.safetensors --look-in ./loras   # is it what its re
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -48,7 +49,8 @@ def check(args: argparse.Namespace) -> None:
     with bar(args.json) as progress:
         found = verify.verify(args.verify, args.look_in, progress=progress)
     if args.json:
-        row: dict[str, Any] = {"identical": found.identical, "difference": found.difference, "reasons": found.reasons}
+        apart = found.difference if math.isfinite(found.difference) else None  # JSON has no infinity
+        row: dict[str, Any] = {"identical": found.identical, "difference": apart, "reasons": found.reasons}
         print(json.dumps(row | {"inputs": [str(path) for path in found.found]}, indent=1))
     else:
         print("\n".join(verify.said(args.verify, found)))
@@ -60,16 +62,18 @@ def target(args: argparse.Namespace, recipe: MergeRecipe) -> Path | None:
     """Where it is written; None: nowhere.
 
     Raises:
-        ConfigError: nowhere is said, or it is an input.
+        ConfigError: nowhere is said, or it is an input; the recipe would be written over one, or over the output.
     """
-    if args.dry_run:
-        return None
-    if args.output is None:
+    output: Path | None = None if args.dry_run else args.output
+    if output is None and not args.dry_run:
         raise ConfigError("where to? give --output FILE, or --dry-run to see the report only")
-    for entry in recipe.inputs:
-        if args.output.resolve() == Path(entry.path).resolve():
-            raise ConfigError(f"{args.output} is an input; wanted another name")
-    return args.output
+    inputs = {Path(entry.path).resolve() for entry in recipe.inputs}
+    for path in (path for path in (output, args.save_recipe) if path is not None):
+        if path.resolve() in inputs:
+            raise ConfigError(f"{path} is an input; wanted another name")
+    if output is not None and args.save_recipe is not None and output.resolve() == args.save_recipe.resolve():
+        raise ConfigError(f"{output} cannot be both the adapter and --save-recipe; wanted two names")
+    return output
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 """Merging as an attacker finds it: hostile recipes, numbers at the edges, what would be left out without a word."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -189,3 +190,35 @@ def test_layers_of_other_widths_are_not_fused_as_the_architectures_are() -> None
     made, _ = combine_inputs(MergeRecipe((Entry("0"), Entry("1")), "svd", rank=6, format="kohya"), inputs)
     for name in names:
         near(dense(made.parts[name]), 0.5 * (dense(files[0].parts[name]) + dense(files[1].parts[name])), 1e-6)
+
+
+def test_the_recipe_is_written_over_no_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], run: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words(Path("a.safetensors"), cat=1)
+    before = Path("a.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match=r"a\.safetensors is an input"):
+        run("merge", ["a.safetensors", "--dry-run", "--save-recipe", "./a.safetensors"])
+    with pytest.raises(ConfigError, match="wanted two names"):
+        run("merge", ["a.safetensors", "--output", "b.safetensors", "--save-recipe", "b.safetensors"])
+    assert Path("a.safetensors").read_bytes() == before
+    assert not Path("b.safetensors").exists()
+
+
+def test_a_verdict_is_json_where_layers_are_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], run: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_"
+    own = {name + x: Part(LoRA(4), {"up": random(1, 320, 4), "down": random(2, 4, 320)}) for x in "qk"}
+    save(AdapterFile(own, {}, None, "sd1"), "a.safetensors", format="kohya")
+    run("merge", ["a.safetensors", "--output", "b.safetensors"])
+    merged = load("b.safetensors")
+    save(replace(merged, parts={name + "q": merged.parts[name + "q"]}), "c.safetensors", format="kohya")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run("merge", ["--verify", "c.safetensors", "--json"])
+    said = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert said["difference"] is None
+    assert not said["identical"]

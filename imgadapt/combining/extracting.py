@@ -21,7 +21,7 @@ from imgadapt.combining.lowrank import Spectrum, spectrum
 from imgadapt.combining.recipe import Entry, MergeRecipe
 from imgadapt.combining.resizing import smaller
 from imgadapt.combining.shrunk import Shrunk
-from imgadapt.combining.terms import Dense, Pair, Term
+from imgadapt.combining.terms import Dense, Pair
 from imgadapt.combining.threads import in_order, one_thread_each
 from imgadapt.errors import ConfigError, first_few
 from imgadapt.file import AdapterFile
@@ -159,7 +159,7 @@ class _Extraction:
         elif keep.rule is None:
             rank = keep.limit(site) or 1
         else:
-            rank = keep.of(site, _values(made.terms).values)
+            rank = keep.of(site, spectrum(made.terms, vectors=False).values)
         most = min(site.rows, site.fan_in)
         if self.settings.whole and keep.size is None and not smaller(site, 2 * min(rank, most)):
             return None
@@ -179,7 +179,8 @@ class _Extraction:
     def _measured(self, one: Together) -> tuple[Spectrum | None, bool]:
         found = self.pair.difference(one)
         none = found.values is None or len(one.site.shape) < 2
-        return None if none else _values((Dense(found.values),)), found.bias is not None  # pyright: ignore[reportArgumentType] # it is not None
+        values = None if none else spectrum((Dense(found.values),), vectors=False)  # pyright: ignore[reportArgumentType] # it is not None
+        return values, found.bias is not None
 
     def _count(self, one: Together, found: Difference) -> None:
         if found.rounding:
@@ -193,12 +194,6 @@ class _Extraction:
     def _part(self, made: Merged) -> Part:
         part = part_of(made)
         return replace(part, tensors={key: t.to(self.settings.dtype) for key, t in part.tensors.items()})
-
-
-def _values(terms: tuple[Term, ...]) -> Spectrum:
-    """Singular values alone."""
-    found = spectrum(terms, vectors=False)
-    return Spectrum(found.values.clone(), found.u[:0], found.vt[:0], rest=found.rest)
 
 
 def _apart(made: Merged, one: Together) -> dict[str, Merged]:
