@@ -78,7 +78,7 @@ def test_every_command_shown_has_the_flags_of_its_program(run: Any, capsys: pyte
 
 def test_the_page_of_merging_lists_every_rule_once_and_its_recipe_is_one() -> None:
     page = (ROOT / "docs/merging.md").read_text("utf-8")
-    table = page.partition("## The rules")[2].partition("## How much")[0]
+    table = page.partition("## The rules")[2].partition("## What they keep")[0]
     assert re.findall(r"^\| `(\w+)` \| ", table, re.MULTILINE) == [rule.name for rule in RULES]
     for name, low in re.findall(r"^\| `(\w+)` \|[^|]*\| (\w+) \|", table, re.MULTILINE):
         rule = next(rule for rule in RULES if rule.name == name)
