@@ -6,7 +6,8 @@
 Prompts are of the kind that each adapter was trained on. Each draws a few pictures of its own, and a number for each
 input channel of each layer is learnt, with which all together predict of those what each alone does. The result is an
 ordinary LoRA of the sum of the ranks. Printed are the errors against each adapter alone, on pictures and noise that
-nothing was learnt from, of the plain sum and of the result.
+nothing was learnt from: of none of them (so what each does), of the plain sum, of the sum times
+the one factor that does best there, and of the result.
 """
 
 import argparse
@@ -58,16 +59,23 @@ def sources(args: argparse.Namespace) -> list[Source]:
 
 def report(adapters: Sequence[Source], made: Zipped) -> list[str]:
     """A line for each adapter, and one for all."""
-    statistics = made.statistics()
-    rows = zip(adapters, made.before, made.after, statistics["coefficients"], strict=False)
-    lines = [f"{'error to each alone':<32}{'sum':>11}{'learnt':>11}   coefficients: mean, deviation, range"]
-    for source, before, after, m in rows:
+    names = ("none", "sum", f"sum x {made.scale:g}", "learnt")
+    every = (made.without, made.before, made.scaled, made.after)
+    lines = [f"{'error to each alone':<28}{''.join(f'{n:>11}' for n in names)}   coefficients: mean, deviation, range"]
+    for source, *errors, m in zip(adapters, *every, made.statistics()["coefficients"], strict=False):
         spread = f"{m['mean']:.2f}  {m['deviation']:.2f}  {m['least']:.2f} to {m['most']:.2f}"
-        lines.append(f"{source.name[:31]:<32}{before:>11.3e}{after:>11.3e}   {spread}")
-    total, learnt = math.fsum(made.before), math.fsum(made.after)
-    share = f"{1 - learnt / total:+.0%} less" if total else "nothing to gain: they do not touch each other"
-    lines.append(f"{'all':<32}{total:>11.3e}{learnt:>11.3e}   {share}; columns overlap {made.overlap:.2f} (1: the sum)")
+        lines.append(f"{source.name[:27]:<28}{_errors(errors)}   {spread}")
+    without, total, scaled, learnt = (math.fsum(errors) for errors in every)
+    share = f"{1 - learnt / total:.0%} less than the sum" if total else "nothing to gain: they do not touch each other"
+    errors = _errors([without, total, scaled, learnt])
+    lines.append(f"{'all':<28}{errors}   {share}; columns overlap {made.overlap:.2f} (1: the sum's)")
+    if learnt >= scaled and total:
+        lines.append("learning found nothing better than one factor for all: give more --steps, or --learning-rate")
     return lines
+
+
+def _errors(errors: Sequence[float]) -> str:
+    return "".join(f"{error:>11.3e}" for error in errors)
 
 
 def main(argv: Sequence[str]) -> None:

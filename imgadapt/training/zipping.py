@@ -32,6 +32,7 @@ Progress = Callable[[str, int, int, float], None]
 KEY = "imgadapt_zip"
 """Of the metadata: what was asked, and `Zipped.statistics`, as JSON."""
 _HELD_OUT, _TIMES = 2, 4  # pictures of each adapter that are measured and not learnt from, and times of each
+_SCALES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class ZipConfig:
     """
 
     steps: int = 100
-    rate: float = 0.01
+    rate: float = 0.03
     overlap: float = 0.01
     batch: int = 2
     pictures: int = 4
@@ -73,20 +74,26 @@ class ZipConfig:
         for name in ("steps", "batch", "pictures", "sampler_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 1 or more")
-        for name, least in (("rate", 1e-12), ("overlap", 0.0)):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= least):
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be a number above 0")
+        if not (math.isfinite(self.rate) and self.rate > 0):
+            raise ConfigError(f"rate is {self.rate}; it must be a number above 0")
+        if not (math.isfinite(self.overlap) and self.overlap >= 0):
+            raise ConfigError(f"overlap is {self.overlap}; it must be a number, 0 or more")
 
 
 @dataclass(frozen=True)
 class Zipped:
-    """before, after: mean squared error to each adapter's own prediction, on pictures and noise not learnt from, of the
-    plain sum and of what was learnt. overlap: mean |mᵢ mⱼ|, which was 1. coefficients: layer -> (k, inputs).
+    """Mean squared errors to each adapter's own prediction, on pictures and noise not learnt from. before: of the plain
+    sum; after: of what was learnt; without: of no columns, so what each adapter does; scaled: of the sum times `scale`,
+    the best of `_SCALES` for just these, which takes no learning. overlap: mean |mᵢ mⱼ|, which was 1. coefficients:
+    layer -> adapter -> (inputs,).
     """
 
     file: AdapterFile
     before: Sequence[float]
     after: Sequence[float]
+    without: Sequence[float]
+    scale: float
+    scaled: Sequence[float]
     overlap: float
     coefficients: Mapping[str, Mapping[int, Tensor]]
 
@@ -96,6 +103,9 @@ class Zipped:
         joined = {i: torch.cat([own[i] for own in self.coefficients.values() if i in own]) for i in every}
         return {
             "error_of_the_sum": [_short(x) for x in self.before],
+            "error_without": [_short(x) for x in self.without],
+            "error_of_the_sum_scaled": [_short(x) for x in self.scaled],
+            "scale": self.scale,
             "error": [_short(x) for x in self.after],
             "overlap": _short(self.overlap),
             "coefficients": [
@@ -134,6 +144,16 @@ def zipped(family: Family, sources: Sequence[Source], config: ZipConfig, progres
     finally:
         if live.adapters(family.pipeline):
             attaching.detach(family.pipeline)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A question that is only measured: of which picture, and what the adapter alone says."""
+
+    place: int
+    noisy: Tensor
+    times: Tensor
+    wanted: Tensor
 
 
 class _Zip:
@@ -188,11 +208,8 @@ class _Zip:
             made = dict(self.family.text([self.sources[i].prompts[k] for k in which]))
         else:
             made = {name: torch.cat([kept[i][k][name] for k in which]) for name in kept[i][0]}
-        side = (
-            self.latents[i].shape[2] * self.family.latent_shape[1],
-            self.latents[i].shape[3] * self.family.latent_shape[1],
-        )
-        return {**made, "sizes": torch.tensor([[*side, 0, 0, *side]] * len(places), dtype=torch.float32)}
+        h, w = (n * self.family.latent_shape[1] for n in self.latents[i].shape[2:])
+        return {**made, "sizes": torch.tensor([[h, w, 0, 0, h, w]] * len(places), dtype=torch.float32)}
 
     @torch.no_grad()
     def _target(self, i: int, places: Sequence[int], noisy: Tensor, times: Tensor) -> Tensor:
@@ -214,12 +231,12 @@ class _Zip:
         return F.mse_loss(guess.float(), wanted.float())
 
     @torch.no_grad()
-    def measured(self) -> list[float]:
-        """Of each adapter, over pictures and noise that are not learnt from: the same whenever it is asked."""
-        made: list[float] = []
+    def _held_out(self) -> list[list[_Held]]:
+        """Of each adapter: pictures and noise that are not learnt from, and its own predictions."""
+        made: list[list[_Held]] = []
         schedule = self.objective.schedule
         for i, latents in enumerate(self.latents):
-            errors: list[float] = []
+            made.append([])
             for place in range(self.config.pictures, len(latents)):
                 for k in range(_TIMES):
                     t = torch.full((1,), (k + 0.5) / _TIMES * schedule.total, device=self.family.device)
@@ -227,14 +244,34 @@ class _Zip:
                     source = noise.generator(self.config.seed, "zip", i, place, k, "held out")
                     eps = torch.randn(latents[place : place + 1].shape, generator=source).to(latents.device)
                     noisy = schedule.noised(latents[place : place + 1], eps, t)
-                    wanted = self._target(i, [place], noisy, t)
-                    guess = self.family.predict(noisy, self._asked(i, [place], self.shared), t)
-                    errors.append(float(F.mse_loss(guess.float(), wanted.float())))
+                    made[i].append(_Held(place, noisy, t, self._target(i, [place], noisy, t)))
+        return made
+
+    @torch.no_grad()
+    def measured(self, held_out: Sequence[Sequence[_Held]]) -> list[float]:
+        """Mean squared distance of the merged prediction to each adapter's own."""
+        made: list[float] = []
+        for i, own in enumerate(held_out):
+            guesses = [self.family.predict(h.noisy, self._asked(i, [h.place], self.shared), h.times) for h in own]
+            errors = [float(F.mse_loss(g.float(), h.wanted.float())) for g, h in zip(guesses, own, strict=True)]
             made.append(math.fsum(errors) / len(errors))
         return made
 
+    @torch.no_grad()
+    def _scaled(self, held_out: Sequence[Sequence[_Held]]) -> dict[float, list[float]]:
+        """Errors of one factor for all coefficients, which are 1 again afterwards."""
+        found: dict[float, list[float]] = {}
+        for k, scale in enumerate(_SCALES):
+            for m in self.coefficients.parameters:
+                m.fill_(scale)
+            found[scale] = self.measured(held_out)
+            self.progress("measuring", k + 1, len(_SCALES), math.nan)
+        return found
+
     def learn(self) -> Zipped:
-        config, before = self.config, self.measured()
+        config, held_out = self.config, self._held_out()
+        found = self._scaled(held_out)
+        before, best = found[1.0], min(found, key=lambda scale: (math.fsum(found[scale]), -scale))
         unit = math.fsum(before) or 1.0  # adapters that do not touch each other: nothing is to be learnt
         optimizer = torch.optim.Adam(self.coefficients.parameters, lr=config.rate)
         for step in range(config.steps):
@@ -253,7 +290,8 @@ class _Zip:
             optimizer.step()
             self.progress("learning", step + 1, config.steps, total)
         overlap = float(self.coefficients.overlap().detach())
-        made = Zipped(self._file(), before, self.measured(), overlap, self.coefficients.values())
+        after, values = self.measured(held_out), self.coefficients.values()
+        made = Zipped(self._file(), before, after, found[0.0], best, found[best], overlap, values)
         asked = {"prompts": [list(source.prompts) for source in self.sources], **asdict(config)}
         said = json.dumps({**asked, **made.statistics()}, ensure_ascii=False)
         return replace(made, file=replace(made.file, metadata={**made.file.metadata, KEY: said}))
