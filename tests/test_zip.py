@@ -273,7 +273,7 @@ def test_the_program_beats_the_plain_sum_on_the_embedded_base(
     save(trained(family, 1, ["a fox", "a dog"], (0.8, -0.5, -0.5)), a, format="kohya")
     save(trained(family, 2, ["a tree", "a leaf"], (-0.5, -0.5, 0.8)), b, format="kohya")
     prompts = ["--prompts-a", "a fox", "a dog", "--prompts-b", "a tree", "a leaf"]
-    few = ["--steps", "6", "--batch-size", "1", "--pictures", "1", "--sampler-steps", "2", "--learning-rate", "0.05"]
+    few = ["--steps", "6", "--batch-size", "1", "--pictures", "1", "--sampler-steps", "2", "--learning-rate", "0.1"]
     run("zip", [str(a), f"{b}:0.9", "--base", "demo", *prompts, *few, "--output", str(c)])
     said = capsys.readouterr().out
     made = load(c)
