@@ -23,8 +23,8 @@ from imgadapt.atomic import write_bytes
 from imgadapt.cli import program
 from imgadapt.combining.combine import combine_inputs, in_memory
 from imgadapt.combining.recipe import Entry, MergeRecipe
-from imgadapt.combining.rule import Rule
 from imgadapt.combining.rules import RULES
+from imgadapt.combining.rules.rule import Rule
 from imgadapt.errors import ConfigError
 from imgadapt.training import families, objective, pictures
 from imgadapt.training.config import TrainConfig

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from imgadapt.cli import program
 from imgadapt.combining import printing
 from imgadapt.combining.asking import add_arguments, recipe_of
-from imgadapt.combining.baking import Baking, Progress
-from imgadapt.combining.checkpoint import bake_files
+from imgadapt.combining.checkpoints.baking import Baking, Progress
+from imgadapt.combining.checkpoints.checkpoint import bake_files
 from imgadapt.errors import ConfigError, first_few
 
 

@@ -16,8 +16,8 @@ from tqdm import tqdm
 from imgadapt import load, save
 from imgadapt.cli import program
 from imgadapt.combining.amounts import FROM_OTHERS, add_amounts, asked
+from imgadapt.combining.checkpoints.extracting import Settings, extract
 from imgadapt.combining.combine import DTYPES
-from imgadapt.combining.extracting import Settings, extract
 from imgadapt.errors import ConfigError
 from imgadapt.formats import FORMATS
 

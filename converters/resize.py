@@ -17,7 +17,7 @@ from tqdm import tqdm
 from imgadapt import load, save
 from imgadapt.cli import program
 from imgadapt.combining.amounts import FROM_OTHERS, add_amounts, asked
-from imgadapt.combining.base import open_base
+from imgadapt.combining.checkpoints.base import open_base
 from imgadapt.combining.combine import DTYPES
 from imgadapt.combining.resizing import resize
 from imgadapt.errors import ConfigError

@@ -11,7 +11,7 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DCondi
 from torch import Tensor
 
 from imgadapt.arch import architectures
-from imgadapt.combining.naming import native_of
+from imgadapt.combining.checkpoints.naming import native_of
 
 tiny: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("tiny.py"))))
 BY_NAME = {architecture.name: architecture for architecture in architectures()}

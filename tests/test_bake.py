@@ -21,16 +21,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from imgadapt import IA3, OFT, AdapterFile, DoRA, Full, LoHa, LoKr, LoRA, Norm, attach, merge, save
-from imgadapt.combining.adding import add
-from imgadapt.combining.baking import Baked, Baking, bake
-from imgadapt.combining.base import BaseFile, open_base
+from imgadapt.combining.checkpoints.adding import add
+from imgadapt.combining.checkpoints.baking import Baked, Baking, bake
+from imgadapt.combining.checkpoints.base import BaseFile, open_base
+from imgadapt.combining.checkpoints.rounding import stochastic
+from imgadapt.combining.checkpoints.streams import layout_of
 from imgadapt.combining.engine import Engine, whole
 from imgadapt.combining.layers import Input
-from imgadapt.combining.masks import uniform
 from imgadapt.combining.recipe import Entry, MergeRecipe
 from imgadapt.combining.recipes import from_toml
-from imgadapt.combining.rounding import stochastic
-from imgadapt.combining.streams import layout_of
+from imgadapt.combining.rules.masks import uniform
 from imgadapt.combining.terms import Dense, Kron, Pair
 from imgadapt.errors import ConfigError, ImgadaptError, OutputError, ShapeError, StateError
 from imgadapt.formats import Part
@@ -414,8 +414,8 @@ import os, random, signal, sys, time
 from pathlib import Path
 
 from imgadapt import load
-from imgadapt.combining.baking import bake
-from imgadapt.combining.base import open_base
+from imgadapt.combining.checkpoints.baking import bake
+from imgadapt.combining.checkpoints.base import open_base
 from imgadapt.combining.engine import Engine
 from imgadapt.combining.layers import Input
 from imgadapt.combining.recipe import Entry, MergeRecipe

@@ -14,7 +14,7 @@ from diffusers.loaders import single_file_utils
 from safetensors.torch import save_file
 from torch import Tensor
 
-from imgadapt.combining.base import BaseFile, open_base
+from imgadapt.combining.checkpoints.base import BaseFile, open_base
 from imgadapt.errors import FormatError, StateError
 
 tiny: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("tiny.py"))))

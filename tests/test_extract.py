@@ -13,10 +13,10 @@ from torch import Tensor
 
 from imgadapt import AdapterFile, attach, load, save
 from imgadapt.arch import architectures
-from imgadapt.combining.differences import _HALF_STEP
-from imgadapt.combining.extracting import Settings, extract
+from imgadapt.combining.checkpoints.differences import _HALF_STEP
+from imgadapt.combining.checkpoints.extracting import Settings, extract
+from imgadapt.combining.checkpoints.naming import native_of
 from imgadapt.combining.keep import Keep
-from imgadapt.combining.naming import native_of
 from imgadapt.errors import ConfigError, ShapeError, StateError, TargetError
 from imgadapt.sites import Site
 from tests import tiny

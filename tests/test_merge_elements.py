@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from imgadapt import AdapterFile, Full, LoKr, LoRA, Norm
-from imgadapt.combining import sparse, tiles
 from imgadapt.combining.combine import combine_inputs, common_architecture, in_memory
-from imgadapt.combining.elements import RULES
 from imgadapt.combining.engine import Engine, Input
 from imgadapt.combining.entering import Change
 from imgadapt.combining.lowrank import spectrum
-from imgadapt.combining.masks import mask_key, uniform
 from imgadapt.combining.recipe import Entry, MergeRecipe
+from imgadapt.combining.rules import sparse, tiles
+from imgadapt.combining.rules.elements import RULES
+from imgadapt.combining.rules.masks import mask_key, uniform
+from imgadapt.combining.rules.tiles import Source, largest
 from imgadapt.combining.terms import Dense, Pair, Term
-from imgadapt.combining.tiles import Source, largest
 from imgadapt.errors import ConfigError, StateError
 from imgadapt.formats import Part
 

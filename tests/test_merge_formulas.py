@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from imgadapt import Full, LoHa, LoRA, Norm
-from imgadapt.combining.corespace import canonical, frame
 from imgadapt.combining.engine import truncated, whole
+from imgadapt.combining.rules.corespace import canonical, frame
 from imgadapt.combining.terms import Pair
 from imgadapt.errors import ConfigError
 from imgadapt.sites import Site

@@ -246,7 +246,7 @@ def test_what_reads_the_base_is_refused_without_it_and_merged_with_it(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    from imgadapt.combining.base import open_base
+    from imgadapt.combining.checkpoints.base import open_base
 
     base = open_base(demo.PIPELINE)
     name = f"{DOWN}.attn1.to_q"

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from imgadapt import AdapterFile, load, save
 from imgadapt.arch import Slice
-from imgadapt.combining import orthogonal
 from imgadapt.combining.combine import combine_inputs, in_memory
 from imgadapt.combining.cutting import whole
 from imgadapt.combining.engine import Engine
 from imgadapt.combining.recipe import Entry, MergeRecipe
 from imgadapt.combining.report import Report
+from imgadapt.combining.rules import orthogonal
 from imgadapt.errors import ConfigError, ShapeError, StateError
 from imgadapt.formats import Part
 from imgadapt.methods import BOFT, OFT, LoRA, Method, Norm

@@ -13,8 +13,8 @@ from imgadapt import AdapterFile, LoRA
 from imgadapt.combining.combine import combine_inputs
 from imgadapt.combining.engine import Input, whole
 from imgadapt.combining.recipe import Entry, MergeRecipe
-from imgadapt.combining.rule import Rule
 from imgadapt.combining.rules import RULES
+from imgadapt.combining.rules.rule import Rule
 from imgadapt.errors import ConfigError, StateError
 from imgadapt.formats import Part
 from tests.changes import (

@@ -11,7 +11,7 @@ the last OUT block.
 import re
 from collections.abc import Mapping
 
-from imgadapt.combining.naming import ldm
+from imgadapt.combining.checkpoints.naming import ldm
 from imgadapt.targets import TEXT_ENCODERS
 
 _UNET = ("BASE IN01-02 IN04-05 IN07-08 M00 OUT03-11", "BASE IN00-11 M00 OUT00-11")

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from imgadapt.arch import Architecture, Slice
-from imgadapt.combining.corespace import Frame, frame
 from imgadapt.combining.cutting import bias_of, truncated, whole
 from imgadapt.combining.entering import Base, Change, change_of, site_of
 from imgadapt.combining.fused import groups, over, split, stacked
 from imgadapt.combining.layers import Input, Layer, Merged, order_of
 from imgadapt.combining.lowrank import Spectrum, concat, spectrum
 from imgadapt.combining.recipe import MergeRecipe
-from imgadapt.combining.rotations import is_rotation, powers
-from imgadapt.combining.rule import Elements, Factors, Rule, Scalar
+from imgadapt.combining.rules.corespace import Frame, frame
+from imgadapt.combining.rules.rotations import is_rotation, powers
+from imgadapt.combining.rules.rule import Elements, Factors, Rule, Scalar
+from imgadapt.combining.rules.turning import check, merged_rotation, ready
 from imgadapt.combining.terms import Dense, Pair, Term, gram
 from imgadapt.combining.threads import in_order, one_thread_each
-from imgadapt.combining.turning import check, merged_rotation, ready
 from imgadapt.errors import StateError
 from imgadapt.formats import Format
 from imgadapt.sites import Site

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from imgadapt import __version__
-from imgadapt.combining.base import BaseFile, open_base
+from imgadapt.combining.checkpoints.base import BaseFile, open_base
 from imgadapt.combining.combine import DTYPES, Progress, combine_inputs, common_architecture
 from imgadapt.combining.inheriting import inherited
 from imgadapt.combining.layers import Input, order_of

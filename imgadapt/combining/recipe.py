@@ -10,8 +10,8 @@ from difflib import get_close_matches
 from os import PathLike
 from typing import Any, Literal
 
-from imgadapt.combining.rule import Rule
 from imgadapt.combining.rules import RULES
+from imgadapt.combining.rules.rule import Rule
 from imgadapt.errors import ConfigError
 from imgadapt.formats import FORMATS
 

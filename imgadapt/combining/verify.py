@@ -8,7 +8,7 @@ from pathlib import Path, PureWindowsPath
 import torch
 
 from imgadapt import __version__
-from imgadapt.combining.base import open_base
+from imgadapt.combining.checkpoints.base import open_base
 from imgadapt.combining.combine import Progress, in_memory
 from imgadapt.combining.engine import Engine
 from imgadapt.combining.files import base_digest, digest_of, merge_files

@@ -1,0 +1,165 @@
+"""A safetensors file written like another: the same layout, what has not changed copied as bytes, the rest as it comes.
+
+Layout: https://github.com/huggingface/safetensors#format. Dtypes and shapes stay, so each tensor stays at its place in
+the data, and threads may write in any order.
+"""
+
+import errno
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Collection, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imgadapt.atomic import atomically
+from imgadapt.errors import FormatError, OutputError
+
+_CHUNK = 2**25  # bytes copied at a time
+_PIECE = 2**17  # bytes written at a time: more at once takes Linux 6 (ext4) two to four times as long
+_UNABLE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A safetensors file. rows: what its header says of each tensor, in its order; start: where the data begins."""
+
+    path: Path
+    rows: Mapping[str, Mapping[str, Any]]
+    metadata: Mapping[str, str]
+    start: int
+    size: int
+
+    def span(self, key: str) -> tuple[int, int]:
+        """Where a tensor is within the data: (first byte, last + 1)."""
+        first, last = self.rows[key]["data_offsets"]
+        return first, last
+
+    def between(self, changed: Collection[str]) -> list[tuple[int, int]]:
+        """What lies between tensors that change, within the data, in pieces of 32 MB or less."""
+        spans = sorted(self.span(key) for key in changed)
+        found: list[tuple[int, int]] = []
+        place = 0
+        for first, last in (*spans, (self.size - self.start,) * 2):
+            found += [(k, min(k + _CHUNK, first)) for k in range(place, first, _CHUNK)]
+            place = max(place, last)
+        return found
+
+
+def layout_of(path: Path) -> Layout:
+    """Raises FormatError: it is not a safetensors file."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            (length,) = struct.unpack("<Q", file.read(8))
+            header: dict[str, Any] = json.loads(file.read(min(length, size)))
+    except (OSError, ValueError, struct.error) as error:
+        raise FormatError(f"{path}: not a whole safetensors file ({error})") from error
+    metadata = header.pop("__metadata__", {})
+    return Layout(path, header, metadata, 8 + length, size)
+
+
+class Rewriting:
+    """A file that is being written. Its methods may be called by several threads at a time."""
+
+    def __init__(self, layout: Layout, source: int, target: int, start: int) -> None:
+        """source, target: open files; start: where the target's data begins."""
+        self.layout, self._source, self._target, self._start = layout, source, target, start
+        self._lock = Lock()  # the kernel lets one write to a file at a time, and burns the time of those who wait
+
+    def copy(self, first: int, last: int) -> None:
+        """These bytes of the data as they are."""
+        with self._lock:
+            copy_range(self._source, self._target, self.layout.start + first, self._start + first, last - first)
+
+    def put(self, key: str, tensor: Tensor) -> None:
+        """A tensor's new values, in the dtype and shape that it has there."""
+        first, last = self.layout.span(key)
+        data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        assert len(data) == last - first, key
+        with self._lock:
+            _write(self._target, data, self._start + first)
+
+
+@contextmanager
+def rewriting(
+    layout: Layout, target: Path, metadata: Mapping[str, str], late: Callable[[], Mapping[str, str]] | None = None
+) -> Generator[Rewriting]:
+    """A file of this layout with other metadata, which is there, whole, when the block has ended well. late: the
+    metadata, as long, in which all is known; asked for at the end.
+
+    Raises:
+        OutputError: it cannot be written; what was there is untouched.
+    """
+    text = _header(layout, metadata)
+    need = 8 + len(text) + layout.size - layout.start
+    room_for(target, need)
+    with layout.path.open("rb", buffering=0) as source, atomically(target) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.flush()
+        yield Rewriting(layout, source.fileno(), file.fileno(), 8 + len(text))
+        if late is not None:
+            final = _header(layout, late())
+            assert len(final) == len(text)
+            _write(file.fileno(), memoryview(final), 8)
+        if (size := os.fstat(file.fileno()).st_size) != need:
+            raise OutputError(f"{target}: {size} bytes written, {need} wanted; not all of its tensors came")
+
+
+def _header(layout: Layout, metadata: Mapping[str, str]) -> bytes:
+    rows = {"__metadata__": dict(sorted(metadata.items())), **layout.rows} if metadata else layout.rows
+    text = json.dumps(rows, separators=(",", ":"), ensure_ascii=False).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+def room_for(path: Path, need: int) -> None:
+    """Raises OutputError: the disk has not as many bytes left."""
+    folder = next(folder for folder in path.absolute().parents if folder.is_dir())
+    if (free := shutil.disk_usage(folder).free) < need:
+        raise OutputError(f"{path} takes {need / 1e9:.2f} GB, and {folder} has {free / 1e9:.2f} GB left")
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """A whole file, synced. Raises OutputError: it cannot be written."""
+    with source.open("rb", buffering=0) as old, atomically(target) as new:
+        size = os.fstat(old.fileno()).st_size
+        for place in range(0, size, _CHUNK):
+            copy_range(old.fileno(), new.fileno(), place, place, min(_CHUNK, size - place))
+    shutil.copymode(source, target)
+
+
+def copy_range(source: int, target: int, first: int, place: int, count: int) -> None:
+    """`count` bytes from `first` of one open file to `place` of another; within the kernel where it can.
+
+    Raises:
+        OSError: it cannot be written, or the source has become shorter.
+    """
+    while count and hasattr(os, "copy_file_range"):
+        try:
+            done = os.copy_file_range(source, target, count, first, place)
+        except OSError as error:
+            if error.errno not in _UNABLE:
+                raise
+            break
+        if not done:
+            break
+        first, place, count = first + done, place + done, count - done
+    while count:
+        data = os.pread(source, min(count, _CHUNK), first)
+        if not data:
+            raise OSError(errno.EIO, "the file that is read has become shorter")
+        _write(target, memoryview(data), place)
+        first, place, count = first + len(data), place + len(data), count - len(data)
+
+
+def _write(target: int, data: memoryview, place: int) -> None:
+    while data:
+        done = os.pwrite(target, data[:_PIECE], place)
+        data, place = data[done:], place + done
