@@ -1,5 +1,6 @@
 """Baking: a checkpoint with adapters added to it is the fp64 sum, rounded once; all else is the base, byte for byte."""
 
+import errno
 import hashlib
 import json
 import os
@@ -406,6 +407,23 @@ def test_a_failure_midway_leaves_what_was_there(tmp_path: Path) -> None:
     os.utime(source, (1, 1))
     with pytest.raises(StateError, match="has changed"):
         bake(engine_of(files, base), base, output)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base.safetensors", "out.safetensors"]
+
+
+def test_a_disk_that_fails_while_it_is_written_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, output = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
+    save_file(sdxl(), source)
+    output.write_bytes(b"of before")
+    base = open_base(source)
+
+    def fail(file: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", fail)  # the sync at the end goes well: the kernel tells of it once only
+    monkeypatch.setattr("imgadapt.combining.checkpoints.streams._FLUSH", 1e-3)
+    with pytest.raises(OutputError, match="Input/output error"):
+        bake(engine_of(adapters(base, METHODS), base), base, output)
+    assert output.read_bytes() == b"of before"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base.safetensors", "out.safetensors"]
 
 

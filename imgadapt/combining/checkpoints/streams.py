@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock, Thread
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from imgadapt.atomic import atomically
 from imgadapt.errors import FormatError, OutputError
 
 _CHUNK = 2**25  # bytes copied at a time
+_FLUSH = 0.5  # seconds between flushes
 _PIECE = 2**17  # bytes written at a time: more at once takes Linux 6 (ext4) two to four times as long
 _UNABLE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM)
 
@@ -104,7 +105,8 @@ def rewriting(
     with layout.path.open("rb", buffering=0) as source, atomically(target) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.flush()
-        yield Rewriting(layout, source.fileno(), file.fileno(), 8 + len(text))
+        with _flushed(file.fileno()):
+            yield Rewriting(layout, source.fileno(), file.fileno(), 8 + len(text))
         if late is not None:
             final = _header(layout, late())
             assert len(final) == len(text)
@@ -117,6 +119,34 @@ def _header(layout: Layout, metadata: Mapping[str, str]) -> bytes:
     rows = {"__metadata__": dict(sorted(metadata.items())), **layout.rows} if metadata else layout.rows
     text = json.dumps(rows, separators=(",", ":"), ensure_ascii=False).encode()
     return text + b" " * (-len(text) % 8)
+
+
+@contextmanager
+def _flushed(file: int) -> Generator[None]:
+    """Within, what is written goes to the disk meanwhile, so that the sync at the end has little left to do.
+
+    Raises:
+        OSError: the disk has failed; the sync at the end would not say so again.
+    """
+    done, failed = Event(), list[OSError]()
+
+    def flush() -> None:
+        while not done.wait(_FLUSH):
+            try:
+                getattr(os, "fdatasync", os.fsync)(file)
+            except OSError as error:
+                failed.append(error)
+                return
+
+    thread = Thread(target=flush, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    if failed:
+        raise failed[0]
 
 
 def room_for(path: Path, need: int) -> None:
