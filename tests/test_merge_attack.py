@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from imgadapt import AdapterFile, Full, LoRA, MergeRecipe, Norm, combine, load, save
+from imgadapt import OFT, AdapterFile, Full, LoRA, MergeRecipe, Norm, combine, load, save
 from imgadapt.combining.combine import combine_inputs
 from imgadapt.combining.engine import Input
 from imgadapt.combining.files import merge_files
@@ -57,9 +57,26 @@ def test_no_recipe_is_a_traceback(text: str) -> None:
 def test_weights_that_a_file_sets_are_no_difference_without_the_base() -> None:
     """Added up as they are, they would be the base's weights twice."""
     own = file(Part(Full(bias=False, absolute=True), {"diff": random(1, 24, 40)}, shape=(24, 40)))
-    with pytest.raises(ConfigError, match=r"unet\.0: the file sets the weights themselves.*give the base"):
+    with pytest.raises(ConfigError, match=r"unet\.0: the file sets the weights, .*give the base"):
         merged("weighted", [own])
     near(merged("weighted", [own], base=Model({"unet.0": LINEAR})), random(1, 24, 40) - random(99, 24, 40))
+
+
+def test_what_cancels_and_what_is_zero_is_no_adapter() -> None:
+    inputs = [Input(str(k), file(lora(1)), str(k), lambda _, w=w: w) for k, w in enumerate((1.0, -1.0))]
+    recipe = MergeRecipe((Entry("0"), Entry("1")))
+    with pytest.raises(ConfigError, match=r"the merged change is 0 everywhere.*1 and -1"):
+        combine_inputs(recipe, inputs)
+    assert combine_inputs(recipe, [inputs[0], replace(inputs[1], weight=lambda _: -0.999)])[0].parts
+    with pytest.raises(ConfigError, match="the merged change is 0 everywhere"):
+        both([zero()], rank=4)
+
+
+def test_rotations_without_the_base_are_told_the_rules_for_them() -> None:
+    """Before their tensors are held against the size that an architecture has the layer in."""
+    own = file(part(OFT(8)), names=["unet.down_blocks.0.attentions.0.proj_in"])
+    with pytest.raises(ConfigError, match=r"^0: unet\.down.*give the base .*--base.*--rule compose, polar, geod"):
+        combine_inputs(MergeRecipe((Entry("0"),)), [Input("0", replace(own, architecture="sd1"), "0", lambda _: 1.0)])
 
 
 def test_large_weights_are_right_or_an_error() -> None:

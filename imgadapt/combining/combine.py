@@ -77,13 +77,20 @@ def combine_inputs(
     rest = header_bytes({name for own in engine.parts for name in own}, metadata or {}) + word_bytes(words)
     ranks = _ranks(engine, rest, progress)
     parts: dict[str, Part] = {}
+    changes = False  # anything: factors that cancel each other are no zeros themselves
     for k, made in enumerate(engine.cut(lambda name: None if ranks is None else ranks.get(name)), 1):
         own = {one.name: part_of(one) for one in engine.apart(made)}
         parts |= own
+        changes |= made.norm > 0 or (made.bias is not None and bool(made.bias.any()))
         row = row_of(made, *own.values())
         report.add(replace(row, who=tuple(engine.order[k] for k in row.who)))
         if progress is not None:
             progress("merging", k, len(engine.names))
+    if parts and not changes:
+        raise ConfigError(
+            "the merged change is 0 everywhere, and nothing would be written: weights that cancel each other, as those "
+            "of one file with 1 and -1, or inputs that change nothing; other weights leave something"
+        )
     if engine.names and not parts:
         zero = all(row.norm == 0 for row in report.rows)
         why = "the merged change is 0 everywhere" if zero else "ask for more"

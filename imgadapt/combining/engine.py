@@ -96,7 +96,7 @@ class Engine:
     def _single_layer(self, name: str) -> Layer:
         who = [k for k, own in enumerate(self.parts) if name in own and self.inputs[k].weight(name) != 0]
         site = site_of(name, self.parts[who[0]][name], self.architecture, self.base)
-        changes = [change_of(name, self.parts[k][name], site, self.base) for k in who]
+        changes = [change_of(name, self.parts[k][name], site, self.base, self.inputs[k].name) for k in who]
         return self._layer(name, site, who, changes, name)
 
     def _fused_layer(self, name: str) -> Layer:
@@ -108,9 +108,10 @@ class Engine:
         who = [k for k, own in enumerate(self.parts) if any(layer in own for layer in layers)]
         who = [k for k in who if self.inputs[k].weight(layers[0]) != 0]
         changes: list[Change] = []
-        for own in (self.parts[k] for k in who):
+        for k in who:
+            own = self.parts[k]
             there = [
-                change_of(layer, own[layer], site, self.base) if layer in own else None
+                change_of(layer, own[layer], site, self.base, self.inputs[k].name) if layer in own else None
                 for layer, site in zip(layers, sites, strict=True)
             ]
             changes.append(stacked(there, sites))

@@ -45,15 +45,17 @@ class Change:
 
 
 @torch.no_grad()
-def change_of(name: str, part: Part, site: Site, base: Base | None) -> Change:
+def change_of(name: str, part: Part, site: Site, base: Base | None, of: str = "") -> Change:
     """LoRA, LoHa and low-rank LoKr are pairs, full LoKr is a Kronecker product: exactly, without the dense change. What
-    reads the weight (DoRA, OFT, BOFT, GLoRA, IA3) is evaluated on the base's.
+    reads the weight (DoRA, OFT, BOFT, GLoRA, IA3) is evaluated on the base's. of: the input, for errors.
 
     Raises:
         ConfigError: it reads the weight, and there is no base.
         ShapeError: its tensors do not fit the layer.
     """
     method, t = part.method, {key: tensor.float() for key, tensor in part.tensors.items()}
+    if base is None and (method.needs_weight or getattr(method, "absolute", False)):
+        raise ConfigError(_needs_base(name, part, of))
     # NaN is found in the result; shapes would only be found by luck
     if wrong := method.fits({key: _shaped(tensor, key, method, site) for key, tensor in t.items()}, site):
         raise ShapeError(f"{name}: {wrong}; is the file for another base?")
@@ -61,10 +63,7 @@ def change_of(name: str, part: Part, site: Site, base: Base | None) -> Change:
     bias = method.bias_delta(t)
     bias = None if bias is None else bias * method.scale
     if method.needs_weight:
-        if base is None:
-            raise ConfigError(
-                f"{name}: what {method.name} changes depends on the base's weights; give the base it was trained on"
-            )
+        assert base is not None
         weight, site = base.weight(name)
         if tuple(weight.shape) != site.shape or wrong_size(part, site):
             raise ShapeError(f"{name}: the base's weight is {tuple(weight.shape)}, the adapter is for another")
@@ -78,17 +77,21 @@ def change_of(name: str, part: Part, site: Site, base: Base | None) -> Change:
     if "w2" in t:
         first = t["w1"] if "w1" in t else t["w1_a"] @ t["w1_b"]
         return Change(Kron(first * method.scale, t["w2"].flatten(1)), bias)
-    if getattr(method, "absolute", False):
-        raise ConfigError(
-            f"{name}: the file sets the weights themselves, and what that changes depends on the base's; give the base "
-            "it was trained on"
-        )
     pair = method.pair(t, site)
     if pair is not None:
         own = {"up", "down"} <= t.keys() and "mid" not in t
         return Change(Pair(pair[0] * method.scale, pair[1]), bias, method.scale if own else None)
     raw: Any = part.tensors[getattr(method, "of_weight", "diff")]
     return Change(Dense(raw.flatten(1) if raw.ndim > 1 else raw[:, None]), bias)
+
+
+def _needs_base(name: str, part: Part, of: str) -> str:
+    method: Any = part.method
+    what = f"what {method.name} changes" if method.needs_weight else "the file sets the weights, and what that changes"
+    rotates = method.name in ("oft", "boft")
+    rules = ", or merge rotations as rotations: --rule compose, polar, geodesic or ortho" if rotates else ""
+    where = f"{of}: {name}" if of else name
+    return f"{where}: {what} depends on the base's weights; give the base it was trained on (--base){rules}"
 
 
 def _shaped(tensor: Tensor, key: str, method: Any, site: Site) -> Tensor:
