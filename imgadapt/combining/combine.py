@@ -10,7 +10,7 @@ from imgadapt.arch import Architecture, architectures
 from imgadapt.combining.engine import Engine, Input, Merged, whole
 from imgadapt.combining.entering import Base
 from imgadapt.combining.inheriting import united_words
-from imgadapt.combining.keep import Keep, header_bytes
+from imgadapt.combining.keep import Keep, header_bytes, layer_bytes
 from imgadapt.combining.lowrank import Spectrum, concat
 from imgadapt.combining.recipe import MergeRecipe
 from imgadapt.combining.report import Report, Row
@@ -74,8 +74,9 @@ def combine_inputs(
     if not engine.names and (any(layers) or not words):
         raise ConfigError("nothing to merge: no input has a layer whose weight is not 0")
     report = Report(recipe, [i.name for i in inputs], engine.skipped, layers, about=[about(i) for i in inputs])
-    rest = header_bytes({name for own in engine.parts for name in own}, metadata or {}) + word_bytes(words)
-    ranks = _ranks(engine, rest, progress)
+    rest = header_bytes((), metadata or {}) + word_bytes(words)
+    form = form_of(recipe, inputs)
+    ranks = _ranks(engine, rest, None if form is None else form.name, progress)
     parts: dict[str, Part] = {}
     changes = False  # anything: factors that cancel each other are no zeros themselves
     for k, made in enumerate(engine.cut(lambda name: None if ranks is None else ranks.get(name)), 1):
@@ -95,7 +96,6 @@ def combine_inputs(
         zero = all(row.norm == 0 for row in report.rows)
         why = "the merged change is 0 everywhere" if zero else "ask for more"
         raise ConfigError(f"nothing is left of any layer at this error, energy or size: {why}")
-    form = form_of(recipe, inputs)
     name = None if architecture is None else architecture.name
     return AdapterFile(parts, metadata or {}, None if form is None else form.name, name, embeddings=words), report
 
@@ -115,7 +115,7 @@ def form_of(recipe: MergeRecipe, inputs: Sequence[Input]) -> Format | None:
     return next((f for f in FORMATS if {f.name} == names), None)
 
 
-def _ranks(engine: Engine, rest: float, progress: Progress | None) -> Mapping[str, int] | None:
+def _ranks(engine: Engine, rest: float, form: str | None, progress: Progress | None) -> Mapping[str, int] | None:
     """What each layer is cut to; None: no layer is. rest: bytes of the file besides the layers' tensors."""
     recipe = engine.recipe
     if recipe.rank is not None:
@@ -126,28 +126,29 @@ def _ranks(engine: Engine, rest: float, progress: Progress | None) -> Mapping[st
         dense = recipe.row.elements is not None and recipe.space == "delta" and not recipe.whole
         return {name: sum(engine.ranks(name)) for name in engine.names} if dense else None
     keep = Keep(error=recipe.error, energy=recipe.energy, size=recipe.size)
-    return shared_ranks(engine, keep, DTYPES[recipe.dtype or "fp32"].itemsize, rest, progress)
+    return shared_ranks(engine, keep, DTYPES[recipe.dtype or "fp32"].itemsize, rest, form, progress)
 
 
 def shared_ranks(
-    engine: Engine, keep: Keep, width: int, rest: float, progress: Progress | None = None
+    engine: Engine, keep: Keep, width: int, rest: float, form: str | None, progress: Progress | None = None
 ) -> Mapping[str, int]:
     """Ranks of all layers by an error, an energy or a size of the whole. width: bytes of a number; rest: what the file
-    has besides the layers' tensors.
+    has besides the layers and the names of their tensors; form: the name of its format.
 
     Raises:
         ConfigError: the file is larger than the size without any rank.
     """
     found: dict[str, tuple[Site, Spectrum]] = {}
     for k, (made, values) in enumerate(engine.spectra(), 1):
-        rest += width * len(made.bias) if made.bias is not None else 0
+        if made.bias is not None:  # such a layer stays, at rank 1 if need be
+            rest += width * len(made.bias) + layer_bytes(made.name)
         if values is None:
-            rest += width * made.site.rows
+            rest += width * made.site.rows + layer_bytes(made.name)
         else:
             found[made.name] = made.site, values
         if progress is not None:
             progress("measuring", k, len(engine.names))
-    return keep.shared(found, width, rest) if found else {}
+    return keep.shared(found, width, rest, form) if found else {}
 
 
 def word_bytes(words: Mapping[str, Embedding]) -> int:

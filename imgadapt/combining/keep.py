@@ -14,9 +14,11 @@ from imgadapt.errors import ConfigError
 from imgadapt.sites import Site
 
 LAYER_RULES = ("ratio", "cumulative", "fro", "threshold")
-_KEYS, _HEADER, _START = 5, 80, 1000
+_KEYS, _HEADER, _START = 5, 90, 1000
 """Where a file's header and metadata name a layer, at most; what they have of it each time beside its name, and in all
 beside the layers, in bytes."""
+_LEAN, _LEAN_KEYS = ("diffusers", "kohya", "lycoris"), 3
+"""Formats that name a pair of factors no more than three times."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +99,11 @@ class Keep:
         assert self.rule is not None
         return min(rank_of(values, self.rule, self.bound), self.limit(site) or len(values))
 
-    def shared(self, layers: Mapping[str, tuple[Site, Spectrum]], width: int, others: float) -> dict[str, int]:
+    def shared(
+        self, layers: Mapping[str, tuple[Site, Spectrum]], width: int, others: float, form: str | None = None
+    ) -> dict[str, int]:
         """Ranks of all layers by an error, an energy or a size. width: bytes of a number; others: of all else that the
-        file has.
+        file has, beside the names of these layers' tensors in its format (None: any).
 
         Raises:
             ConfigError: the file has more than `size` even so.
@@ -108,7 +112,8 @@ class Keep:
         for name, (site, found) in layers.items():
             most = self.limit(site) or len(found.values)
             outside = found.rest + float((found.values[most:] ** 2).sum())
-            choices[name] = Choice(found.values[:most], site.rows + site.fan_in, outside)
+            fixed = math.ceil(layer_bytes(name, form) / width)
+            choices[name] = Choice(found.values[:most], site.rows + site.fan_in, outside, fixed)
         numbers = None
         if self.size is not None:
             numbers = int((self.size * 1e6 - others) / width)
@@ -120,4 +125,9 @@ class Keep:
 def header_bytes(layers: Iterable[str], metadata: Mapping[str, str]) -> float:
     """What the header of a file takes, at most."""
     said = len(json.dumps(dict(metadata), ensure_ascii=False).encode())
-    return _START + said + sum(_KEYS * (len(name) + _HEADER) for name in layers)
+    return _START + said + sum(layer_bytes(name) for name in layers)
+
+
+def layer_bytes(name: str, form: str | None = None) -> int:
+    """What names and shapes of a layer's tensors take in a file's header, at most. form: the format's name."""
+    return (_LEAN_KEYS if form in _LEAN else _KEYS) * (len(name) + _HEADER)

@@ -15,12 +15,13 @@ import torch
 class Choice:
     """A layer's singular values (largest first) and what one of them costs to keep, in numbers (out + fan_in).
 
-    outside: the squared norm of what no rank keeps.
+    outside: the squared norm of what no rank keeps. fixed: numbers that the first one takes besides (names of tensors).
     """
 
     values: torch.Tensor
     cost: int
     outside: float = 0.0
+    fixed: int = 0
 
 
 def ranks_for(
@@ -33,18 +34,19 @@ def ranks_for(
     wanted = total if error is None and energy is None else total * (energy if energy is not None else 1 - error**2)  # pyright: ignore[reportOptionalOperand] # one of them is given
     gains = torch.cat([c.values.double() ** 2 / c.cost for c in layers.values()])
     owner = torch.cat([torch.full((len(c.values),), k) for k, c in enumerate(layers.values())])
-    costs = [c.cost for c in layers.values()]
+    costs, fixed = [c.cost for c in layers.values()], [c.fixed for c in layers.values()]
     order = gains.argsort(descending=True, stable=True)
     taken = [0] * len(layers)
     kept, used = 0.0, 0
     for index, gain in zip(owner[order].tolist(), gains[order].tolist(), strict=True):
         if gain <= 0 or (numbers is None and kept >= wanted * (1 - 1e-12)):
             break
-        if numbers is not None and used + costs[index] > numbers:
+        takes = costs[index] + (0 if taken[index] else fixed[index])
+        if numbers is not None and used + takes > numbers:
             continue
         taken[index] += 1
         kept += gain * costs[index]
-        used += costs[index]
+        used += takes
     return dict(zip(layers, taken, strict=True))
 
 

@@ -129,12 +129,8 @@ def _shared(
     """Ranks by what is asked of the whole."""
     file = engine.inputs[0].file
     kept = sum(t.numel() * t.element_size() for part in others.values() for t in part.tensors.values())
-    rest = (
-        kept
-        + word_bytes(file.embeddings)
-        + header_bytes((*others, *(name for own in engine.parts for name in own)), file.metadata)
-    )
-    return shared_ranks(engine, keep, width, rest, progress)
+    rest = kept + word_bytes(file.embeddings) + header_bytes(others, file.metadata)
+    return shared_ranks(engine, keep, width, rest, file.format, progress)
 
 
 def _wide(made: Merged) -> int:

@@ -15,7 +15,7 @@ from imgadapt.combining.checkpoints.differences import Checkpoints, Difference, 
 from imgadapt.combining.combine import Progress, part_of, row_of
 from imgadapt.combining.cutting import truncated
 from imgadapt.combining.fused import split
-from imgadapt.combining.keep import Keep, header_bytes
+from imgadapt.combining.keep import Keep, header_bytes, layer_bytes
 from imgadapt.combining.layers import Merged
 from imgadapt.combining.lowrank import Spectrum, spectrum
 from imgadapt.combining.recipe import Entry, MergeRecipe
@@ -168,13 +168,14 @@ class _Extraction:
     def _shared(self) -> Mapping[str, int]:
         """Ranks by what is asked of the whole: all singular values of all layers."""
         width = self.settings.dtype.itemsize
-        rest = header_bytes([layer for one in self.todo for layer in one.layers], {"": "-" * 500})
+        rest = header_bytes((), {"": "-" * 500})
         found: dict[str, tuple[Site, Spectrum]] = {}
         for one, (values, biased) in self._each("measuring", self._measured):
-            rest += width * one.site.rows * (biased + (len(one.site.shape) < 2))
+            small = biased + (len(one.site.shape) < 2)
+            rest += small * (width * one.site.rows + layer_bytes(one.name))
             if values is not None:
                 found[one.name] = one.site, values
-        return self.keep.shared(found, width, rest) if found else {}
+        return self.keep.shared(found, width, rest, self.settings.format or "kohya") if found else {}
 
     def _measured(self, one: Together) -> tuple[Spectrum | None, bool]:
         found = self.pair.difference(one)
