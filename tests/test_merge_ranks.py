@@ -118,3 +118,15 @@ def test_files_of_three_formats_are_one_merge(tmp_path: Path) -> None:
     for name in layers:
         near(dense(made.parts[name], site), torch.as_tensor(wanted), 2e-6)
         assert made.parts[name].method.file_rank == 4 + 3 + 4
+
+
+@pytest.mark.parametrize("form", ["kohya", "diffusers", "imgadapt"])
+def test_a_size_is_used_up(tmp_path: Path, form: str) -> None:
+    """What names of layers take counts only where a layer stays."""
+    names = [f"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn{a}.to_{x}" for a in (1, 2) for x in "qkv"]
+    own = file(*(part(LoRA(24, 2.0), seed=k) for k in range(6)), names=names)
+    inputs = [Input("0", own, "0", lambda _: 1.0)]
+    for size in (0.008, 0.016):
+        made, _ = combine_inputs(MergeRecipe((Entry("0"),), "svd", size=size, format=form), inputs)
+        path = save(made, tmp_path / "a.safetensors", format=form)
+        assert size * 1e6 - 3500 < path.stat().st_size <= size * 1e6

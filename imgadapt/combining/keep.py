@@ -17,8 +17,8 @@ LAYER_RULES = ("ratio", "cumulative", "fro", "threshold")
 _KEYS, _HEADER, _START = 5, 90, 1000
 """Where a file's header and metadata name a layer, at most; what they have of it each time beside its name, and in all
 beside the layers, in bytes."""
-_LEAN, _LEAN_KEYS = ("diffusers", "kohya", "lycoris"), 3
-"""Formats that name a pair of factors no more than three times."""
+_LEAN = {"kohya": 90, "lycoris": 90, "diffusers": 110, None: 110}
+"""Formats (None: what `save` takes) that name a pair of factors three times, and what they have each time."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Keep:
         self, layers: Mapping[str, tuple[Site, Spectrum]], width: int, others: float, form: str | None = None
     ) -> dict[str, int]:
         """Ranks of all layers by an error, an energy or a size. width: bytes of a number; others: of all else that the
-        file has, beside the names of these layers' tensors in its format (None: any).
+        file has, beside the names of these layers' tensors in its format.
 
         Raises:
             ConfigError: the file has more than `size` even so.
@@ -125,9 +125,11 @@ class Keep:
 def header_bytes(layers: Iterable[str], metadata: Mapping[str, str]) -> float:
     """What the header of a file takes, at most."""
     said = len(json.dumps(dict(metadata), ensure_ascii=False).encode())
-    return _START + said + sum(layer_bytes(name) for name in layers)
+    return _START + said + sum(layer_bytes(name, "other") for name in layers)
 
 
 def layer_bytes(name: str, form: str | None = None) -> int:
-    """What names and shapes of a layer's tensors take in a file's header, at most. form: the format's name."""
-    return (_LEAN_KEYS if form in _LEAN else _KEYS) * (len(name) + _HEADER)
+    """What names and shapes of a layer's tensors take in a file's header, at most. form: the format's name; None: the
+    one that `save` takes.
+    """
+    return 3 * (len(name) + _LEAN[form]) if form in _LEAN else _KEYS * (len(name) + _HEADER)

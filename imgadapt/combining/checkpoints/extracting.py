@@ -170,18 +170,19 @@ class _Extraction:
         width = self.settings.dtype.itemsize
         rest = header_bytes((), {"": "-" * 500})
         found: dict[str, tuple[Site, Spectrum]] = {}
-        for one, (values, biased) in self._each("measuring", self._measured):
-            small = biased + (len(one.site.shape) < 2)
-            rest += small * (width * one.site.rows + layer_bytes(one.name))
+        for one, (values, vectors) in self._each("measuring", self._measured):
+            rest += vectors * (width * one.site.rows + layer_bytes(one.name))
             if values is not None:
                 found[one.name] = one.site, values
         return self.keep.shared(found, width, rest, self.settings.format or "kohya") if found else {}
 
-    def _measured(self, one: Together) -> tuple[Spectrum | None, bool]:
+    def _measured(self, one: Together) -> tuple[Spectrum | None, int]:
+        """Singular values, and how many vectors differ: a bias, a norm."""
         found = self.pair.difference(one)
         none = found.values is None or len(one.site.shape) < 2
         values = None if none else spectrum((Dense(found.values),), vectors=False)  # pyright: ignore[reportArgumentType] # it is not None
-        return values, found.bias is not None
+        norm = found.values is not None and len(one.site.shape) < 2
+        return values, (found.bias is not None) + norm
 
     def _count(self, one: Together, found: Difference) -> None:
         if found.rounding:
