@@ -214,7 +214,7 @@ def test_a_rank_alone_is_the_best_of_that_rank() -> None:
         (["a", "--rule", "ties", "--density", "3"], "density is 3.0; it must be a number from"),
         (["a", "--rule", "ties", "--trim", "all"], "trim is 'all'; ties takes"),
         (["a", "--option", "density"], "--option density: wanted NAME=VALUE"),
-        (["a", "--rule", "slerp"], "slerp merges 2 to 2 adapters, and there are 1"),
+        (["a", "--rule", "slerp"], "slerp merges 2 adapters, and there are 1"),
         (["a", "r.toml"], "a recipe has its own inputs"),
     ],
 )

@@ -95,6 +95,7 @@ class MergeRecipe:
         row = self.row
         if not row.least <= len(self.inputs) <= row.most:
             wanted = f"{row.least} or more" if row.most > 99 else f"{row.least} to {row.most}"
+            wanted = str(row.least) if row.least == row.most else wanted
             raise ConfigError(f"{self.rule} merges {wanted} adapters, and there are {len(self.inputs)}")
         row.checked(self.options)
         if self.space not in ("delta", "core") or (self.space == "core" and not row.in_core):
@@ -117,8 +118,12 @@ class MergeRecipe:
         if row.rotations is not None and given:
             raise ConfigError(f"{self.rule} gives rotations, which have no rank; leave out {given[0]}")
         if self.whole and (given or row.elements is None or self.space == "core"):
+            named = ", ".join(rule.name for rule in RULES if rule.elements is not None)
+            wrong = f"{given[0]} makes factors" if given else "space 'core' makes factors"
+            wrong = f"{self.rule} does not" if row.elements is None else wrong
             raise ConfigError(
-                f"whole is for rules of elements, in space 'delta', without {' or '.join(given) or 'more'}"
+                f"whole (--whole) writes whole differences, as rules that look at elements make them ({named}), and "
+                f"{wrong}; leave one of the two out"
             )
         if self.rule == "concat" and given:
             raise ConfigError(f"concat is exact and keeps all ranks; for a {given[0]} take rule 'svd'")

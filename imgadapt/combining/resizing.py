@@ -60,7 +60,7 @@ def resize(
         kinds = ", ".join(sorted({file.parts[layer].method.name for layer in bound}))
         raise ConfigError(
             f"{len(bound)} layers ({first_few(bound)}) are {kinds}, and what they change depends on the base's "
-            "weights; give the base, or keep them as they are (others=True, --keep-others)"
+            "weights; give the base (--base), or keep them as they are (--keep-others, others=True in Python)"
         )
     own = {layer: part for layer, part in file.parts.items() if layer not in set(bound)}
     if not own:

@@ -125,7 +125,7 @@ def _check_names(base: BaseFile, engine: Engine, names: Sequence[str], missing: 
     if missing and strict:
         raise ConfigError(
             f"{len(missing)} of {len(engine.names)} layers are not in {base.path}: {first_few(missing)}; "
-            "leave them out on purpose (strict=False), or take a base that has them"
+            "leave them out on purpose (--skip-missing, strict=False in Python), or take a base that has them"
         )
 
 
