@@ -48,7 +48,7 @@ def _component(c: Component, width: int) -> Iterator[str]:
     counts += [f"{c.skipped} skipped"] if c.skipped else []
     yield f"{c.name:<16}{', '.join(counts)}"
     norms = "  ".join(f"[{k}] {norm:.4g}" for k, norm in enumerate(c.norms, 1))
-    yield f"  {'norm':<14}{norms}  merged {c.norm:.4g}"
+    yield f"  {'norm':<14}{norms}  (at weight 1)  merged {c.norm:.4g}"
     if several:
         yield from _cosines(c)
     if not width:
