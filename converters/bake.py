@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("base", help="a checkpoint (.safetensors), or a folder that diffusers wrote")
+    parser.add_argument("base", help="a checkpoint (.safetensors), a folder that diffusers wrote, or demo")
     add_arguments(parser, adapter=False)
     parser.add_argument("--output", "-o", type=Path, help="the checkpoint to write; a folder, if the base is one")
     parser.add_argument(

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from imgadapt import load, save
 from imgadapt.cli import program
 from imgadapt.combining.amounts import FROM_OTHERS, add_amounts, asked
+from imgadapt.combining.checkpoints.base import base_path
 from imgadapt.combining.checkpoints.extracting import Settings, extract
 from imgadapt.combining.combine import DTYPES
 from imgadapt.errors import ConfigError
@@ -26,8 +27,8 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=FROM_OTHERS, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("tuned", type=Path, help="the fine-tuned checkpoint")
-    parser.add_argument("base", type=Path, help="the checkpoint that it came from")
+    parser.add_argument("tuned", type=base_path, help="the fine-tuned checkpoint")
+    parser.add_argument("base", type=base_path, help="the checkpoint that it came from; or demo, the embedded base")
     parser.add_argument("output", type=Path, help="the file to write")
     add_amounts(parser)
     parser.add_argument(

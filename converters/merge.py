@@ -47,7 +47,7 @@ def bar(hidden: bool) -> Generator[Progress]:
 def check(args: argparse.Namespace) -> None:
     """--verify."""
     with bar(args.json) as progress:
-        found = verify.verify(args.verify, args.look_in, progress=progress)
+        found = verify.verify(args.verify, args.look_in, base=args.base, progress=progress)
     if args.json:
         apart = found.difference if math.isfinite(found.difference) else None  # JSON has no infinity
         row: dict[str, Any] = {"identical": found.identical, "difference": apart, "reasons": found.reasons}
@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--dry-run", action="store_true", help="merge and report, write no adapter")
     parser.add_argument("--verify", type=Path, metavar="FILE", help="merge again by the file's own recipe, and compare")
     parser.add_argument(
-        "--look-in", type=Path, metavar="FOLDER", help="with --verify: where inputs may be, by their hash"
+        "--look-in", type=Path, metavar="FOLDER", help="with --verify: where inputs and the base may be, by their hash"
     )
     parser.add_argument("--list", action="store_true", help="the rules and their options")
     parser.add_argument("--json", action="store_true", help="the report, for scripts")

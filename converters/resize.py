@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("input", type=Path, help="an adapter of any tool")
     parser.add_argument("output", type=Path, help="the file to write")
     add_amounts(parser)
-    parser.add_argument("--base", type=Path, help="the base, for DoRA, OFT and others that read its weights")
+    parser.add_argument("--base", help="the base, for DoRA, OFT and others that read its weights")
     parser.add_argument("--keep-others", action="store_true", help="without it: leave those as they are")
     parser.add_argument("--format", choices=[form.name for form in FORMATS], help="to write; default: the input's")
     parser.add_argument("--dtype", choices=[*DTYPES], help="of the tensors; default: theirs")

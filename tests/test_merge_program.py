@@ -36,7 +36,7 @@ from imgadapt.combining.files import digest_of, merge_files
 from imgadapt.combining.printing import notes
 from imgadapt.combining.recipes import KEY
 from imgadapt.combining.rules import RULES
-from imgadapt.combining.verify import verify
+from imgadapt.combining.verify import said, verify
 from imgadapt.embeddings import Embedding
 from imgadapt.errors import ConfigError, FormatError, StateError
 from imgadapt.formats import Part
@@ -270,7 +270,31 @@ def test_what_reads_the_base_is_refused_without_it_and_merged_with_it(
     assert 'base = "pipeline"\n' in load("c.safetensors").metadata[KEY]
     with pytest.raises(FormatError, match=r"pipeline .* is neither there nor beside"):
         verify(Path("c.safetensors"))
-    assert verify(Path("c.safetensors"), demo.PIPELINE.parent).identical
+    for folder in (demo.PIPELINE.parent, demo.PIPELINE):
+        assert verify(Path("c.safetensors"), folder).identical
+    run("merge", ["--verify", "c.safetensors", "--base", str(demo.PIPELINE)])
+    with pytest.raises(FormatError, match="is not the file that the recipe means"):
+        run("merge", ["--verify", "c.safetensors", "--base", str(demo.PIPELINE / "unet")])
+    named = ["--base", "demo", "--output", "d.safetensors", "--save-recipe", "out/d.toml"]
+    run("merge", ["0.safetensors:0.5", "1.safetensors", *named])
+    assert 'base = "demo"\n' in load("d.safetensors").metadata[KEY]
+    assert 'base = "demo"\n' in Path("out/d.toml").read_text()
+    again = load("d.safetensors").parts[name].tensors
+    assert all(torch.equal(again[key], tensor) for key, tensor in made.tensors.items())
+    assert verify(Path("d.safetensors")).identical
+
+
+def test_what_python_saves_in_a_format_of_its_own_is_verified_in_that(files: list[AdapterFile]) -> None:
+    save(adapter(LoRA(4, 2.0), 5), "one.safetensors", format="diffusers")
+    save(adapter(LoRA(3, 2.0), 6), "two.safetensors", format="diffusers")
+    made = combine(MergeRecipe((Entry("one.safetensors", 0.5), Entry("two.safetensors", 0.25)), "svd", rank=2))
+    save(made, "kohya.safetensors", format="kohya")
+    assert load("kohya.safetensors").format == "kohya"
+    assert verify(Path("kohya.safetensors")).identical
+    save(made, "rounded.safetensors", format="kohya", dtype=torch.float16)
+    assert 0 < verify(Path("rounded.safetensors")).difference < 1e-3
+    with pytest.raises(ConfigError, match="made without a base"):
+        verify(Path("kohya.safetensors"), base="demo")
 
 
 def test_what_the_inputs_format_cannot_say_is_written_in_another_and_that_is_said(
@@ -419,6 +443,7 @@ def test_factors_turned_in_their_own_space_are_other_bytes_and_the_same_change(m
     found = verify(merged)
     assert not found.identical
     assert 0 <= found.difference < 1e-6
+    assert any("or the file was changed" in line for line in said(merged, replace(found, difference=1e-7)))
 
 
 def test_an_input_that_has_changed_since_is_named(merged: Path, files: list[AdapterFile]) -> None:

@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, adapter: bool = True) -> N
         "--mask", action="append", default=[], metavar="[INPUT:]REGEX=W", help="of layers whose name matches"
     )
     if adapter:
-        parser.add_argument("--base", help="the base, for DoRA, OFT and others that read its weights")
+        parser.add_argument("--base", help="the base (or demo), for DoRA, OFT and others that read its weights")
         parser.add_argument("--dtype", choices=DTYPES, help="of the tensors; default: the inputs', if it is one")
         parser.add_argument(
             "--format", choices=[form.name for form in FORMATS], help="default: the inputs', if it is one"

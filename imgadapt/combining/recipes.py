@@ -155,7 +155,8 @@ def _moved(recipe: MergeRecipe, move: Any) -> MergeRecipe:
         return name if Path(name).is_absolute() else move(name)
 
     inputs = tuple(replace(entry, path=moved(str(entry.path))) for entry in recipe.inputs)
-    return replace(recipe, inputs=inputs, base=recipe.base and moved(recipe.base))
+    base = recipe.base if recipe.base in (None, "demo") else moved(recipe.base)
+    return replace(recipe, inputs=inputs, base=base)
 
 
 def _relative(name: str, folder: Path) -> str:

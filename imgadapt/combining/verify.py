@@ -8,13 +8,13 @@ from pathlib import Path, PureWindowsPath
 import torch
 
 from imgadapt import __version__
-from imgadapt.combining.checkpoints.base import open_base
+from imgadapt.combining.checkpoints.base import base_path, open_base
 from imgadapt.combining.combine import Progress, in_memory
 from imgadapt.combining.engine import Engine
 from imgadapt.combining.files import base_digest, digest_of, merge_files
 from imgadapt.combining.recipe import Entry, MergeRecipe
 from imgadapt.combining.recipes import KEY, recipe_in
-from imgadapt.errors import FormatError, ImgadaptError, first_few
+from imgadapt.errors import ConfigError, FormatError, ImgadaptError, first_few
 from imgadapt.file import AdapterFile, load, save
 
 _ENDS = (".safetensors", ".pt", ".bin", ".pth", ".ckpt", ".png", ".webp")
@@ -33,19 +33,28 @@ class Verdict:
     reasons: tuple[str, ...] = ()
 
 
-def verify(path: Path, look_in: Path | None = None, *, progress: Progress | None = None) -> Verdict:
-    """Make a merged file again by its recipe, and compare.
+def verify(
+    path: Path, look_in: Path | None = None, *, base: str | None = None, progress: Progress | None = None
+) -> Verdict:
+    """Make a merged file again by its recipe, and compare. Where the recipe has no format, `path`'s own will do.
 
     Inputs are looked for where the recipe says (from here, and from the file's folder), beside the file, and by their
-    SHA-256 in the folder `look_in` and those below it.
+    SHA-256 in the folder `look_in` (which may be the base itself) and those below it. base: where the base is.
 
     Raises:
-        FormatError: the file has no recipe; an input is not found, or is another file than it was.
+        FormatError: the file has no recipe; an input or the base is not found, or is another than it was.
+        ConfigError: a base is given, and the recipe has none.
         ConfigError, StateError: see `combine`.
     """
     file = load(path)
     recipe, version = recipe_in(file.metadata, path)
-    places = {_key(entry): _found(entry, path, look_in) for entry in _entries(recipe)}
+    places = {_key(entry): _found(entry, path, look_in) for entry in recipe.inputs}
+    if recipe.base is not None:
+        of = Entry(recipe.base, sha256=recipe.base_sha256)
+        there = Entry(str(base_path(recipe.base)), sha256=recipe.base_sha256)
+        places[_key(of)] = _found(there, path, look_in) if base is None else base_path(base)
+    elif base is not None:
+        raise ConfigError(f"{path} was made without a base; leave out {base} (--base)")
 
     def find(entry: Entry) -> Path:
         return places[_key(entry)]
@@ -56,7 +65,13 @@ def verify(path: Path, look_in: Path | None = None, *, progress: Progress | None
         again = save(made, Path(folder) / (path.name if path.is_dir() else "again.safetensors"), format=recipe.format)
         if _same_files(path, again):
             return Verdict(True, found)
-        difference, reasons = _compared(file, load(again))
+        loaded = load(again)
+        if recipe.format is None and loaded.format != file.format:  # `combine`, and `save` in a format of one's own
+            own = _in_format(made, file.format, Path(folder) / f"own_{again.name}")
+            if own is not None and _same_files(path, own):
+                return Verdict(True, found)
+            loaded = loaded if own is None else load(own)
+        difference, reasons = _compared(file, loaded)
         if version != __version__:
             reasons = [*reasons, f"imgadapt {version} wrote it, and this is {__version__}"]
         return Verdict(False, found, difference, tuple(reasons))
@@ -66,10 +81,12 @@ def _key(entry: Entry) -> tuple[str, str]:
     return str(entry.path), entry.sha256
 
 
-def _entries(recipe: MergeRecipe) -> list[Entry]:
-    """The inputs, and the base."""
-    base = [] if recipe.base is None else [Entry(recipe.base, sha256=recipe.base_sha256)]
-    return [*recipe.inputs, *base]
+def _in_format(made: AdapterFile, format: str | None, path: Path) -> Path | None:
+    """Where it is written in a format; None: that cannot say it."""
+    try:
+        return save(made, path, format=format)
+    except FormatError:
+        return None
 
 
 def _found(entry: Entry, path: Path, look_in: Path | None) -> Path:
@@ -87,7 +104,7 @@ def _found(entry: Entry, path: Path, look_in: Path | None) -> Path:
             return place
         others |= {} if digest is None else {place: digest}
     for place in _files(look_in):
-        if place not in others and digest_of(place) == entry.sha256:
+        if place not in others and _digest(place) == entry.sha256:
             return place
     wanted = f"SHA-256 {entry.sha256[:12]}..."
     if others:
@@ -111,10 +128,15 @@ def _digest(place: Path) -> str | None:
 
 
 def _files(folder: Path | None) -> Iterator[Path]:
-    """Files and peft's folders that may be adapters or bases, in order."""
-    for place in sorted(folder.rglob("*")) if folder is not None else ():
+    """The folder itself, and files and folders of peft's and of diffusers' in it, in order."""
+    if folder is None:
+        return
+    yield folder
+    for place in sorted(folder.rglob("*")):
         if place.is_file() and place.suffix.lower() in _ENDS:
             yield place.parent if place.stem == "adapter_model" else place
+        elif place.name == "model_index.json":
+            yield place.parent
 
 
 def _same_files(path: Path, again: Path) -> bool:
@@ -192,7 +214,7 @@ def said(path: Path, verdict: Verdict) -> Iterator[str]:
         )
         yield f"NOT the same bytes: of {names} its recipe makes another file than {path}; {how}"
         if verdict.difference > 0:
-            yield "  so little comes of another CPU or another version of torch"
+            yield "  so little may come of another CPU or another version of torch, or the file was changed"
     else:
         yield f"NOT the same: of {names} its recipe makes other changes than {path} has (by {verdict.difference:.2g})"
     for reason in verdict.reasons:

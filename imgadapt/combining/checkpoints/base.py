@@ -19,6 +19,7 @@ from imgadapt.sites import Kind, Site
 from imgadapt.stored import DTYPES, Stored, stored
 
 _EMBEDDINGS = ("token_embedding", "position_embedding", "shared", "embed_tokens", "relative_attention_bias")
+_DEMO = Path(__file__).parents[2] / "demo" / "pipeline"
 _SCALES = ("scale_weight", "weight_scale")
 """What ComfyUI's scaled float8 multiplies a weight by."""
 
@@ -155,14 +156,19 @@ def rows_in(tensor: Stored, first: int, rows: int) -> Stored:
     return replace(tensor, shape=(rows, *tensor.shape[1:]), start=start, end=start + rows * size)
 
 
+def base_path(base: str | PathLike[str]) -> Path:
+    """Where a base is that is called so: the text "demo" is the embedded one, as it is in trainings."""
+    return _DEMO if base == "demo" else Path(base)
+
+
 def open_base(path: str | PathLike[str]) -> BaseFile:
     """A base: a folder that diffusers wrote (sharded or not, of any variant), one component's folder, or a single file
-    with the names of the model's own code or of diffusers', whole or the denoiser alone.
+    with the names of the model's own code or of diffusers', whole or the denoiser alone; or the text "demo".
 
     Raises:
         FormatError: there is none, it is not whole, or no table knows its layers.
     """
-    path = Path(path)
+    path = base_path(path)
     folders = _component_folders(path)
     if folders:
         return _folder(path, folders)
