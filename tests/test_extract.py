@@ -191,6 +191,12 @@ def test_targets_choose(both: tuple[Path, Path, Weights]) -> None:
     assert file.parts.keys() == {"unet.a.to_q"}
     with pytest.raises(TargetError, match="no layer matches to_z"):
         extract(tuned, base, Keep(rank=4), Settings(targets=["to_z"]))
+    for target, meant in (("transformerz", "transformer"), ("a.to", r"\*a.to\*")):
+        hint = (
+            rf"no layer matches {target} \(did you mean '{meant}'\?\); a target is a preset \(attention, .* as unet\."
+        )
+        with pytest.raises(TargetError, match=hint):
+            extract(tuned, base, Keep(rank=4), Settings(targets=[target]))
 
 
 def test_nothing_differs_is_an_error(tmp_path: Path) -> None:

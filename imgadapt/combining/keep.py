@@ -54,7 +54,10 @@ class Keep:
         ways = [name for name in ("rank", "error", "energy", "size", "rule") if getattr(self, name) is not None]
         if len(ways) != 1:
             came = f"there are {' and '.join(ways)}" if ways else "there is none"
-            raise ConfigError(f"one of rank, error, energy, size and a rule says how much is kept; {came}")
+            raise ConfigError(
+                f"one of rank, error, energy, size and a rule says how much is kept (--rank, --error, --energy, "
+                f"--size, --sv-ratio, --sv-cumulative, --sv-fro, --threshold); {came}"
+            )
         for name in ("rank", "rank_conv", "most"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):

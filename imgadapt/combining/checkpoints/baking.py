@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from imgadapt.atomic import folder_atomically
 from imgadapt.combining.checkpoints.adding import Chance, add, turned
-from imgadapt.combining.checkpoints.base import BaseFile, Place, index_in
+from imgadapt.combining.checkpoints.base import BaseFile, Place, index_in, rows_in
 from imgadapt.combining.checkpoints.streams import Layout, Rewriting, copy_file, layout_of, rewriting
 from imgadapt.combining.engine import Engine
 from imgadapt.combining.layers import Merged
@@ -19,11 +20,13 @@ from imgadapt.combining.rules.masks import mask_key, uniform
 from imgadapt.combining.terms import Dense, Term
 from imgadapt.errors import ConfigError, OutputError, ShapeError, StateError, first_few
 from imgadapt.formats.kohya import HASHES
+from imgadapt.stored import Stored
 
 Progress = Callable[[str, int, int], None]
 """(what, done, of), in bytes."""
 _HASHES = (*HASHES, "modelspec.hash_sha256")
 """Metadata that is of the base's tensors, and would be wrong of the result's."""
+_COMPARED = 2**16  # elements at a time
 _WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".gguf")
 
 
@@ -44,8 +47,8 @@ class Baking:
 @dataclass
 class Baked:
     """What was done. layers: the merged ones, in the order written, without their terms. missing: layers of the
-    adapters that the base does not have. changed, kept: how many tensors; left_out: files of a folder that are the
-    base's weights in another form, and were not copied.
+    adapters that the base does not have. changed, kept: how many tensors, by their bytes; left_out: files of a
+    folder that are the base's weights in another form, and were not copied.
     """
 
     layers: list[Merged] = field(default_factory=list[Merged])
@@ -210,7 +213,7 @@ class _Work:
             stored = self.base.tensors[key]
             file = self.files[stored.file]
             file.put(stored.key, tensor) if key in changed else file.copy(*file.layout.span(stored.key))
-        return made, len(changed)
+        return made, sum(not _as_stored(tensors[key], self.base.tensors[key]) for key in changed)
 
     def _add(self, merged: Merged, tensors: Mapping[str, Tensor]) -> set[str]:
         """Add a layer's change to the tensors that it is in; their keys."""
@@ -248,6 +251,20 @@ class _Work:
             return None
         own = mask_key(self.how.seed, "rounding", self.base.tensors[key].key)
         return lambda start, count: uniform(own, first + start, count)
+
+
+def _as_stored(tensor: Tensor, old: Stored) -> bool:
+    """Whether all changes were lost in rounding. Most tensors differ in the first rows, and no more is read of them."""
+    rows = max(1, _COMPARED * len(tensor) // max(1, tensor.numel()))
+    return all(
+        torch.equal(_bytes(part), _bytes(rows_in(old, first, len(part)).read()))
+        for first in range(0, len(tensor), rows)
+        for part in [tensor[first : first + rows]]
+    )
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)
 
 
 def _copy_rest(base: BaseFile, plan: _Plan, folder: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from imgadapt.errors import ConfigError, ShapeError, StateError, TargetError, fi
 from imgadapt.formats import Format
 from imgadapt.sites import Site
 from imgadapt.stored import DTYPES
-from imgadapt.targets import Targets, idle, matches
+from imgadapt.targets import PRESETS, Targets, idle, matches
 
 _HALF_STEP = (0.75 / (2 * math.log(2)) / 12) ** 0.5
 """Root mean square error of rounding to nearest, in units of |w| eps: step² / 12, and a step is eps times the power of
@@ -109,8 +110,19 @@ class Checkpoints:
         if targets is None:
             return self.names
         if lost := idle(targets, self.names):
-            raise TargetError(f"no layer matches {first_few(lost)}; names are as {first_few(self.names[:3])}")
+            raise TargetError(f"no layer matches {first_few(lost)}{self._near(lost)}")
         return [name for name in self.names if matches(name, targets)]
+
+    def _near(self, lost: Sequence[str]) -> str:
+        """What may have been meant: a preset, a glob around what is a middle of names; and what there is."""
+        near = [m for target in lost for m in get_close_matches(target, PRESETS, n=1)]
+        near += [f"*{t}*" for t in lost if any(t in name for name in self.names)]
+        hint = f" (did you mean '{near[0]}'?)" if near else ""
+        some = [next(name for name in self.names if name.startswith(f"{c}.")) for c in self._components()]
+        return f"{hint}; a target is a preset ({', '.join(PRESETS)}) or a glob over names, as {', '.join(some)}"
+
+    def _components(self) -> list[str]:
+        return list(dict.fromkeys(name.partition(".")[0] for name in self.names if "." in name))
 
     def together(self, names: Sequence[str], form: Format | None) -> list[Together]:
         """What the format has as one layer is one, the rest each for itself, in order."""
