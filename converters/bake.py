@@ -7,7 +7,6 @@ imgadapt bake base.safetensors recipe.toml --output baked.safetensors
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from imgadapt.combining import printing
 from imgadapt.combining.asking import add_arguments, recipe_of
 from imgadapt.combining.checkpoints.baking import Baking, Progress
 from imgadapt.combining.checkpoints.checkpoint import bake_files
+from imgadapt.combining.report import json_of
 from imgadapt.errors import ConfigError, first_few
 
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
     left_out = [str(path) for path in made.left_out]
     if args.json:
         rows = {"written": str(args.output), "changed": made.changed, "kept": made.kept, "missing": made.missing}
-        print(json.dumps({**report.as_json(), **rows, "left_out": left_out}, indent=1))
+        print(json_of({**rows, "left_out": left_out, **report.as_json()}))
         return
     print("\n".join(printing.lines(report, baked=True)))
     if made.missing:

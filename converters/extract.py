@@ -6,7 +6,6 @@ imgadapt extract tuned.safetensors base.safetensors style.safetensors --size 200
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from imgadapt.combining.amounts import FROM_OTHERS, add_amounts, asked
 from imgadapt.combining.checkpoints.base import base_path
 from imgadapt.combining.checkpoints.extracting import Settings, extract
 from imgadapt.combining.combine import DTYPES
+from imgadapt.combining.report import json_of
 from imgadapt.errors import ConfigError
 from imgadapt.formats import FORMATS
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
     path = save(made, args.output, format=args.format)
     load(path)  # it can be read back, or that is said now
     if args.json:
-        print(json.dumps({**report.as_json(), "written": str(path)}, indent=1))
+        print(json_of({"written": str(path), **report.as_json()}))
         return
     print(f"{args.tuned} - {args.base}: {keep.said()}")
     print("\n".join(report.lines()))

@@ -28,6 +28,7 @@ from imgadapt.combining.combine import Progress
 from imgadapt.combining.files import digest_of, merge_files
 from imgadapt.combining.recipe import MergeRecipe
 from imgadapt.combining.recipes import KEY, text_for
+from imgadapt.combining.report import json_of
 from imgadapt.errors import ConfigError
 
 
@@ -110,8 +111,8 @@ def main(argv: Sequence[str]) -> None:
     if args.save_recipe is not None:
         write_bytes(args.save_recipe, text_for(report.recipe, args.save_recipe, __version__).encode())
     if args.json:
-        rows = {**report.as_json(), "notes": printing.notes(report), "recipe": made.metadata[KEY], **written}
-        print(json.dumps(rows, indent=1))
+        more = {"notes": printing.notes(report), "recipe": made.metadata[KEY]}
+        print(json_of({**written, **more, **report.as_json()}))
         return
     print("\n".join(printing.lines(report)))
     if made.embeddings:

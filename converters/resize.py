@@ -7,7 +7,6 @@ imgadapt resize style.safetensors style.small.safetensors --sv-ratio 20 --max-ra
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from imgadapt.cli import program
 from imgadapt.combining.amounts import FROM_OTHERS, add_amounts, asked
 from imgadapt.combining.checkpoints.base import open_base
 from imgadapt.combining.combine import DTYPES
+from imgadapt.combining.report import json_of
 from imgadapt.combining.resizing import resize
 from imgadapt.errors import ConfigError
 from imgadapt.formats import FORMATS
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
         )
     path = save(made, args.output, format=args.format, dtype=DTYPES.get(args.dtype))
     if args.json:
-        print(json.dumps({**report.as_json(), "written": str(path)}, indent=1))
+        print(json_of({"written": str(path), **report.as_json()}))
         return
     sizes = [one.stat().st_size / 1e6 if one.is_file() else 0.0 for one in (args.input, path)]
     print(f"{args.input}: {keep.said()}")

@@ -120,6 +120,10 @@ def test_a_rank_is_the_best_of_that_rank_and_the_residual_printed_is_what_is_lef
     both = load("both.safetensors")
     assert (both.format, found["format"], found["rule"]) == ("diffusers", "diffusers", "svd")
     assert found["sha256"] == digest_of(Path("both.safetensors"))
+    assert [*found][:4] == ["written", "format", "bytes", "sha256"]
+    assert found["weights"] == [0.8, -0.5]
+    run("merge", [*AB, "--rank", "3", "--dry-run", "--json"])
+    assert len(capsys.readouterr().out.splitlines()) < 2 * len(NAMES) + 20  # a line to each layer
     left = total = 0.0
     for name in NAMES:
         wanted = 0.8 * delta(files[0], name) - 0.5 * delta(files[1], name)

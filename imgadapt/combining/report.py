@@ -1,6 +1,7 @@
 """Report: what a merge did, layer by layer and in sums by component."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,6 +110,7 @@ class Report:
         return {
             "rule": self.recipe.rule,
             "inputs": list(self.inputs),
+            "weights": [entry.weight for entry in self.recipe.inputs],
             "about": list(self.about),
             "residual": self.residual,
             "components": [
@@ -124,6 +126,16 @@ class Report:
                 for r in self.rows
             ],
         }  # fmt: skip
+
+
+def json_of(rows: Mapping[str, Any]) -> str:
+    """A report's entries as JSON, each on a line, and of lists of tables (layers) each table."""
+    return "{\n" + ",\n".join(f" {json.dumps(key)}: {_json_value(value)}" for key, value in rows.items()) + "\n}"
+
+
+def _json_value(value: Any) -> str:
+    tables: list[Any] = value if isinstance(value, list) and value and isinstance(value[0], dict) else []  # pyright: ignore[reportUnknownVariableType] # JSON
+    return "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in tables) + "\n ]" if tables else json.dumps(value)
 
 
 def _residual(rows: Sequence[Row]) -> float:
