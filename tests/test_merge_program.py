@@ -286,6 +286,11 @@ def test_what_reads_the_base_is_refused_without_it_and_merged_with_it(
     again = load("d.safetensors").parts[name].tensors
     assert all(torch.equal(again[key], tensor) for key, tensor in made.tensors.items())
     assert verify(Path("d.safetensors")).identical
+    shutil.copytree(demo.PIPELINE / "unet", "demo/unet")  # another base of that name
+    for base in ("./demo", os.path.abspath("demo")):
+        run("merge", ["0.safetensors", "1.safetensors", "--base", base, "--output", "e.safetensors"])
+        assert load("e.safetensors").metadata[KEY].count('demo"\n') == 1
+        assert verify(Path("e.safetensors")).identical
 
 
 def test_what_python_saves_in_a_format_of_its_own_is_verified_in_that(files: list[AdapterFile]) -> None:

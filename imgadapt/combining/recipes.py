@@ -156,6 +156,7 @@ def _moved(recipe: MergeRecipe, move: Any) -> MergeRecipe:
 
     inputs = tuple(replace(entry, path=moved(str(entry.path))) for entry in recipe.inputs)
     base = recipe.base if recipe.base in (None, "demo") else moved(recipe.base)
+    base = "./demo" if base == "demo" != recipe.base else base  # a folder of that name, and not the embedded base
     return replace(recipe, inputs=inputs, base=base)
 
 
