@@ -8,32 +8,17 @@ imgadapt bake base.safetensors recipe.toml --output baked.safetensors
 
 import argparse
 import sys
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-
-from tqdm import tqdm
 
 from imgadapt.cli import program
 from imgadapt.combining import printing
 from imgadapt.combining.asking import add_arguments, recipe_of
-from imgadapt.combining.checkpoints.baking import Baking, Progress
+from imgadapt.combining.checkpoints.baking import Baking
 from imgadapt.combining.checkpoints.checkpoint import bake_files
 from imgadapt.combining.report import json_of
 from imgadapt.errors import ConfigError, first_few
-
-
-@contextmanager
-def bar(hidden: bool) -> Generator[Progress]:
-    """A bar of the bytes written, on stderr."""
-    with tqdm(disable=hidden or None, unit="B", unit_scale=True, leave=False, dynamic_ncols=True) as shown:
-
-        def step(what: str, done: int, of: int) -> None:
-            shown.total = of
-            shown.set_description(what, refresh=False)
-            shown.update(done - shown.n)
-
-        yield step
+from imgadapt.progress import bar
 
 
 def main(argv: Sequence[str]) -> None:
@@ -58,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
     if args.output is None:
         raise ConfigError("where to? give --output")
     how = Baking(args.rounding, strict=not args.skip_missing)
-    with bar(args.json) as progress:
+    with bar("B", hidden=args.json) as progress:
         made, report = bake_files(recipe, args.output, how, hash_base=args.hash_base, progress=progress)
     left_out = [str(path) for path in made.left_out]
     if args.json:

@@ -10,8 +10,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from imgadapt import load, save
 from imgadapt.cli import program
 from imgadapt.combining.amounts import FROM_OTHERS, add_amounts, asked
@@ -21,6 +19,7 @@ from imgadapt.combining.combine import DTYPES
 from imgadapt.combining.report import json_of
 from imgadapt.errors import ConfigError
 from imgadapt.formats import FORMATS
+from imgadapt.progress import bar
 
 
 def main(argv: Sequence[str]) -> None:
@@ -52,14 +51,8 @@ def main(argv: Sequence[str]) -> None:
         args.targets, not args.no_whole, args.embeddings, args.format, DTYPES[args.dtype], not args.allow_missing,
         not args.no_hashes,
     )  # fmt: skip
-    with tqdm(disable=args.json, unit="layer", leave=False, dynamic_ncols=True) as bar:
-
-        def step(what: str, done: int, of: int) -> None:
-            bar.total, bar.n = of, done
-            bar.set_description(what, refresh=False)
-            bar.update(0)
-
-        made, report = extract(args.tuned, args.base, keep, settings, progress=step)
+    with bar("layer", hidden=args.json) as progress:
+        made, report = extract(args.tuned, args.base, keep, settings, progress=progress)
     path = save(made, args.output, format=args.format)
     load(path)  # it can be read back, or that is said now
     if args.json:

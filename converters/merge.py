@@ -12,42 +12,26 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from imgadapt import __version__, load, save
 from imgadapt.atomic import write_bytes
 from imgadapt.cli import program
 from imgadapt.combining import printing, verify
 from imgadapt.combining.asking import add_arguments, recipe_of
-from imgadapt.combining.combine import Progress
 from imgadapt.combining.files import digest_of, merge_files
 from imgadapt.combining.recipe import MergeRecipe
 from imgadapt.combining.recipes import KEY, text_for
 from imgadapt.combining.report import json_of
 from imgadapt.errors import ConfigError
-
-
-@contextmanager
-def bar(hidden: bool) -> Generator[Progress]:
-    """A bar of the layers done, on stderr."""
-    with tqdm(disable=hidden or None, unit="layer", leave=False, dynamic_ncols=True) as shown:
-
-        def step(what: str, done: int, of: int) -> None:
-            shown.total, shown.n = of, done
-            shown.set_description(what, refresh=False)
-            shown.update(0)
-
-        yield step
+from imgadapt.progress import bar
 
 
 def check(args: argparse.Namespace) -> None:
     """--verify."""
-    with bar(args.json) as progress:
+    with bar("layer", hidden=args.json) as progress:
         found = verify.verify(args.verify, args.look_in, base=args.base, progress=progress)
     if args.json:
         apart = found.difference if math.isfinite(found.difference) else None  # JSON has no infinity
@@ -101,7 +85,7 @@ def main(argv: Sequence[str]) -> None:
         return
     recipe = recipe_of(args)
     output = target(args, recipe)
-    with bar(args.json) as progress:
+    with bar("layer", hidden=args.json) as progress:
         made, report = merge_files(recipe, progress=progress)
     written: dict[str, Any] = {}
     if output is not None:

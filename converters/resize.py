@@ -11,8 +11,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from imgadapt import load, save
 from imgadapt.cli import program
 from imgadapt.combining.amounts import FROM_OTHERS, add_amounts, asked
@@ -22,6 +20,7 @@ from imgadapt.combining.report import json_of
 from imgadapt.combining.resizing import resize
 from imgadapt.errors import ConfigError
 from imgadapt.formats import FORMATS
+from imgadapt.progress import bar
 
 
 def main(argv: Sequence[str]) -> None:
@@ -42,15 +41,9 @@ def main(argv: Sequence[str]) -> None:
     if args.output.resolve() == args.input.resolve():
         raise ConfigError(f"{args.output} is the input; wanted another name")
     base = open_base(args.base) if args.base else None
-    with tqdm(disable=args.json or None, unit="layer", leave=False, dynamic_ncols=True) as bar:
-
-        def step(what: str, done: int, of: int) -> None:
-            bar.total, bar.n = of, done
-            bar.set_description(what, refresh=False)
-            bar.update(0)
-
+    with bar("layer", hidden=args.json) as progress:
         made, report = resize(
-            load(args.input), keep, name=args.input.name, base=base, others=args.keep_others, progress=step
+            load(args.input), keep, name=args.input.name, base=base, others=args.keep_others, progress=progress
         )
     path = save(made, args.output, format=args.format, dtype=DTYPES.get(args.dtype))
     if args.json:
