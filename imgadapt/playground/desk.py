@@ -1,0 +1,253 @@
+"""Desk: one thread that does all heavy work in turn, and tickets, by which those who wait follow it."""
+
+import queue
+import re
+import secrets
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from imgadapt.errors import ImgadaptError
+
+T = TypeVar("T")
+
+
+class Busy(ImgadaptError):
+    """The queue is full."""
+
+
+class Cancelled(Exception):  # no error: it was asked for
+    """Raised inside work whose ticket was cancelled."""
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """place: 1 is next; of: how many wait."""
+
+    place: int
+    of: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """done of total (steps, layers, ...); eta: seconds, None: not known yet; preview: a small WebP."""
+
+    what: str
+    done: int
+    total: int
+    eta: float | None = None
+    preview: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Made:
+    """A part of the result that is ready: a picture, a cell."""
+
+    item: Any
+
+
+@dataclass(frozen=True)
+class Done:
+    """The end: the result."""
+
+    result: Any
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The end: why, in a line that is fit for anyone. cancelled: by whoever asked."""
+
+    message: str
+    cancelled: bool = False
+
+
+Event = Waiting | Progress | Made | Done | Failed
+
+
+class Ticket(Generic[T]):
+    """One request at the desk.
+
+    Those who asked read `events` and may `cancel`; the work itself says where it is by `progress` and `made`, which
+    raise Cancelled when it shall stop.
+    """
+
+    def __init__(self, work: "Callable[[Ticket[T]], T]", owner: str, desk: "Desk") -> None:
+        self.id, self.owner, self.work, self._desk = secrets.token_hex(8), owner, work, desk
+        self._news: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._stop = threading.Event()
+        self._began: float | None = None
+        self.ended = threading.Event()
+
+    def cancel(self) -> None:
+        """Stop it within a step, or take it out of the queue. Any number of times, at any time."""
+        self._stop.set()
+        self._desk.forget(self)
+
+    @property
+    def cancelled(self) -> bool:
+        return self._stop.is_set()
+
+    def check(self) -> None:
+        """Raises Cancelled when the work shall stop; to be called often."""
+        if self._stop.is_set():
+            raise Cancelled
+
+    def progress(self, what: str, done: int, total: int, preview: bytes | None = None) -> None:
+        """Say where the work is; `done` counts from 0 over the whole of it."""
+        self.check()
+        now = time.monotonic()
+        if self._began is None or done == 0:
+            self._began = now
+        eta = (now - self._began) / done * (total - done) if done else None
+        self._news.put(Progress(what, done, total, eta, preview))
+
+    def made(self, item: Any) -> None:
+        """Hand over a part of the result; it counts even when the rest is cancelled."""
+        self._news.put(Made(item))
+        self.check()
+
+    def events(self, timeout: float = 0.5) -> Iterator[Event]:
+        """All that happens, up to Done or Failed; while it waits, its place, anew every `timeout` seconds."""
+        while True:
+            event = self.next(timeout)
+            if event is not None:
+                yield event
+                if isinstance(event, Done | Failed):
+                    return
+
+    def next(self, timeout: float = 0.0) -> Event | None:
+        """The next event; while it waits in the queue and nothing is new, its place; else None."""
+        try:
+            return self._news.get(timeout=timeout) if timeout else self._news.get_nowait()
+        except queue.Empty:
+            return self._desk.place(self)
+
+    def result(self) -> T:
+        """Wait for the end: the result.
+
+        Raises:
+            ImgadaptError: it failed or was cancelled; its message is that of Failed.
+        """
+        for event in self.events():
+            if isinstance(event, Done):
+                return event.result
+            if isinstance(event, Failed):
+                raise ImgadaptError(event.message)
+        raise AssertionError("events end with Done or Failed")
+
+    def run(self) -> None:
+        """The work, and how it ended; the desk's thread calls it."""
+        try:
+            self.check()
+            self._news.put(Done(self.work(self)))
+        except Cancelled:
+            self._news.put(Failed("stopped", cancelled=True))
+        except ImgadaptError as error:
+            self._news.put(Failed(public(str(error))))
+        except BaseException as error:  # the desk goes on, whatever it was
+            self._news.put(Failed(self._desk.unexpected(error)))
+        finally:
+            self.ended.set()
+
+
+class Desk:
+    """A queue and the thread that works it off; one piece of work at a time, in the order of coming.
+
+    waiting: how many may wait; per_owner: how many of one owner, the one at work counted.
+    """
+
+    def __init__(self, waiting: int, per_owner: int, log: Callable[[str], None] = print) -> None:
+        self.most, self.per_owner, self.log = waiting, per_owner, log
+        self._waiting: list[Ticket[Any]] = []
+        self._current: Ticket[Any] | None = None
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="desk", daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Callable[[Ticket[T]], T], *, owner: str = "") -> Ticket[T]:
+        """Queue work.
+
+        Raises:
+            Busy: too many wait, of all or of this owner.
+        """
+        ticket = Ticket(work, owner, self)
+        with self._changed:
+            if self._closed:
+                raise Busy("the playground is closing")
+            if len(self._waiting) >= self.most:
+                raise Busy(f"the queue is full ({self.most} wait); try again in a while")
+            own = sum(one.owner == owner for one in self._waiting) + (
+                self._current is not None and self._current.owner == owner
+            )
+            if owner and own >= self.per_owner:
+                raise Busy(f"{own} of your requests wait already; stop one, or let it end")
+            self._waiting.append(ticket)
+            self._changed.notify_all()
+        return ticket
+
+    def place(self, ticket: Ticket[Any]) -> Waiting | None:
+        """Where a ticket is in the queue; None when it is not in it."""
+        with self._changed:
+            if ticket not in self._waiting:
+                return None
+            return Waiting(self._waiting.index(ticket) + 1, len(self._waiting))
+
+    def forget(self, ticket: Ticket[Any]) -> None:
+        """Take a ticket that waits out of the queue, which ends it."""
+        with self._changed:
+            waited = ticket in self._waiting
+            if waited:
+                self._waiting.remove(ticket)
+        if waited:
+            ticket.run()  # it is cancelled: says so, and ends
+
+    @property
+    def load(self) -> int:
+        """How many tickets wait or are at work."""
+        with self._changed:
+            return len(self._waiting) + (self._current is not None)
+
+    def close(self) -> None:
+        """Cancel everything and end the thread."""
+        with self._changed:
+            self._closed = True
+            everything = [*self._waiting, *([self._current] if self._current else [])]
+            self._changed.notify_all()
+        for ticket in everything:
+            ticket.cancel()
+        self._thread.join(timeout=30)
+
+    def unexpected(self, error: BaseException) -> str:
+        """What a user is told of an error that nobody foresaw; the log has its traceback under the same number."""
+        from imgadapt.training.loop import out_of_memory
+
+        if out_of_memory(error):
+            return "out of memory: ask for a smaller picture or fewer at once, or take adapters off; nothing is lost"
+        number = secrets.token_hex(4)
+        self.log(f"error {number}\n{''.join(traceback.format_exception(error))}")
+        return f"something went wrong inside; the server's log has it as error {number}"
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._waiting and not self._closed:
+                    self._changed.wait()
+                if self._closed:
+                    return
+                self._current = self._waiting.pop(0)
+            self._current.run()
+            with self._changed:
+                self._current = None
+
+
+def public(message: str) -> str:
+    """A message without the folders of this machine: of each absolute path only its last name."""
+    return re.sub(
+        r"(?:[A-Za-z]:)?(?:[/\\][^\s:'\"<>|,;()\[\]/\\]+)+[/\\]?",
+        lambda m: re.split(r"[/\\]", m[0].rstrip("/\\"))[-1],
+        message,
+    )

@@ -1,0 +1,111 @@
+"""Playground: the library, the bases, the album, the studio and the desk, and what is done with them."""
+
+from typing import Any
+
+from imgadapt.errors import ConfigError
+from imgadapt.playground import record
+from imgadapt.playground.album import Album, Picture
+from imgadapt.playground.bases import Base, Bases
+from imgadapt.playground.desk import Desk, Ticket
+from imgadapt.playground.library import Library
+from imgadapt.playground.requests import GenerateRequest
+from imgadapt.playground.settings import Settings
+from imgadapt.playground.studio import Studio
+
+
+class Playground:
+    """One playground. Its methods may be called from any thread; heavy work goes through `desk`, and `studio` is used
+    by that thread alone.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        limits = settings.limits
+        self.settings = settings
+        self.library, self.bases = Library(settings), Bases(settings)
+        self.album = Album(
+            settings.folder("outputs"),
+            settings.folder("uploads"),
+            most_bytes=limits.upload,
+            most_pixels=limits.upload_pixels,
+        )
+        self.studio = Studio(settings, self.library, self.album)
+        self.desk = Desk(limits.waiting, limits.per_owner)
+
+    def generate(self, request: GenerateRequest, *, owner: str = "") -> Ticket[list[Picture]]:
+        """Draw, each picture handed over as it is ready.
+
+        Raises:
+            ConfigError: it asks for too much, or for what is not there. Busy: the queue is full.
+        """
+        self.check(request, owner)
+
+        def work(ticket: Ticket[list[Picture]]) -> list[Picture]:
+            return self.drawn(ticket, request)
+
+        return self.desk.submit(work, owner=owner)
+
+    def drawn(self, ticket: Ticket[Any], request: GenerateRequest) -> list[Picture]:
+        """The pictures of a request; for work that has the desk's thread already."""
+        self.use_base(ticket, request.base)
+        settled = self.studio.settle(request)
+        several = [settled.model_copy(update={"seed": settled.seed + k, "count": 1}) for k in range(settled.count)]
+        together = max(1, self.settings.limits.drawn_together // (several[0].width * several[0].height))  # pyright: ignore[reportOptionalOperand] # settled
+        made: list[Picture] = []
+        total = settled.steps * -(-len(several) // together)
+        for first in range(0, len(several), together):
+            before = settled.steps * (first // together)
+            for one in self.studio.draw(
+                several[first : first + together],
+                lambda done, _, preview, before=before: ticket.progress("drawing", before + done, total, preview),
+            ):
+                made.append(self.kept(one, owner=ticket.owner))
+                ticket.made(made[-1])
+        return made
+
+    def kept(self, one: Any, *, owner: str, **more: Any) -> Picture:
+        """A drawn picture in the album, with its record."""
+        base = self.studio.base
+        assert base is not None
+        about = {"name": base.name, "kind": base.kind}
+        said = record.of(one.request, self.library, about, one.seconds, one.notes)
+        return self.album.keep(one.image, {**said, **more}, owner=owner)
+
+    def use_base(self, ticket: Ticket[Any], id: str | None) -> Base:
+        """Load a base, or the first one where none is loaded yet and none is asked for."""
+        wanted = self.bases.get(id) if id is not None else self.studio.base or self.bases.first
+        if self.studio.base != wanted:
+            ticket.progress(f"loading {wanted.name}", 0, 1)
+            self.studio.load(wanted)
+        return wanted
+
+    def check(self, request: GenerateRequest, owner: str = "") -> None:
+        """Raises ConfigError where a request asks for more than the limits allow, or for what is not there; as far as
+        that can be told without the base.
+        """
+        limits = self.settings.limits
+        width, height = request.width or request.height or 8, request.height or request.width or 8
+        if width * height > limits.pixels:
+            raise ConfigError(f"{width} x {height} pixels are too many; {limits.pixels:,} are allowed")
+        count = max(request.count, request.layout.rows if request.layout else 1)
+        if width * height * request.steps * count > limits.work:
+            raise ConfigError(f"{count} x {width} x {height} pixels in {request.steps} steps are too much at once")
+        for use in request.adapters:
+            if fault := self.library.get(use.adapter).fault:
+                raise ConfigError(f"{self.library.get(use.adapter).name} cannot be used: {fault}")
+        for given in (request.init, request.mask):
+            if given is not None:
+                self.album.get(given, self.whose(owner))
+        if request.base is not None:
+            self.bases.get(request.base)
+
+    def whose(self, owner: str) -> str | None:
+        """Whose pictures this owner sees: their own in a shared playground, else all (None)."""
+        return owner if self.settings.shared else None
+
+    def switch(self, id: str, *, owner: str = "") -> Ticket[Base]:
+        """Load a base."""
+        self.bases.get(id)
+        return self.desk.submit(lambda ticket: self.use_base(ticket, id), owner=owner)
+
+    def close(self) -> None:
+        self.desk.close()
