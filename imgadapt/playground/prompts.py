@@ -1,0 +1,1 @@
+"""Prompts: the `<lora:name:weight>` tags in them."""
