@@ -1,12 +1,15 @@
-# make demo: train a style, prove it, look at demo_out/report.html.  make test: prove the project works.
+# make ui: the playground in a browser.  make demo: train a style, prove it, look at demo_out/report.html.  make test: prove the project works.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check clean
+.PHONY: demo ui test check clean
 
 demo: .venv/train
 	$(BIN)/imgadapt demo --output demo_out
+
+ui: .venv/ui
+	$(BIN)/imgadapt ui --open
 
 test: .venv/dev
 	$(BIN)/python -m pytest
@@ -27,9 +30,13 @@ check: .venv/dev
 	$(INSTALL) --editable '.[train]'
 	touch $@
 
+.venv/ui: .venv/made pyproject.toml constraints.txt
+	$(INSTALL) --editable '.[ui]'
+	touch $@ .venv/train
+
 .venv/dev: .venv/made pyproject.toml constraints.txt
 	$(INSTALL) --editable '.[dev]'
-	touch $@ .venv/train
+	touch $@ .venv/train .venv/ui
 
 clean:
 	rm -rf .venv demo_out dist build .pytest_cache .ruff_cache .import_linter_cache

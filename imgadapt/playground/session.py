@@ -49,7 +49,7 @@ class Playground:
         self.use_base(ticket, request.base)
         settled = self.studio.settle(request)
         several = [settled.model_copy(update={"seed": settled.seed + k, "count": 1}) for k in range(settled.count)]
-        together = max(1, self.settings.limits.drawn_together // (several[0].width * several[0].height))  # pyright: ignore[reportOptionalOperand] # settled
+        together = self.together(settled)
         made: list[Picture] = []
         total = settled.steps * -(-len(several) // together)
         for first in range(0, len(several), together):
@@ -61,6 +61,11 @@ class Playground:
                 made.append(self.kept(one, owner=ticket.owner))
                 ticket.made(made[-1])
         return made
+
+    def together(self, settled: GenerateRequest) -> int:
+        """How many pictures of a settled request are drawn as one batch."""
+        assert settled.width is not None and settled.height is not None
+        return max(1, self.settings.limits.drawn_together // (settled.width * settled.height))
 
     def kept(self, one: Any, *, owner: str, **more: Any) -> Picture:
         """A drawn picture in the album, with its record."""
