@@ -1,0 +1,44 @@
+"""Sessions: who asks. The guard finds it out and writes it into each request's header; all others read it there."""
+
+import hashlib
+import hmac
+import re
+import secrets
+from collections.abc import Mapping
+
+OWNER = "x-imgadapt-owner"
+"""Header of requests that have passed the guard; what a client sends under this name is thrown away there."""
+COOKIE = "imgadapt_session"
+"""Of a browser that nobody has logged in from."""
+
+
+def owner_of(headers: Mapping[str, str]) -> str:
+    """Who asks, of the headers of a request that has passed the guard: `user-NAME` or `guest-...`."""
+    return headers.get(OWNER, "")
+
+
+class Guests:
+    """Cookies for those without a name: random, signed, so that only ours are taken and none is remembered.
+
+    secret: what they are signed with; the same after a restart, and a guest still is the same one.
+    """
+
+    def __init__(self, secret: bytes) -> None:
+        self._secret = secret
+
+    def new(self) -> str:
+        """A cookie's value."""
+        name = secrets.token_hex(16)
+        return f"{name}.{self._signed(name)}"
+
+    def owner(self, cookie: str | None) -> str | None:
+        """Whose cookie it is, None where it is none of ours. (The owner's name is written down; the cookie must not
+        be.)
+        """
+        found = re.fullmatch(r"([0-9a-f]{32})\.([0-9a-f]{32})", cookie or "")
+        if found is None or not hmac.compare_digest(found[2], self._signed(found[1])):
+            return None
+        return f"guest-{hashlib.sha256(found[1].encode()).hexdigest()[:16]}"
+
+    def _signed(self, name: str) -> str:
+        return hmac.new(self._secret, name.encode(), hashlib.sha256).hexdigest()[:32]
