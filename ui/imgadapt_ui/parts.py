@@ -1,0 +1,133 @@
+"""Parts: what the page's tabs share: the Generate tab's form, the tabs themselves, and how things are said."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import gradio as gr
+from imgadapt.playground import forms
+from imgadapt.playground.desk import Event, Failed, Progress, Waiting
+from imgadapt.playground.house import House
+from imgadapt.playground.requests import GenerateRequest, Use
+
+TABS = ("library", "generate", "compare", "merge", "train", "convert", "history")
+"""Ids of the tabs, in their order."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What a tab may use of the others.
+
+    tabs: `gr.Tabs(selected=...)` of it switches. base: the header's Dropdown (its value is a base's id). form: the
+    Generate tab's components by the names of `forms.FIELDS`. form_changed: a State that counts up when code (no user)
+    filled the form; show the stack's rows again with it. library_changed: a State that counts up when adapters came or
+    went; refresh lists of them on its `change`. latest: a State with the id of the newest picture of this page, or "".
+    """
+
+    house: House
+    tabs: gr.Tabs
+    base: gr.Dropdown
+    form: Mapping[str, Any]
+    form_changed: gr.State
+    library_changed: gr.State
+    latest: gr.State
+
+    @property
+    def fields(self) -> list[Any]:
+        """The form's components, for an event's inputs, before the base; see `asked`."""
+        return [*(self.form[name] for name in forms.FIELDS), self.base]
+
+    def asked(self, values: Sequence[Any]) -> GenerateRequest:
+        """The request that the form stands for, of the values of `fields`.
+
+        Raises:
+            ConfigError: what is wrong with it, in one line.
+        """
+        return forms.request(dict(zip(forms.FIELDS, values[:-1], strict=True)), values[-1] or None)
+
+    @property
+    def filled(self) -> list[Any]:
+        """For an event's outputs, to fill the form and go to the Generate tab; see `fill` and `fill_stack`."""
+        return [*(self.form[name] for name in forms.FIELDS), self.form_changed, self.tabs]
+
+    def fill(self, request: GenerateRequest, tab: str | None = "generate") -> list[Any]:
+        """Updates for `filled`: the whole form. tab: where to go then; None: stay."""
+        return self._updates(forms.fields(request), tab)
+
+    def fill_stack(self, stack: Iterable[Use], tab: str | None = "generate") -> list[Any]:
+        """Updates for `filled`: the stack only."""
+        return self._updates(forms.rows(list(stack)), tab)
+
+    def unchanged(self) -> list[Any]:
+        """Updates for `filled` that change nothing."""
+        return [gr.skip() for _ in self.filled]
+
+    def _updates(self, values: Mapping[str, Any], tab: str | None) -> list[Any]:
+        known = [values[name] if name in values else gr.skip() for name in forms.FIELDS]
+        return [*known, counted(), gr.Tabs(selected=tab) if tab else gr.skip()]
+
+
+_count = iter(range(1, 2**62))
+
+
+def counted() -> int:
+    """A value that `form_changed` or `library_changed` did not have yet."""
+    return next(_count)
+
+
+def adapters(house: House) -> list[tuple[str, str]]:
+    """Choices of a dropdown: the names and ids of all adapters that can be used."""
+    return [(card.name, card.id) for card in house.playground.library.cards() if not card.fault]
+
+
+def bases(house: House) -> list[tuple[str, str]]:
+    """Choices of a dropdown: the names and ids of all bases."""
+    return [(f"{base.name} ({base.kind})", base.id) for base in house.playground.bases.all]
+
+
+def text(value: Any) -> str:
+    """Anything as HTML that shows it as text."""
+    return escape(str(value), quote=True)
+
+
+def duration(seconds: float) -> str:
+    """4 s, 3:05, 1:02:03."""
+    whole = max(round(seconds), 0)
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02}:{rest:02}"
+    return f"{minutes}:{rest:02}" if minutes else f"{rest} s"
+
+
+def thumb(id: str, alt: str, side: int = 256) -> str:
+    """An <img> of a picture of the album."""
+    return f'<img src="/pictures/{text(id)}?side={side}" alt="{text(alt)}" loading="lazy" decoding="async">'
+
+
+def empty(title: str, todo: str) -> str:
+    """What stands where nothing is yet, and what to do about it."""
+    return f'<div class="ia-empty"><strong>{text(title)}</strong><span>{text(todo)}</span></div>'
+
+
+def bar(event: Event | None) -> str:
+    """A progress bar, for gr.HTML, of an event of a ticket; "" for the ends that need none."""
+    if isinstance(event, Waiting):
+        return _bar(f"In the queue: place {event.place} of {event.of}", None)
+    if isinstance(event, Progress):
+        left = f" · {duration(event.eta)} left" if event.eta is not None else ""
+        return _bar(f"{event.what} {event.done}/{event.total}{left}", event.done / max(event.total, 1))
+    if isinstance(event, Failed):
+        return "" if event.cancelled else f'<div class="ia-error" role="alert">{text(event.message)}</div>'
+    return ""
+
+
+def _bar(label: str, share: float | None) -> str:
+    now = "" if share is None else f' aria-valuenow="{share * 100:.0f}" aria-valuemin="0" aria-valuemax="100"'
+    width = "" if share is None else f' style="width:{share * 100:.1f}%"'
+    kind = " ia-waits" if share is None else ""
+    return (
+        f'<div class="ia-progress{kind}"><span aria-live="polite">{text(label)}</span>'
+        f'<div role="progressbar" aria-label="Progress"{now}><i{width}></i></div></div>'
+    )
