@@ -1,9 +1,9 @@
 """Prompts: the `<lora:name:weight>` tags in them.
 
-`<lora:name>`, `<lora:name:weight>`, `<lora:name:weight:text>`, where `text` is the text encoders' weight (SwarmUI's order;
-A1111 has the text encoders' first, see `te_first`), and by name, in any order: `unet=`, `te=`; sd-webui-lora-block-weight's
-`lbw=` (a preset or a list of numbers), `start=`, `stop=`, `step=a-b`. `<lyco:` is the same. Names are looked up among
-those of a library: one with slashes or dots in it is a name as well, never a path.
+`<lora:name>`, `<lora:name:weight>`, `<lora:name:weight:text>`, where `text` is the text encoders' weight (SwarmUI's
+order; A1111 has the text encoders' first, see `te_first`), and by name, in any order: `unet=`, `te=`, and
+sd-webui-lora-block-weight's `lbw=` (a preset or a list of numbers), `start=`, `stop=`, `step=a-b`. `<lyco:` is the same.
+Names are looked up among those of a library: one with slashes or dots in it is a name as well, never a path.
 """
 
 import math
@@ -125,7 +125,11 @@ def _tag(body: str, te_first: bool) -> Tag:
         raise ConfigError(f"{where} has {len(numbers)} numbers; it takes a weight, and one for text encoders")
     if len(numbers) == 2 and te_first:
         numbers.reverse()
-    return Tag(name, **{**dict(zip(("weight", "text"), numbers, strict=False)), **said})
+    if numbers:
+        said = {"weight": numbers[0], **said}
+    if len(numbers) == 2:
+        said = {"text": numbers[1], **said}
+    return Tag(name, **said)
 
 
 def _weight(text: str, where: str) -> float:
