@@ -64,8 +64,15 @@ class Shared:
         return [gr.skip() for _ in self.filled]
 
     def _updates(self, values: Mapping[str, Any], tab: str | None) -> list[Any]:
-        known = [values[name] if name in values else gr.skip() for name in forms.FIELDS]
+        known = [_update(name, values[name]) if name in values else gr.skip() for name in forms.FIELDS]
         return [*known, counted(), gr.Tabs(selected=tab) if tab else gr.skip()]
+
+
+def _update(name: str, value: Any) -> Any:
+    """A weight's slider goes as far as its value does."""
+    if name.startswith("weight_"):
+        return gr.Slider(minimum=min(-2.0, value), maximum=max(2.0, value), value=value)
+    return value
 
 
 _count = iter(range(1, 2**62))
@@ -131,3 +138,27 @@ def _bar(label: str, share: float | None) -> str:
         f'<div class="ia-progress{kind}"><span aria-live="polite">{text(label)}</span>'
         f'<div role="progressbar" aria-label="Progress"{now}><i{width}></i></div></div>'
     )
+
+
+_TRIGGER = """
+element.addEventListener('click', (event) => {
+  const chosen = event.target.closest('[data-id]');
+  if (chosen && element.contains(chosen)) trigger('select', {id: chosen.dataset.id});
+});
+"""
+
+
+def tiles(value: str, elem_id: str) -> gr.HTML:
+    """HTML whose elements with `data-id` (buttons: they take the keyboard) can be chosen: `.select`, and `chosen`."""
+    return gr.HTML(value, elem_id=elem_id, js_on_load=_TRIGGER, apply_default_css=False)
+
+
+def chosen(event: gr.EventData) -> str:
+    """The `data-id` of what was chosen among `tiles`; it comes from the client."""
+    return str(event._data.get("id", "") if isinstance(event._data, dict) else "")
+
+
+def link(href: str, label: str, name: str | None = None) -> str:
+    """A link of the site that looks like a button; name: of the file to save."""
+    save = f' download="{text(name)}"' if name else ' target="_blank" rel="noopener"'
+    return f'<a class="ia-link" href="{text(href)}"{save}>{text(label)}</a>'
