@@ -19,9 +19,10 @@ VERSION = 1
 
 
 def chunks(record: Mapping[str, Any]) -> PngImagePlugin.PngInfo:
-    """A PNG's text for a record."""
+    """A PNG's text for a record; A1111's is of pictures that a request made."""
     info = PngImagePlugin.PngInfo()
-    info.add_text(A1111, parameters(record))
+    if "request" in record:
+        info.add_text(A1111, parameters(record))
     info.add_itxt(KEY, json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False))
     return info
 
@@ -35,7 +36,7 @@ def ours(info: Mapping[Any, Any]) -> Mapping[str, Any] | None:
         record = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("request"), dict) else None  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
+    return record if isinstance(record, dict) else None  # pyright: ignore[reportUnknownVariableType]
 
 
 def parameters(record: Mapping[str, Any]) -> str:
@@ -48,19 +49,20 @@ def parameters(record: Mapping[str, Any]) -> str:
     if request.negative:
         lines.append(f"Negative prompt: {request.negative}")
     base: Mapping[str, str] = record.get("base", {})
-    fields: dict[str, Any] = {"Steps": request.steps, "Sampler": request.sampler}
+    sampler, karras, _ = request.sampler.partition(" Karras")
+    fields: dict[str, Any] = {"Steps": request.steps, "Sampler": sampler}
+    if karras:
+        fields["Schedule type"] = "Karras"
     if request.guidance is not None:
         fields["CFG scale"] = f"{request.guidance:g}"
     fields["Seed"] = request.seed
     if request.width is not None and request.height is not None:
         fields["Size"] = f"{request.width}x{request.height}"
-    if base.get("sha256"):
-        fields["Model hash"] = base["sha256"][:10]
     if base.get("name"):
         fields["Model"] = base["name"]
     if request.init is not None:
         fields["Denoising strength"] = f"{request.denoise:g}"
-    hashes = [f"{_bare(names[i])}: {adapters[i]['sha256'][:12]}" for i in names if adapters.get(i, {}).get("sha256")]
+    hashes = [f"{_bare(names[i])}: {adapters[i]['autov3'][:12]}" for i in names if adapters.get(i, {}).get("autov3")]
     if hashes:
         fields["Lora hashes"] = ", ".join(hashes)
     fields["Version"] = f"imgadapt {record.get('versions', {}).get('imgadapt', '')}".strip()
@@ -120,6 +122,8 @@ def split(text: str) -> tuple[str, str, Mapping[str, str]]:
     lines: Sequence[str] = text.replace("\r\n", "\n").strip().split("\n")
     last = next((k for k in range(len(lines) - 1, -1, -1) if lines[k].lstrip().startswith("Steps:")), len(lines))
     table = settings("".join(lines[last:])) if last < len(lines) else {}
+    if len(table) < 3:  # a prompt that speaks of steps
+        last, table = len(lines), {}
     head = "\n".join(lines[:last])
     first = 0 if head.startswith("Negative prompt:") else head.find("\nNegative prompt:")
     if first < 0:

@@ -1,14 +1,31 @@
 """Records: what made a picture, in its PNG: A1111's `parameters` for everyone, and JSON that restores all of it."""
 
+import datetime
+import functools
+import hashlib
+import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from imgadapt.playground.library import Library
+from imgadapt import demo
+from imgadapt.errors import ConfigError, DataError, ImgadaptError
+from imgadapt.playground import foreign, infotext
+from imgadapt.playground.album import Album
+from imgadapt.playground.bases import Base, Bases
+from imgadapt.playground.decoding import opened
+from imgadapt.playground.library import Card, Library
 from imgadapt.playground.requests import GenerateRequest
+from imgadapt.playground.settings import Settings
 
-KEY = "imgadapt"
-"""Of our JSON in a PNG's text; A1111's is `parameters`."""
+KEY = infotext.KEY
+parameters = infotext.parameters
+_PACKAGES = ("imgadapt", "torch", "diffusers", "transformers")
+_ENDS = 2**20
+"""Bytes of a file's beginning and end that stand for the whole of a base, which is too large to be read."""
+_HASHED = 2**30
+"""Bytes of adapters that are read at most to find one by its hash."""
 
 
 @dataclass(frozen=True)
@@ -22,24 +39,268 @@ class Restored:
     exact: bool
 
 
-def of(
-    request: GenerateRequest, library: Library, base: Mapping[str, str], seconds: float, notes: Sequence[str]
-) -> dict[str, Any]:
-    """The record of a picture: its settled request; its adapters' names and SHA-256; base's name, kind and SHA-256;
-    versions of imgadapt, torch, diffusers, transformers; device; dtype.
+def about(base: Base, settings: Settings) -> dict[str, str]:
+    """A base as records have it: name, kind, a fingerprint ("" where it is none of this machine's files), device and
+    dtype that it works in.
     """
-    raise NotImplementedError
+    device, dtype = machine(settings.device), settings.dtype
+    return {"name": base.name, "kind": base.kind, "print": fingerprint(base.place), "device": device, "dtype": dtype}
 
 
-def parameters(record: Mapping[str, Any]) -> str:
-    """A1111's text of a record."""
-    raise NotImplementedError
+def of(
+    request: GenerateRequest,
+    library: Library,
+    base: Mapping[str, str],
+    seconds: float,
+    notes: Sequence[str],
+    album: Album | None = None,
+) -> dict[str, Any]:
+    """The record of a picture: its settled request; its adapters' names and SHA-256; its base (see `about`); SHA-256 of
+    the pictures it began from; versions of imgadapt, torch, diffusers, transformers; device; dtype.
+    """
+    given = {id: _digest(album.get(id).path) for id in (request.init, request.mask) if id and album is not None}
+    return {
+        "version": infotext.VERSION,
+        "request": request.model_dump(mode="json", exclude_none=True),
+        "adapters": {use.adapter: _adapter(use.adapter, library) for use in request.adapters},
+        "base": {key: base[key] for key in ("name", "kind", "print") if key in base},
+        "given": given,
+        "versions": versions(),
+        "device": base.get("device", ""),
+        "dtype": base.get("dtype", ""),
+        "threads": _threads(),
+        "made": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "seconds": round(seconds, 3),
+        "notes": list(notes),
+    }
 
 
-def restore(data: bytes, library: Library, bases: Any) -> Restored:
+def restore(
+    data: bytes,
+    library: Library,
+    bases: Bases,
+    *,
+    settings: Settings,
+    album: Album | None = None,
+    owner: str | None = None,
+) -> Restored:
     """What a PNG (or JPEG, WebP) says of how it was made: by us, or in A1111's way by any tool.
+
+    album, owner: where the pictures that it began from are looked for.
 
     Raises:
         DataError: it says nothing, or nothing that can be read. Never more memory than `uploads` allow.
     """
-    raise NotImplementedError
+    limits = settings.limits
+    if len(data) > limits.upload:
+        raise DataError(f"the picture has {len(data):,} bytes; {limits.upload:,} are allowed")
+    image = opened(data, limits.upload_pixels)
+    record = infotext.ours(image.info)
+    if record is None or not isinstance(record.get("request"), dict):
+        return _foreign(foreign.read(image), library, bases)
+    back = _Back(library, bases, lacks=[])
+    values = dict(record["request"])
+    values["adapters"] = back.adapters(values.get("adapters"), _table(record.get("adapters")))
+    base = _table(record.get("base"))
+    values["base"], same_base = back.base(base, settings)
+    for name in ("init", "mask"):
+        if (id := values.get(name)) is not None and not _is_here(id, _table(record.get("given")), album, owner):
+            back.lacks.append({"init": "the picture that it began from is not here; give it again",
+                               "mask": "its mask is not here; give it again"}[name])  # fmt: skip
+            values.pop("mask", None)
+            values.pop(name, None)
+    if record.get("version") != infotext.VERSION:
+        back.lacks.append("it was written by another version of the playground; what is not known here is left out")
+    request = gently(values, back.lacks)
+    here = (versions(), machine(settings.device), settings.dtype, _threads())
+    then = (record.get("versions"), record.get("device"), record.get("dtype"), record.get("threads"))
+    return Restored(request, tuple(back.lacks), not back.lacks and same_base and here == then)
+
+
+def gently(values: Mapping[str, Any], lacks: list[str]) -> GenerateRequest:
+    """A request of what is right in `values`; the rest is left at its default and said in `lacks`."""
+    good = dict[str, Any]()
+    for name, value in values.items():
+        if value is None:
+            continue
+        companion = {"init": values.get("init")} if name == "mask" else {}
+        try:
+            GenerateRequest.of({**companion, name: value})
+            good[name] = value
+        except ConfigError as error:
+            lacks.append(f"{str(error)[:200]}: left out")
+    try:
+        return GenerateRequest.of(good)
+    except ConfigError as error:
+        lacks.append(f"{str(error)[:200]}: left out")
+        return GenerateRequest.of({key: good[key] for key in good if key not in ("mask", "layout", "count")})
+
+
+def _foreign(said: foreign.Said, library: Library, bases: Bases) -> Restored:
+    """Another tool's words as a request here."""
+    back = _Back(library, bases, lacks=list(said.lacks))
+    uses = list[Mapping[str, Any]]()
+    for tag in said.tags:
+        card = back.card(tag.name, hash=said.hashes.get(tag.name, ""))
+        if card is not None and card.id not in [use["adapter"] for use in uses]:
+            try:
+                uses.append(tag.use(card.id).model_dump(mode="json"))
+            except ConfigError as error:
+                back.lacks.append(f"{error}: left out")
+    base = next((one for one in bases.all if one.name.casefold() == said.model.casefold()), None)
+    if said.model and base is None:
+        back.lacks.append(f"the base {said.model[:80]!r} is not here")
+    found = {**said.values, "adapters": uses, "base": base.id if base else None}
+    return Restored(gently(found, back.lacks), tuple(back.lacks), exact=False)
+
+
+@dataclass(frozen=True)
+class _Back:
+    """What a record names, found again here. lacks: what was not, filled on the way."""
+
+    library: Library
+    bases: Bases
+    lacks: list[str]
+
+    def adapters(self, uses: object, known: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """A stack with the ids of this library."""
+        found = list[Mapping[str, Any]]()
+        for use in uses if isinstance(uses, list | tuple) else ():  # pyright: ignore[reportUnknownVariableType]
+            use = _table(use)
+            told = _table(known.get(str(use.get("adapter"))))
+            name, sha256, size = str(told.get("name", ""))[:200], str(told.get("sha256", "")), told.get("size")
+            card = self.card(name or "(no name)", sha256=sha256, size=size if isinstance(size, int) else None)
+            if card is not None and card.id not in [one["adapter"] for one in found]:
+                found.append({**use, "adapter": card.id})
+        return found
+
+    def card(self, name: str, *, sha256: str = "", size: int | None = None, hash: str = "") -> Card | None:
+        """The adapter of a name, and of a digest where one is given; one of that digest with another name, too.
+
+        sha256: of the file; hash: A1111's, of its tensors.
+        """
+        try:
+            named = self.library.named(name)
+        except ConfigError:
+            named = None
+        if named is not None and not named.fault and self._matches(named, sha256, hash):
+            return named
+        budget = _HASHED
+        for card in self.library.cards():
+            if card.fault or (size is not None and card.size != size) or not (sha256 or hash) or card.size > budget:
+                continue
+            budget -= card.size
+            if self._matches(card, sha256, hash):
+                return card
+        if named is None or named.fault:
+            self.lacks.append(f"the adapter {name[:80]!r} is not here")
+            return None
+        self.lacks.append(f"the adapter {name[:80]!r} is another file here than the picture's")
+        return named
+
+    def _matches(self, card: Card, sha256: str, hash: str) -> bool:
+        try:
+            if sha256:
+                return self.library.digest(card.id) == sha256
+            return not hash or any(one.startswith(hash) for one in (autov3(card.path), self.library.digest(card.id)))
+        except (ImgadaptError, OSError):  # deleted since it was listed
+            return False
+
+    def base(self, told: Mapping[str, Any], settings: Settings) -> tuple[str | None, bool]:
+        """The id of the base of a record, and whether it is the very same."""
+        name, mark = str(told.get("name", ""))[:200], told.get("print")
+        found = next((one for one in self.bases.all if one.name.casefold() == name.casefold()), None)
+        if found is None:
+            self.lacks.append(f"the base {name[:80]!r} is not here" if name else "its base is not said")
+            return None, False
+        same = bool(mark) and about(found, settings)["print"] == mark
+        if not same:
+            self.lacks.append(f"the base {name[:80]!r} may be another here than the picture's")
+        return found.id, same
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide what is drawn."""
+    return dict(_versions())
+
+
+@functools.cache
+def _versions() -> Mapping[str, str]:
+    found = dict[str, str]()
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = ""
+    return found
+
+
+@functools.cache
+def machine(device: str) -> str:
+    """What computes, as far as it decides the last bits."""
+    import torch
+
+    if device.startswith("cuda"):
+        return f"cuda {torch.cuda.get_device_name(device)}"
+    return f"{device} {torch.backends.cpu.get_cpu_capability()}" if device == "cpu" else device
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def fingerprint(place: str) -> str:
+    """Of a base's files: their sizes, beginnings and ends; "" where the place is none of this machine's."""
+    path = demo.PIPELINE if place == "demo" else Path(place)
+    if not path.exists():
+        return ""
+    files = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file())
+    stats = [(one, one.stat()) for one in files if not one.name.startswith(".")]
+    return _fingerprint(path, tuple((str(one), about.st_size, about.st_mtime_ns) for one, about in stats))
+
+
+@functools.lru_cache(64)
+def _fingerprint(root: Path, files: tuple[tuple[str, int, int], ...]) -> str:
+    whole = hashlib.sha256()
+    for name, size, _ in files:
+        whole.update(f"{Path(name).relative_to(root).as_posix() if Path(name) != root else ''}:{size}\n".encode())
+        with open(name, "rb") as file:
+            whole.update(file.read(_ENDS))
+            file.seek(max(_ENDS, size - _ENDS))
+            whole.update(file.read(_ENDS))
+    return whole.hexdigest()
+
+
+def autov3(path: Path) -> str:
+    """SHA-256 of a safetensors file's tensors, without its header: A1111's and Civitai's hash of a LoRA."""
+    about = path.stat()
+    return _autov3(path, about.st_size, about.st_mtime_ns)
+
+
+@functools.lru_cache(512)
+def _autov3(path: Path, size: int, modified: int) -> str:
+    with path.open("rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _adapter(id: str, library: Library) -> dict[str, Any]:
+    card = library.get(id)
+    return {"name": card.name, "sha256": library.digest(id), "autov3": autov3(card.path), "size": card.size}
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _is_here(id: object, given: Mapping[str, Any], album: Album | None, owner: str | None) -> bool:
+    try:
+        return album is not None and _digest(album.get(str(id), owner).path) == given.get(str(id))
+    except (ConfigError, OSError):
+        return False
+
+
+def _table(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}  # pyright: ignore[reportUnknownVariableType]

@@ -71,8 +71,8 @@ class Playground:
         """A drawn picture in the album, with its record."""
         base = self.studio.base
         assert base is not None
-        about = {"name": base.name, "kind": base.kind}
-        said = record.of(one.request, self.library, about, one.seconds, one.notes)
+        about = record.about(base, self.settings)
+        said = record.of(one.request, self.library, about, one.seconds, one.notes, self.album)
         return self.album.keep(one.image, {**said, **more}, owner=owner)
 
     def use_base(self, ticket: Ticket[Any], id: str | None) -> Base:
@@ -106,6 +106,16 @@ class Playground:
     def whose(self, owner: str) -> str | None:
         """Whose pictures this owner sees: their own in a shared playground, else all (None)."""
         return owner if self.settings.shared else None
+
+    def restore(self, data: bytes, *, owner: str = "") -> record.Restored:
+        """What a picture's file says of how it was made, as a request here.
+
+        Raises:
+            DataError: see record.restore.
+        """
+        return record.restore(
+            data, self.library, self.bases, settings=self.settings, album=self.album, owner=self.whose(owner)
+        )
 
     def switch(self, id: str, *, owner: str = "") -> Ticket[Base]:
         """Load a base."""
