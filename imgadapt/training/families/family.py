@@ -124,10 +124,11 @@ class Family(ABC):
     @property
     def step(self) -> int:
         """Pixels that sides of buckets are multiples of."""
-        return max(self._factor, min(self.grid, self.native // 8))
+        return max(self.factor, min(self.grid, self.native // 8))
 
     @property
-    def _factor(self) -> int:
+    def factor(self) -> int:
+        """Pixels that every side must be a multiple of."""
         return int(self.pipeline.vae_scale_factor) * self.patch
 
     @property
@@ -137,11 +138,9 @@ class Family(ABC):
 
     def check_side(self, side: int) -> None:
         """Raises ConfigError where a side in pixels is not a multiple of what this base needs."""
-        if side % self._factor:
-            near = max(1, round(side / self._factor)) * self._factor
-            raise ConfigError(
-                f"resolution is {side}; it must be a multiple of {self._factor} for this base, say {near}"
-            )
+        if side % self.factor:
+            near = max(1, round(side / self.factor)) * self.factor
+            raise ConfigError(f"resolution is {side}; it must be a multiple of {self.factor} for this base, say {near}")
 
     def identity(self) -> dict[str, str]:
         """SHA-256 of each part that decides what is learnt, with its config, as it was at the first call (gigabytes are
@@ -273,16 +272,16 @@ class Family(ABC):
                     height=side,
                     width=side,
                     output_type="latent",  # decoded here: the pipelines want the autoencoder in the dtype of the rest
-                    **self._options(),
+                    **self.options(),
                 ).images
-                made += [self.decode(latent) for latent in self._unpacked(latents, places, places)]
+                made += [self.decode(latent) for latent in self.unpacked(latents, places, places)]
         return made
 
-    def _options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         """What else the pipeline is called with, so that prompts are encoded as `text` does."""
         return {}
 
-    def _unpacked(self, latents: Tensor, height: int, width: int) -> Tensor:
+    def unpacked(self, latents: Tensor, height: int, width: int) -> Tensor:
         """(batch, channels, h, w) of what the pipeline and the denoiser call latents."""
         return latents
 

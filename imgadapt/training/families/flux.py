@@ -72,10 +72,10 @@ class Flux(Family):
         ).sample
         return unpack(made, height, width).float()
 
-    def _options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         return {"max_sequence_length": self.tokens}
 
-    def _unpacked(self, latents: Tensor, height: int, width: int) -> Tensor:
+    def unpacked(self, latents: Tensor, height: int, width: int) -> Tensor:
         return unpack(latents, height, width)
 
 
