@@ -15,6 +15,8 @@ FOLDER = Path(__file__).parent
 PIPELINE = FOLDER / "pipeline"
 STYLE = FOLDER / "style"
 """`train/`: 40 pictures with captions; `held_out/`: 96 other subjects; `plain/`: the 40 subjects as the base draws."""
+ADAPTERS = FOLDER / "adapters"
+"""Three small adapters for it, of three methods; its README says how they were trained."""
 
 
 def pipeline() -> "StableDiffusionPipeline":
