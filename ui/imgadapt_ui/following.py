@@ -2,14 +2,33 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from imgadapt.playground.desk import Done, Event, Failed, Progress, Ticket, Waiting
 
 PAUSE = 0.03
 """Seconds between two looks at a ticket."""
+
+T = TypeVar("T")
+
+
+async def ask(start: Callable[[], Ticket[T]]) -> Ticket[T]:
+    """The ticket that `start` gets at the desk, in a thread, as it may look at files; it is cancelled when who asked
+    has gone meanwhile.
+    """
+
+    def gone(asked: asyncio.Future[Ticket[T]]) -> None:
+        if not asked.cancelled() and asked.exception() is None:
+            asked.result().cancel()
+
+    asked = asyncio.ensure_future(asyncio.to_thread(start))
+    try:
+        return await asyncio.shield(asked)
+    except asyncio.CancelledError:
+        asked.add_done_callback(gone)
+        raise
 
 
 async def follow(ticket: Ticket[Any], *, every: float = 0.3) -> AsyncGenerator[Event, None]:
