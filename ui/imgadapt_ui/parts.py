@@ -1,7 +1,8 @@
 """Parts: what the page's tabs share: the Generate tab's form, the tabs themselves, and how things are said."""
 
+import base64
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
@@ -13,6 +14,8 @@ from imgadapt.playground.requests import GenerateRequest, Use
 
 TABS = ("library", "generate", "compare", "merge", "train", "convert", "history")
 """Ids of the tabs, in their order."""
+QUIET: Mapping[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+"""Of all events of the page: no overlay over what they change, and no endpoint of the API."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +23,10 @@ class Shared:
     """What a tab may use of the others.
 
     tabs: `gr.Tabs(selected=...)` of it switches. base: the header's Dropdown (its value is a base's id). form: the
-    Generate tab's components by the names of `forms.FIELDS`. form_changed: a State that counts up when code (no user)
-    filled the form; show the stack's rows again with it. library_changed: a State that counts up when adapters came or
-    went; refresh lists of them on its `change`. latest: a State with the id of the newest picture of this page, or "".
+    Generate tab's components by the names of `forms.FIELDS`. latest: hidden, the id of the newest (or chosen) picture
+    of this page, or "". The others are States that count up, for their `change`: form_changed when code (no user)
+    filled the form; library_changed when adapters came or went; base_changed when a base was loaded or could not be;
+    page_loaded once when a page is there. further: components of tabs built so far that later ones fill, by names.
     """
 
     house: House
@@ -31,7 +35,10 @@ class Shared:
     form: Mapping[str, Any]
     form_changed: gr.State
     library_changed: gr.State
-    latest: gr.State
+    base_changed: gr.State
+    page_loaded: gr.State
+    latest: gr.Textbox
+    further: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def fields(self) -> list[Any]:
@@ -111,6 +118,12 @@ def duration(seconds: float) -> str:
 def thumb(id: str, alt: str, side: int = 256) -> str:
     """An <img> of a picture of the album."""
     return f'<img src="/pictures/{text(id)}?side={side}" alt="{text(alt)}" loading="lazy" decoding="async">'
+
+
+def preview(webp: bytes) -> str:
+    """An <img> of a picture that is still being drawn."""
+    data = base64.b64encode(webp).decode()
+    return f'<div class="ia-preview"><img src="data:image/webp;base64,{data}" alt="The picture so far"></div>'
 
 
 def empty(title: str, todo: str) -> str:
