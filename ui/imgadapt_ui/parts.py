@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 import gradio as gr
+
 from imgadapt.playground import forms
 from imgadapt.playground.desk import Event, Failed, Progress, Waiting
 from imgadapt.playground.house import House
@@ -56,11 +57,12 @@ class Shared:
     @property
     def filled(self) -> list[Any]:
         """For an event's outputs, to fill the form and go to the Generate tab; see `fill` and `fill_stack`."""
-        return [*(self.form[name] for name in forms.FIELDS), self.form_changed, self.tabs]
+        return [*(self.form[name] for name in forms.FIELDS), self.base, self.form_changed, self.tabs]
 
     def fill(self, request: GenerateRequest, tab: str | None = "generate") -> list[Any]:
         """Updates for `filled`: the whole form. tab: where to go then; None: stay."""
-        return self._updates(forms.fields(request), tab)
+        there = any(base.id == request.base for base in self.house.playground.bases.all)
+        return self._updates(forms.fields(request), tab, request.base if there else None)
 
     def fill_stack(self, stack: Iterable[Use], tab: str | None = "generate") -> list[Any]:
         """Updates for `filled`: the stack only."""
@@ -70,9 +72,9 @@ class Shared:
         """Updates for `filled` that change nothing."""
         return [gr.skip() for _ in self.filled]
 
-    def _updates(self, values: Mapping[str, Any], tab: str | None) -> list[Any]:
+    def _updates(self, values: Mapping[str, Any], tab: str | None, base: str | None = None) -> list[Any]:
         known = [_update(name, values[name]) if name in values else gr.skip() for name in forms.FIELDS]
-        return [*known, counted(), gr.Tabs(selected=tab) if tab else gr.skip()]
+        return [*known, base or gr.skip(), counted(), gr.Tabs(selected=tab) if tab else gr.skip()]
 
 
 def _update(name: str, value: Any) -> Any:

@@ -11,7 +11,7 @@ from imgadapt.playground import forms
 from imgadapt.playground.house import House
 from imgadapt.playground.library import Card
 from imgadapt.playground.requests import Use
-from imgadapt_ui.parts import Shared, adapters, text
+from imgadapt_ui.parts import QUIET, Shared, adapters, text
 
 _PRESETS = ["", *dict.fromkeys([*(name for table in PRESETS.values() for name in table), *CONSTANT])]
 
@@ -73,30 +73,26 @@ class Stack:
         def add(id: str | None, *values: Any) -> list[Any]:
             return [None, *added(shared, id or "", values)]
 
-        self.add.input(
-            add, [self.add, *fields], [self.add, *shared.filled], show_progress="hidden", api_visibility="private"
-        )
+        self.add.input(add, [self.add, *fields], [self.add, *shared.filled], **QUIET)
         for row, (words, remove) in enumerate(self.buttons):
 
             def removed(*values: Any, row: int = row) -> list[Any]:
                 return without(shared, row, values)
 
-            remove.click(removed, fields, shared.filled, show_progress="hidden", api_visibility="private")
+            remove.click(removed, fields, shared.filled, **QUIET)
             words.click(
                 self.inserted,
                 [ids[row], self.form_prompt(shared)],
                 self.form_prompt(shared),
-                show_progress="hidden",
-                api_visibility="private",
+                **QUIET,
             )
         shown: list[Any] = [*self.groups, *self.heads, *(words for words, _ in self.buttons)]
-        shared.form_changed.change(self.show, ids, shown, show_progress="hidden", api_visibility="private")
+        shared.form_changed.change(self.show, ids, shown, **QUIET)
         shared.library_changed.change(
-            lambda: gr.Dropdown(choices=adapters(self.house)),  # pyright: ignore[reportArgumentType]
+            lambda: gr.Dropdown(choices=adapters(self.house)),
             None,
             self.add,
-            show_progress="hidden",
-            api_visibility="private",
+            **QUIET,
         )
 
     @staticmethod
@@ -171,4 +167,3 @@ def _uses(values: Any) -> list[Use]:
         return [Use.of(row) for row in forms.uses(form)]
     except ConfigError as error:
         raise gr.Error(str(error), print_exception=False) from None
-

@@ -1,0 +1,165 @@
+"""The Generate tab: prompt, adapters, settings; pictures as they are drawn."""
+
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import gradio as gr
+
+from imgadapt.errors import ImgadaptError
+from imgadapt.playground.house import House
+from imgadapt.playground.requests import RANDOM
+from imgadapt.playground.samplers import SAMPLERS
+from imgadapt_ui import results, start_picture
+from imgadapt_ui.jobs import Job, Jobs
+from imgadapt_ui.parts import QUIET, Shared
+from imgadapt_ui.stack import Stack
+from imgadapt_ui.who import owner
+
+SIZES = {"Base's own": None, "64 x 64": 64, "512 x 512": 512, "768 x 768": 768, "1024 x 1024": 1024}
+
+
+class Generate:
+    """The tab's components; `form` is what `Shared` has."""
+
+    def __init__(self, house: House) -> None:
+        self.house, self.jobs = house, Jobs()
+        self.form: dict[str, Any] = {}
+        with gr.Row(elem_classes="ia-desk"):
+            with gr.Column(scale=5, min_width=320):
+                self._prompt()
+                self.stack = Stack(house)
+                self.form |= self.stack.form
+                self._settings()
+                self.start = start_picture.StartPicture(house)
+                self.form |= self.start.form
+                self.restore = results.Restore(house)
+            with gr.Column(scale=4, min_width=320, elem_classes="ia-results"):
+                self.results = results.Results(house)
+
+    def _prompt(self) -> None:
+        self.form["prompt"] = gr.Textbox(
+            label="Prompt",
+            lines=3,
+            max_lines=10,
+            elem_id="prompt",
+            placeholder="What to draw. <lora:name:0.8> adds an adapter, <lora:name:unet:te> with two weights.",
+        )
+        self.form["negative"] = gr.Textbox(
+            label="Negative prompt", lines=1, max_lines=6, elem_id="negative", placeholder="What to keep out"
+        )
+        with gr.Row(elem_classes="ia-go"):
+            self.go = gr.Button("Generate", variant="primary", elem_id="generate", scale=3, min_width=140)
+            self.stop = gr.Button("Stop", variant="stop", elem_id="stop", scale=1, min_width=90, interactive=False)
+
+    def _settings(self) -> None:
+        form = self.form
+        with gr.Group(elem_classes="ia-settings"):
+            with gr.Row():
+                form["sampler"] = gr.Dropdown(
+                    [("The base's own", "base"), *((name, name) for name in SAMPLERS if name != "base")],
+                    value="base",
+                    label="Sampler",
+                    min_width=150,
+                    elem_id="sampler",
+                )
+                form["steps"] = gr.Slider(
+                    1,
+                    self.house.playground.settings.limits.steps,
+                    20,
+                    step=1,
+                    label="Steps",
+                    min_width=150,
+                    elem_id="steps",
+                    buttons=[],
+                )
+            with gr.Row():
+                form["seed"] = gr.Number(
+                    RANDOM, label="Seed (-1: any)", precision=0, min_width=150, elem_id="seed", minimum=RANDOM
+                )
+                form["count"] = gr.Number(
+                    1,
+                    label="Pictures",
+                    precision=0,
+                    minimum=1,
+                    maximum=self.house.playground.settings.limits.pictures,
+                    min_width=90,
+                    elem_id="count",
+                )
+                form["guidance"] = gr.Number(
+                    None, label="Guidance", placeholder="auto", minimum=0, min_width=90, step=0.5, elem_id="guidance"
+                )
+            with gr.Row(elem_classes="ia-buttons"):
+                self.any_seed = gr.Button("Any seed", size="sm", min_width=80)
+                self.same_seed = gr.Button("Seed of the last", size="sm", min_width=80, elem_id="last-seed")
+            with gr.Row():
+                self.size = gr.Dropdown(list(SIZES), value="Base's own", label="Size", min_width=140, elem_id="size")
+                form["width"] = gr.Number(
+                    None, label="Width", placeholder="auto", precision=0, step=8, min_width=80, elem_id="width"
+                )
+                form["height"] = gr.Number(
+                    None, label="Height", placeholder="auto", precision=0, step=8, min_width=80, elem_id="height"
+                )
+        form["layout"] = gr.JSON(None, visible=False)
+
+    def wire(self, shared: Shared) -> None:
+        """All events of the tab."""
+        self.stack.wire(shared)
+        self.start.wire(shared)
+        self.results.wire(shared, self.start)
+        self.restore.wire(shared)
+        form = self.form
+        self.any_seed.click(lambda: RANDOM, None, form["seed"], **QUIET)
+        self.same_seed.click(self._last_seed, shared.latest, form["seed"], **QUIET)
+        self.size.input(
+            lambda name: (SIZES[name], SIZES[name]),
+            self.size,
+            [form["width"], form["height"]],
+            **QUIET,
+        )
+        shown = [self.results.progress, self.results.big, self.results.strip, self.go, self.stop, shared.latest]
+
+        async def draw(request: gr.Request, *values: Any) -> AsyncGenerator[list[Any], None]:
+            try:
+                asked = shared.asked(values)
+                job = self.jobs.add(self.house.playground.generate(asked, owner=owner(request)))
+            except ImgadaptError as error:
+                raise gr.Error(str(error), print_exception=False, title="Not drawn") from None
+            async for update in self._followed(job):
+                yield update
+
+        async def rejoin(request: gr.Request) -> AsyncGenerator[list[Any], None]:
+            if job := self.jobs.running(owner(request)):
+                async for update in self._followed(job):
+                    yield update
+
+        for trigger in (self.go.click, form["prompt"].submit):
+            trigger(draw, shared.fields, shown, **QUIET, concurrency_limit=None)
+        self.stop.click(self._stop, None, None, **QUIET, queue=False)
+        self.rejoin = (rejoin, shown)
+
+    async def _followed(self, job: Job) -> AsyncGenerator[list[Any], None]:
+        """Updates of what the tab shows, while a job runs and when it has ended."""
+        many = 0
+        async for state in job.follow():
+            ended = state.ended is not None
+            fresh = len(state.items) > many or ended
+            many = len(state.items)
+            newest = state.items[-1].id if state.items else None
+            yield [
+                results.now(state),
+                results.big(self.house, newest) if newest and fresh else gr.skip(),
+                results.strip(state.items) if fresh and many else gr.skip(),
+                gr.Button(interactive=ended),
+                gr.Button(interactive=not ended),
+                newest if newest and fresh else gr.skip(),
+            ]
+
+    def _stop(self, request: gr.Request) -> None:
+        self.jobs.cancel(owner(request))
+
+    def _last_seed(self, latest: str, request: gr.Request) -> Any:
+        record = results.record_of(self.house, latest, owner(request))
+        if record is None:
+            gr.Info("No picture has been drawn yet")
+            return gr.skip()
+        return record["request"]["seed"]

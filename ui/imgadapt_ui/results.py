@@ -1,0 +1,184 @@
+"""Results: a picture with what made it, the strip of those just drawn, and what is next with one of them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gradio as gr
+
+from imgadapt.errors import ConfigError, ImgadaptError
+from imgadapt.playground import record
+from imgadapt.playground.album import Picture
+from imgadapt.playground.desk import Done, Progress
+from imgadapt.playground.house import House
+from imgadapt.playground.requests import GenerateRequest
+from imgadapt_ui.jobs import Job
+from imgadapt_ui.parts import QUIET, Shared, bar, chosen, duration, empty, link, preview, text, thumb, tiles
+from imgadapt_ui.start_picture import StartPicture
+from imgadapt_ui.who import owner
+
+NOTHING = empty("Nothing drawn yet", "Write a prompt and press Generate (Ctrl + Enter). Esc stops.")
+
+
+class Results:
+    """The right-hand side of the Generate tab. progress: bar and preview; big: one picture; strip: all of the job."""
+
+    def __init__(self, house: House) -> None:
+        self.house = house
+        self.progress = gr.HTML("", elem_id="progress", apply_default_css=False)
+        self.big = gr.HTML(NOTHING, elem_id="big", apply_default_css=False)
+        self.strip = tiles("", "strip")
+        with gr.Row(elem_classes="ia-buttons"):
+            self.again = gr.Button("Use these settings", size="sm", min_width=100, elem_id="use-settings")
+            self.further = gr.Button("Start from this picture", size="sm", min_width=100, elem_id="start-from")
+            self.compare = gr.Button("Compare", size="sm", min_width=80, elem_id="send-compare")
+
+    def wire(self, shared: Shared, start: StartPicture) -> None:
+        """Choosing a picture, and what is done with it."""
+
+        def choose(event: gr.EventData, request: gr.Request) -> tuple[str, str]:
+            return big(self.house, chosen(event), owner(request)), chosen(event)
+
+        def again(latest: str, request: gr.Request) -> list[Any]:
+            return refill(shared, latest, owner(request), "generate")
+
+        def compare(latest: str, request: gr.Request) -> list[Any]:
+            return refill(shared, latest, owner(request), "compare")
+
+        def further(latest: str, request: gr.Request) -> list[Any]:
+            if picture_of(self.house, latest, owner(request)) is None:
+                gr.Info("No picture has been drawn yet")
+            return start.begin(latest, owner(request))
+
+        self.strip.select(choose, None, [self.big, shared.latest], **QUIET)
+        self.again.click(again, shared.latest, shared.filled, **QUIET)
+        self.compare.click(compare, shared.latest, shared.filled, **QUIET)
+        self.further.click(further, shared.latest, start.shown, **QUIET)
+
+
+class Restore:
+    """A picture from anywhere, which says how it was made: all settings as they were."""
+
+    def __init__(self, house: House) -> None:
+        self.house = house
+        with gr.Accordion("Settings from a picture", open=False, elem_id="restore-box"):
+            self.file = gr.File(
+                label="Drop a PNG here that was drawn by imgadapt, A1111, Forge, ...",
+                type="binary",
+                file_types=["image"],
+                elem_id="restore",
+                height=110,
+            )
+            self.said = gr.HTML("", elem_id="restored", apply_default_css=False)
+
+    def wire(self, shared: Shared) -> None:
+        def restore(data: bytes | None, request: gr.Request) -> list[Any]:
+            if data is None:
+                return [gr.skip(), *shared.unchanged()]
+            try:
+                found = self.house.playground.restore(data, owner=owner(request))
+            except ImgadaptError as error:
+                return [f'<div class="ia-error" role="alert">{text(error)}</div>', *shared.unchanged()]
+            return [_restored(found), *shared.fill(found.request, None)]
+
+        self.file.upload(restore, self.file, [self.said, *shared.filled], **QUIET)
+
+
+def _restored(found: record.Restored) -> str:
+    lines = "".join(f"<li>{text(line)}</li>" for line in found.lacks)
+    exact = (
+        "All settings restored; drawn again, it is the same to the bit."
+        if found.exact
+        else "Settings restored; drawn again, it may differ."
+    )
+    return f'<div class="ia-note" role="status">{text(exact)}{f"<ul>{lines}</ul>" if lines else ""}</div>'
+
+
+def now(job: Job) -> str:
+    """Where a job is: its bar, and the picture that is being drawn."""
+    if job.ended is not None:
+        return "" if isinstance(job.ended, Done) else bar(job.ended)
+    shown = preview(job.now.preview) if isinstance(job.now, Progress) and job.now.preview else ""
+    return bar(job.now) + shown
+
+
+def strip(pictures: Sequence[Picture]) -> str:
+    """Small pictures to choose from; nothing where there is one only."""
+    if len(pictures) < 2:
+        return ""
+    rows = (
+        f'<button type="button" data-id="{text(one.id)}">{thumb(one.id, f"Picture {at + 1}")}</button>'
+        for at, one in enumerate(pictures)
+    )
+    return f'<div class="ia-strip">{"".join(rows)}</div>'
+
+
+def big(house: House, id: str, owner: str | None = None) -> str:
+    """A picture with what made it. owner: who must have asked for it, in a shared playground; None: it is known."""
+    picture = picture_of(house, id, owner)
+    if picture is None:
+        return empty("This picture is gone", "It was deleted, or belongs to someone else.")
+    about = facts(picture.record) if picture.record else ""
+    name = f"imgadapt-{picture.id}.png"
+    return (
+        f'<figure class="ia-big"><a href="/pictures/{text(id)}" target="_blank" rel="noopener" '
+        f'title="Open in full size"><img src="/pictures/{text(id)}" width="{picture.width}" height="{picture.height}" '
+        f'alt="{text(alt(picture))}"></a><figcaption>{about}'
+        f"{link(f'/pictures/{id}', 'Download PNG', name)}</figcaption></figure>"
+    )
+
+
+def facts(made: Mapping[str, Any]) -> str:
+    """A record as a few lines."""
+    request, adapters = made["request"], made.get("adapters", {})
+    sides = f"{request.get('width')} x {request.get('height')}"
+    few = [f"seed {request.get('seed')}", sides, f"{request.get('steps')} steps"]
+    if request.get("guidance") is not None:
+        few.append(f"guidance {request['guidance']:g}")
+    if request.get("sampler", "base") != "base":
+        few.append(str(request["sampler"]))
+    if made.get("base", {}).get("name"):
+        few.append(str(made["base"]["name"]))
+    if isinstance(made.get("seconds"), int | float):
+        few.append("in " + (duration(made["seconds"]) if made["seconds"] >= 10 else f"{made['seconds']:.1f} s"))
+    stack = [
+        f"{adapters.get(use['adapter'], {}).get('name', use['adapter'])} {use.get('weight', 1):g}"
+        for use in request.get("adapters", ())
+    ]
+    rows = [f'<div class="ia-facts">{"".join(f"<span>{text(one)}</span>" for one in [*few, *stack])}</div>']
+    if request.get("prompt"):
+        rows.append(f'<p class="ia-prompt">{text(request["prompt"])}</p>')
+    rows += [f'<p class="ia-note">{text(note)}</p>' for note in made.get("notes", ())]
+    return "".join(rows)
+
+
+def alt(picture: Picture) -> str:
+    """What a picture is said to show: its prompt."""
+    prompt = str(picture.record["request"].get("prompt", "")) if picture.record else ""
+    return prompt[:200] or "A picture without a prompt"
+
+
+def picture_of(house: House, id: str, owner: str | None) -> Picture | None:
+    """A picture that this owner may see."""
+    try:
+        return house.playground.album.get(id, house.playground.whose(owner) if owner is not None else None)
+    except ConfigError:
+        return None
+
+
+def record_of(house: House, id: str, owner: str) -> Mapping[str, Any] | None:
+    """What made a picture."""
+    picture = picture_of(house, id, owner) if id else None
+    return picture.record if picture is not None else None
+
+
+def refill(shared: Shared, id: str, owner: str, tab: str) -> list[Any]:
+    """Updates of `shared.filled`: the settings of a picture."""
+    made = record_of(shared.house, id, owner)
+    if made is None:
+        gr.Info("No picture has been drawn yet")
+        return shared.unchanged()
+    try:
+        return shared.fill(GenerateRequest.of(made["request"]), tab)
+    except ConfigError as error:
+        gr.Warning(f"The settings of this picture cannot be used: {error}")
+        return shared.unchanged()
