@@ -1,13 +1,16 @@
 """Desk: one thread that does all heavy work in turn, and tickets, by which those who wait follow it."""
 
-import queue
 import re
 import secrets
+import tempfile
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from imgadapt.errors import ImgadaptError
@@ -76,7 +79,9 @@ class Ticket(Generic[T]):
 
     def __init__(self, work: "Callable[[Ticket[T]], T]", owner: str, desk: "Desk") -> None:
         self.id, self.owner, self.work, self._desk = secrets.token_hex(8), owner, work, desk
-        self._news: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._news: deque[Event] = deque()
+        self._told = threading.Condition()
+        self._end: Done | Failed | None = None
         self._stop = threading.Event()
         self._began: float | None = None
         self.ended = threading.Event()
@@ -102,17 +107,19 @@ class Ticket(Generic[T]):
         if self._began is None or done == 0:
             self._began = now
         eta = (now - self._began) / done * (total - done) if done else None
-        self._news.put(Progress(what, done, total, eta, preview))
+        self._tell(Progress(what, done, total, eta, preview))
 
     def made(self, item: Any) -> None:
         """Hand over a part of the result; it counts even when the rest is cancelled."""
-        self._news.put(Made(item))
+        self._tell(Made(item))
         self.check()
 
     def events(self, timeout: float = 0.5) -> Iterator[Event]:
-        """All that happens, up to Done or Failed; while it waits, its place, anew every `timeout` seconds."""
+        """All that happens, up to Done or Failed; while it waits, its place, anew every `timeout` seconds. Who reads
+        it again, or along with another reader, gets what is left, and the end.
+        """
         while True:
-            event = self.next(timeout)
+            event = self.next(timeout) or self._end
             if event is not None:
                 yield event
                 if isinstance(event, Done | Failed):
@@ -120,10 +127,12 @@ class Ticket(Generic[T]):
 
     def next(self, timeout: float = 0.0) -> Event | None:
         """The next event; while it waits in the queue and nothing is new, its place; else None."""
-        try:
-            return self._news.get(timeout=timeout) if timeout else self._news.get_nowait()
-        except queue.Empty:
-            return self._desk.place(self)
+        with self._told:
+            if timeout:
+                self._told.wait_for(lambda: self._news or self._end is not None, timeout)
+            if self._news:
+                return self._news.popleft()
+        return self._desk.place(self)
 
     def result(self) -> T:
         """Wait for the end: the result.
@@ -140,17 +149,29 @@ class Ticket(Generic[T]):
 
     def run(self) -> None:
         """The work, and how it ended; the desk's thread calls it."""
+        end: Done | Failed = Failed("something went wrong inside")
         try:
             self.check()
-            self._news.put(Done(self.work(self)))
+            end = Done(self.work(self))
         except Cancelled:
-            self._news.put(Failed("stopped", cancelled=True))
+            end = Failed("stopped", cancelled=True)
         except ImgadaptError as error:
-            self._news.put(Failed(public(str(error))))
+            end = Failed(public(str(error)))
         except BaseException as error:  # the desk goes on, whatever it was
-            self._news.put(Failed(self._desk.unexpected(error)))
+            with suppress(Exception):  # a full disk under the log, ...
+                end = Failed(self._desk.unexpected(error))
         finally:
+            self._tell(end)
             self.ended.set()
+
+    def _tell(self, event: Event) -> None:
+        with self._told:
+            if isinstance(event, Done | Failed):
+                self._end = event
+            if self._news and isinstance(last := self._news[-1], Progress):
+                self._news[-1] = replace(last, preview=None)  # it is old, and nobody may ever read it
+            self._news.append(event)
+            self._told.notify_all()
 
 
 class Desk:
@@ -239,15 +260,23 @@ class Desk:
                 if self._closed:
                     return
                 self._current = self._waiting.pop(0)
-            self._current.run()
-            with self._changed:
-                self._current = None
+            try:
+                self._current.run()
+            finally:
+                with self._changed:
+                    self._current = None
+
+
+_NAME = r"[^\s:'\"<>|,;()\[\]/\\]+"
+_WORD = _NAME.replace("[^", "[^.")
+_PATH = re.compile(
+    rf"(?<![\w.~/\\-])(?:[A-Za-z]:)?(?:[/\\](?:{_NAME}|{_WORD}(?: {_WORD}){{1,3}})(?=[/\\]))*[/\\]{_NAME}[/\\]?"
+)
+"""An absolute path; its folders, not its last part, may have blanks in their names."""
 
 
 def public(message: str) -> str:
-    """A message without the folders of this machine: of each absolute path only its last name."""
-    return re.sub(
-        r"(?:[A-Za-z]:)?(?:[/\\][^\s:'\"<>|,;()\[\]/\\]+)+[/\\]?",
-        lambda m: re.split(r"[/\\]", m[0].rstrip("/\\"))[-1],
-        message,
-    )
+    """A message without the folders of this machine: of each absolute path only its last name. 2,000 characters."""
+    for folder in {str(Path.home()), str(Path.cwd()), tempfile.gettempdir()} - {"/"}:
+        message = message.replace(f"{folder}/", "/").replace(f"{folder}\\", "/")
+    return _PATH.sub(lambda found: re.split(r"[/\\]", found[0].rstrip("/\\"))[-1], message)[:2000]

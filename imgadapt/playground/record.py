@@ -256,9 +256,12 @@ def fingerprint(place: str) -> str:
     path = demo.PIPELINE if place == "demo" else Path(place)
     if not path.exists():
         return ""
-    files = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file())
-    stats = [(one, one.stat()) for one in files if not one.name.startswith(".")]
-    return _fingerprint(path, tuple((str(one), about.st_size, about.st_mtime_ns) for one, about in stats))
+    try:
+        files = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file())
+        stats = [(one, one.stat()) for one in files if not one.name.startswith(".")]
+        return _fingerprint(path, tuple((str(one), about.st_size, about.st_mtime_ns) for one, about in stats))
+    except OSError:  # it goes away in this moment
+        return ""
 
 
 @functools.lru_cache(64)
@@ -287,8 +290,12 @@ def _autov3(path: Path, size: int, modified: int) -> str:
 
 
 def _adapter(id: str, library: Library) -> dict[str, Any]:
-    card = library.get(id)
-    return {"name": card.name, "sha256": library.digest(id), "autov3": autov3(card.path), "size": card.size}
+    """Of an adapter; nothing is known of one whose file was deleted while it drew, and the picture is kept."""
+    try:
+        card = library.get(id)
+        return {"name": card.name, "sha256": library.digest(id), "autov3": autov3(card.path), "size": card.size}
+    except (ImgadaptError, OSError):
+        return {"name": id}
 
 
 def _digest(path: Path) -> str:

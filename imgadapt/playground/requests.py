@@ -19,10 +19,14 @@ RANDOM = -1
 def _number(value: Any) -> Any:
     """Refuses what Python takes for a number and a user does not: true, NaN, "3"."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError("is no number")
-    if not math.isfinite(value):
-        raise ValueError("is not a finite number")
-    return value
+        raise ValueError("must be a number")
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:
+        raise ValueError("is far too large") from None
+    if not finite:
+        raise ValueError("must be a finite number")
+    return value + 0  # -0.0 is 0.0
 
 
 def _text(value: str) -> str:
@@ -38,7 +42,7 @@ def _text(value: str) -> str:
 def _whole(value: Any) -> Any:
     value = _number(value)
     if value != int(value):
-        raise ValueError("is not a whole number")
+        raise ValueError("must be a whole number")
     return int(value)
 
 
@@ -83,17 +87,58 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(inner) for inner in value) if isinstance(value, list) else value  # pyright: ignore[reportUnknownVariableType]
 
 
+_WORDS = {
+    "missing": "is missing",
+    "extra_forbidden": "is no setting of this request",
+    "string_type": "must be text",
+    "string_unicode": "has half a character (a lone surrogate)",
+    "string_too_long": "has more than {max_length:,} characters",
+    "string_too_short": "is empty or too short",
+    "string_pattern_mismatch": "is none of the ids that were given out here",
+    "bool_type": "must be true or false",
+    "greater_than": "must be more than {gt:,}",
+    "greater_than_equal": "must be {ge:,} or more",
+    "less_than": "must be less than {lt:,}",
+    "less_than_equal": "must be {le:,} or less",
+    "multiple_of": "must be a multiple of {multiple_of}",
+    "literal_error": "must be one of {expected}",
+    "tuple_type": "must be a list",
+    "too_long": "has more than {max_length:,} entries",
+    "too_short": "has fewer than {min_length} entries",
+    "model_type": "must be a table of settings",
+    "model_attributes_type": "must be a table of settings",
+    "dict_type": "must be a table",
+    "value_error": "{error}",
+}
+"""What pydantic's errors are called here."""
+_BRACES = str.maketrans({"{": "{{", "}": "}}"})
+
+
 def _said(error: ValidationError) -> str:
     """The first thing that is wrong, without what was sent where that may be long."""
-    rows = error.errors(include_url=False, include_context=False)
+    rows = error.errors(include_url=False)
     first = rows[0]
-    place = ".".join(str(step) for step in first["loc"]) or "the request"
-    text = str(first["msg"]).removeprefix("Value error, ")
-    text = text[:1].lower() + text[1:]
+    place = ".".join(str(_brief(step)) for step in first["loc"][:6])
+    words = _WORDS.get(first["type"], first["msg"].replace("Input should", "should").translate(_BRACES))
     sent = first.get("input")
-    shown = f" (it is {str(sent)[:40]!r})" if isinstance(sent, int | float | str) and len(str(sent)) <= 40 else ""
+    small = isinstance(sent, int | float) or (isinstance(sent, str) and len(sent) <= 40)
+    shown = f" (it is {_brief(sent)!r})" if small and first["type"] not in ("missing", "extra_forbidden") else ""
     more = f"; and {len(rows) - 1} more" if len(rows) > 1 else ""
-    return f"{place}: {text}{shown}{more}"
+    context = {key: _brief(value) if isinstance(value, float) else value for key, value in first.get("ctx", {}).items()}
+    return f"{place}: {words.format(**context)}{shown}{more}".removeprefix(": ")
+
+
+def _brief(sent: object) -> Any:
+    """Something sent, as far as it may be repeated: short, and without half characters."""
+    if isinstance(sent, float) and sent.is_integer() and abs(sent) < 10**16:
+        return int(sent)
+    if isinstance(sent, bool | float) or (isinstance(sent, int) and abs(sent) < 10**16):
+        return sent
+    if isinstance(sent, int):
+        return f"10^{int(sent.bit_length() * math.log10(2))} or so"
+    text = str(sent)
+    text = text[:41].encode("utf-8", "replace").decode()
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 class Use(Request):
@@ -107,7 +152,7 @@ class Use(Request):
     adapter: Id
     weight: Strength = 1.0
     text: Strength | None = None
-    blocks: Annotated[str, Field(max_length=1000)] = ""
+    blocks: Annotated[str, Field(max_length=1000), AfterValidator(_text)] = ""
     start: Annotated[Whole, Field(ge=0, le=Limits.steps)] = 0
     stop: Annotated[Whole, Field(ge=0, le=Limits.steps)] | None = None
 
