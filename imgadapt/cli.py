@@ -17,6 +17,7 @@ PROGRAMS = {
     "check": ("train_scripts/check.py", "what a training would do, what it takes, and what is wrong with its pictures"),
     "zip": ("train_scripts/zip.py", "merge adapters by coefficients that are learnt from what each draws alone"),
     "generate": ("train_scripts/generate.py", "draw prompts with a base and adapters"),
+    "ui": ("ui/app.py", "the playground: draw with adapters, compare, merge and train them, in a browser"),
     "show": ("converters/show.py", "what is in an adapter file"),
     "convert": ("converters/convert.py", "write an adapter in another tool's format"),
     "merge": ("converters/merge.py", "merge adapters into one, by a rule or a recipe; verify one that was"),
@@ -53,7 +54,8 @@ def main() -> None:
         missing = error.name or ""
         if missing.partition(".")[0] == "imgadapt":
             raise
-        print(f"imgadapt: {missing} is not installed: pip install 'imgadapt[train]'", file=sys.stderr)
+        extra = "ui" if name == "ui" else "train"
+        print(f"imgadapt: {missing} is not installed: pip install 'imgadapt[{extra}]'", file=sys.stderr)
         raise SystemExit(1) from error
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import ipaddress
 import math
 import re
 import secrets
@@ -81,6 +82,30 @@ class Accounts:
         """What changes when their password does; None: nobody has the name."""
         stored = self.all.get(name)
         return hashlib.sha256(stored.encode()).hexdigest() if stored else None
+
+
+def found(file: Path | None, pair: str) -> Accounts | None:
+    """Those of a file and of `NAME:PASSWORD`; None: neither is given.
+
+    Raises:
+        ConfigError: something that is given cannot be used.
+    """
+    name, colon, password = pair.partition(":")
+    if pair and not (_NAME.fullmatch(name) and colon and password):
+        raise ConfigError("IMGADAPT_AUTH is NAME:PASSWORD, and what is set is not")
+    if file is not None and not file.is_file():
+        raise ConfigError(f"{file}: there is no such file; make it with `imgadapt ui --add-user NAME`")
+    if file is None and not pair:
+        return None
+    return Accounts(file.absolute() if file else None, {name: hashed(password)} if pair else None)
+
+
+def is_own(host: str) -> bool:
+    """Whether only this machine reaches an address that is listened at."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def read(file: Path) -> dict[str, str]:

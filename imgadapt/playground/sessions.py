@@ -5,6 +5,10 @@ import hmac
 import re
 import secrets
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+from imgadapt.atomic import atomically
 
 OWNER = "x-imgadapt-owner"
 """Header of requests that have passed the guard; what a client sends under this name is thrown away there."""
@@ -25,6 +29,15 @@ class Guests:
 
     def __init__(self, secret: bytes) -> None:
         self._secret = secret
+
+    @classmethod
+    def kept_in(cls, file: Path) -> Self:
+        """With the secret of a file, which is made where there is none."""
+        if not file.is_file() or file.stat().st_size != 32:
+            with atomically(file) as out:
+                Path(out.name).chmod(0o600)
+                out.write(secrets.token_bytes(32))
+        return cls(file.read_bytes())
 
     def new(self) -> str:
         """A cookie's value."""

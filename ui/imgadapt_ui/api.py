@@ -1,4 +1,4 @@
-"""API: what the playground does, as endpoints with stable names; each takes one table and gives one (docs/playground.md).
+"""API: what the playground does, as endpoints with stable names, a table in and a table out (docs/playground.md).
 
 Those that take time are generators: they say where they are, and the last table is the result; whoever goes away, stops
 them.
@@ -113,7 +113,7 @@ def _quick(name: str, kind: type[Any], find: Callable[[Any, str], Any], says: st
 
 def _add(name: str, endpoint: Callable[..., Awaitable[Table] | AsyncGenerator[Table, None]], says: str) -> None:
     endpoint.__annotations__["return"] = Table  # what it yields, too: Gradio makes its output of this
-    gr.api(endpoint, api_name=name, api_description=says, concurrency_limit=None)
+    gr.api(endpoint, api_name=name, api_description=says)
 
 
 class _Told:

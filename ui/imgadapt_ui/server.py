@@ -1,0 +1,105 @@
+"""Server: the page and the API behind the guard, on an address."""
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import gradio as gr
+import uvicorn
+from fastapi import FastAPI
+from starlette.types import ASGIApp
+
+from imgadapt.errors import ConfigError
+from imgadapt.playground.entrance import Entrance
+from imgadapt.playground.guard import Guard, Rules
+from imgadapt.playground.house import House
+from imgadapt.playground.routes import routes
+from imgadapt_ui.api import endpoints
+from imgadapt_ui.editors import tame
+
+_EVENTS, _AT_ONCE = 256, 64
+"""Events of all pages and programs that wait; of one kind that are at work, which mostly wait at the desk."""
+
+
+def application(
+    house: House,
+    blocks: gr.Blocks,
+    rules: Rules,
+    entrance: Entrance | None = None,
+    look: Mapping[str, Any] | None = None,
+) -> ASGIApp:
+    """The whole server. look: further arguments of `gr.mount_gradio_app`."""
+    with blocks:
+        endpoints(house)
+    tame(blocks, house.playground.settings.limits.upload)
+    blocks.enable_queue = True
+    blocks.queue(max_size=_EVENTS, default_concurrency_limit=_AT_ONCE, api_open=False)
+    blocks.delete_cache = (3600, 86400)
+    blocks.analytics_enabled = False
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, routes=list(routes(house)))
+    gr.mount_gradio_app(
+        app,
+        blocks,
+        "/",
+        server_name="127.0.0.1",
+        show_error=False,
+        max_file_size=house.playground.settings.limits.upload,
+        run_history=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        ssr_mode=False,
+        pwa=False,
+        **(look or {}),
+    )
+    return Guard(app, rules, entrance)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """An open socket.
+
+    Raises:
+        ConfigError: the port is taken, the address is not this machine's, ...
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    opened = socket.socket(family, socket.SOCK_STREAM)
+    if os.name == "posix":
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        opened.bind((host, port))
+        opened.listen(256)
+    except (OSError, OverflowError) as error:
+        opened.close()
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{host}, port {port}: {why}; choose another with --port (0: any that is free)") from None
+    return opened
+
+
+class _Server(uvicorn.Server):
+    """Says when it is ready."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._ready()
+
+
+def serve(app: ASGIApp, opened: socket.socket, ready: Callable[[], None]) -> None:
+    """Answer until Ctrl-C or SIGTERM, which end it as they end other programs."""
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=3,
+        limit_concurrency=1000,
+        h11_max_incomplete_event_size=64 * 2**10,
+    )
+    with contextlib.closing(opened):
+        _Server(config, ready).run([opened])
