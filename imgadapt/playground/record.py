@@ -1,17 +1,12 @@
 """Records: what made a picture, in its PNG: A1111's `parameters` for everyone, and JSON that restores all of it."""
 
 import datetime
-import functools
-import hashlib
-import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from imgadapt import demo
 from imgadapt.errors import ConfigError, DataError, ImgadaptError
-from imgadapt.playground import foreign, infotext
+from imgadapt.playground import foreign, infotext, provenance
 from imgadapt.playground.album import Album
 from imgadapt.playground.bases import Base, Bases
 from imgadapt.playground.decoding import opened
@@ -21,9 +16,6 @@ from imgadapt.playground.settings import Settings
 
 KEY = infotext.KEY
 parameters = infotext.parameters
-_PACKAGES = ("imgadapt", "torch", "diffusers", "transformers")
-_ENDS = 2**20
-"""Bytes of a file's beginning and end that stand for the whole of a base, which is too large to be read."""
 _HASHED = 2**30
 """Bytes of adapters that are read at most to find one by its hash."""
 
@@ -43,8 +35,14 @@ def about(base: Base, settings: Settings) -> dict[str, str]:
     """A base as records have it: name, kind, a fingerprint ("" where it is none of this machine's files), device and
     dtype that it works in.
     """
-    device, dtype = machine(settings.device), settings.dtype
-    return {"name": base.name, "kind": base.kind, "print": fingerprint(base.place), "device": device, "dtype": dtype}
+    device, dtype = provenance.machine(settings.device), settings.dtype
+    return {
+        "name": base.name,
+        "kind": base.kind,
+        "print": provenance.fingerprint(base.place),
+        "device": device,
+        "dtype": dtype,
+    }
 
 
 def of(
@@ -58,17 +56,19 @@ def of(
     """The record of a picture: its settled request; its adapters' names and SHA-256; its base (see `about`); SHA-256 of
     the pictures it began from; versions of imgadapt, torch, diffusers, transformers; device; dtype.
     """
-    given = {id: _digest(album.get(id).path) for id in (request.init, request.mask) if id and album is not None}
+    given = {
+        id: provenance.digest(album.get(id).path) for id in (request.init, request.mask) if id and album is not None
+    }
     return {
         "version": infotext.VERSION,
         "request": request.model_dump(mode="json", exclude_none=True),
         "adapters": {use.adapter: _adapter(use.adapter, library) for use in request.adapters},
         "base": {key: base[key] for key in ("name", "kind", "print") if key in base},
         "given": given,
-        "versions": versions(),
+        "versions": provenance.versions(),
         "device": base.get("device", ""),
         "dtype": base.get("dtype", ""),
-        "threads": _threads(),
+        "threads": provenance.threads(),
         "made": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "seconds": round(seconds, 3),
         "notes": list(notes),
@@ -112,7 +112,7 @@ def restore(
     if record.get("version") != infotext.VERSION:
         back.lacks.append("it was written by another version of the playground; what is not known here is left out")
     request = gently(values, back.lacks)
-    here = (versions(), machine(settings.device), settings.dtype, _threads())
+    here = (provenance.versions(), provenance.machine(settings.device), settings.dtype, provenance.threads())
     then = (record.get("versions"), record.get("device"), record.get("dtype"), record.get("threads"))
     return Restored(request, tuple(back.lacks), not back.lacks and same_base and here == then)
 
@@ -202,7 +202,9 @@ class _Back:
         try:
             if sha256:
                 return self.library.digest(card.id) == sha256
-            return not hash or any(one.startswith(hash) for one in (autov3(card.path), self.library.digest(card.id)))
+            return not hash or any(
+                one.startswith(hash) for one in (provenance.autov3(card.path), self.library.digest(card.id))
+            )
         except (ImgadaptError, OSError):  # deleted since it was listed
             return False
 
@@ -219,92 +221,23 @@ class _Back:
         return found.id, same
 
 
-def versions() -> dict[str, str]:
-    """Of the packages that decide what is drawn."""
-    return dict(_versions())
-
-
-@functools.cache
-def _versions() -> Mapping[str, str]:
-    found = dict[str, str]()
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = ""
-    return found
-
-
-@functools.cache
-def machine(device: str) -> str:
-    """What computes, as far as it decides the last bits."""
-    import torch
-
-    if device.startswith("cuda"):
-        return f"cuda {torch.cuda.get_device_name(device)}"
-    return f"{device} {torch.backends.cpu.get_cpu_capability()}" if device == "cpu" else device
-
-
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
-
-
-def fingerprint(place: str) -> str:
-    """Of a base's files: their sizes, beginnings and ends; "" where the place is none of this machine's."""
-    path = demo.PIPELINE if place == "demo" else Path(place)
-    if not path.exists():
-        return ""
-    try:
-        files = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file())
-        stats = [(one, one.stat()) for one in files if not one.name.startswith(".")]
-        return _fingerprint(path, tuple((str(one), about.st_size, about.st_mtime_ns) for one, about in stats))
-    except OSError:  # it goes away in this moment
-        return ""
-
-
-@functools.lru_cache(64)
-def _fingerprint(root: Path, files: tuple[tuple[str, int, int], ...]) -> str:
-    whole = hashlib.sha256()
-    for name, size, _ in files:
-        whole.update(f"{Path(name).relative_to(root).as_posix() if Path(name) != root else ''}:{size}\n".encode())
-        with open(name, "rb") as file:
-            whole.update(file.read(_ENDS))
-            file.seek(max(_ENDS, size - _ENDS))
-            whole.update(file.read(_ENDS))
-    return whole.hexdigest()
-
-
-def autov3(path: Path) -> str:
-    """SHA-256 of a safetensors file's tensors, without its header: A1111's and Civitai's hash of a LoRA."""
-    about = path.stat()
-    return _autov3(path, about.st_size, about.st_mtime_ns)
-
-
-@functools.lru_cache(512)
-def _autov3(path: Path, size: int, modified: int) -> str:
-    with path.open("rb") as file:
-        file.seek(8 + int.from_bytes(file.read(8), "little"))
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _adapter(id: str, library: Library) -> dict[str, Any]:
     """Of an adapter; nothing is known of one whose file was deleted while it drew, and the picture is kept."""
     try:
         card = library.get(id)
-        return {"name": card.name, "sha256": library.digest(id), "autov3": autov3(card.path), "size": card.size}
+        return {
+            "name": card.name,
+            "sha256": library.digest(id),
+            "autov3": provenance.autov3(card.path),
+            "size": card.size,
+        }
     except (ImgadaptError, OSError):
         return {"name": id}
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def _is_here(id: object, given: Mapping[str, Any], album: Album | None, owner: str | None) -> bool:
     try:
-        return album is not None and _digest(album.get(str(id), owner).path) == given.get(str(id))
+        return album is not None and provenance.digest(album.get(str(id), owner).path) == given.get(str(id))
     except (ConfigError, OSError):
         return False
 
