@@ -1,0 +1,25 @@
+"""Telling: how long events of the page are declared, and how what goes wrong in one is told."""
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import gradio as gr
+
+from imgadapt.errors import ImgadaptError
+from imgadapt.playground.desk import public
+from imgadapt_ui.parts import QUIET
+
+LIVE: Mapping[str, Any] = {**QUIET, "concurrency_limit": None}
+"""Of events that follow a ticket: they wait, as many at once as there are viewers."""
+LATEST: Mapping[str, Any] = {**QUIET, "trigger_mode": "always_last"}
+"""Of events that a user sets off again before they are over, by typing."""
+
+
+@contextmanager
+def told() -> Generator[None]:
+    """Errors of ours become a line for the user."""
+    try:
+        yield
+    except ImgadaptError as error:
+        raise gr.Error(public(str(error)), title="Not possible", print_exception=False) from None
