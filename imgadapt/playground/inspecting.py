@@ -1,31 +1,32 @@
 """Inspector: all about one adapter, and what of it would go on the loaded base."""
 
+import math
+import threading
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from imgadapt.combining.recipes import KEY
+from imgadapt.file import AdapterFile
+from imgadapt.playground import telling
+from imgadapt.playground.cards import plain
 from imgadapt.playground.library import Card
+from imgadapt.playground.matching import Match, Places, match
 from imgadapt.playground.session import Playground
+from imgadapt.summary import NO_CONFIG, alpha_unsaid, summary
 
+__all__ = ["Details", "Inspector", "Match"]
 
-@dataclass(frozen=True)
-class Match:
-    """Against the loaded base. matched of total layers; unmatched: layer -> why; unknown: keys that no table knows.
-    verdict: "all", "some", "none"; none is a red error.
-    """
-
-    base: str
-    matched: int
-    total: int
-    unmatched: Mapping[str, str]
-    unknown: Mapping[str, str]
-    verdict: str
+_KEPT = 16
+_SHOWN = 20_000  # characters of an entry of metadata
 
 
 @dataclass(frozen=True)
 class Details:
-    """norms: Frobenius norm of the change by block (None where it depends on the base's weights). metadata: as it is,
-    from anyone: escape it. training: what is known of its training, in words (pictures, steps, rate, resolution, ...).
-    recipe: TOML, of a merged one.
+    """norms: Frobenius norm of the change by block; without blocks whose norms depend on the base's weights (DoRA, OFT)
+    or are not finite. metadata: from anyone: escape it; as it is, but for an entry's end beyond 20,000 characters.
+    training: what is known of its training, in words (pictures, steps, rate, resolution, ...), from anyone, too.
+    recipe: TOML, of a merged one. match: None: no base is loaded yet.
     """
 
     card: Card
@@ -37,10 +38,67 @@ class Details:
     match: Match | None
 
 
+@dataclass(frozen=True)
+class _Known:
+    """What does not depend on the base."""
+
+    file: AdapterFile
+    norms: Mapping[str, float]
+    sha256: str
+
+
 class Inspector:
+    """See the module. What was looked at last is kept, for as long as its file does not change."""
+
     def __init__(self, playground: Playground) -> None:
-        raise NotImplementedError
+        self._playground = playground
+        self._lock = threading.Lock()
+        self._known: OrderedDict[tuple[str, float, int], _Known] = OrderedDict()
+        self._places: tuple[int, Places] | None = None
 
     def look(self, id: str) -> Details:
         """Raises ConfigError, FormatError: see Library."""
-        raise NotImplementedError
+        library = self._playground.library
+        card = library.get(id)
+        status = card.path.stat() if card.path.exists() else None
+        key = (id, status.st_mtime if status else 0.0, status.st_size if status else 0)
+        with self._lock:
+            known = self._known.get(key)
+        if known is None:
+            file = library.file(id, strict=False)
+            norms = {block: norm for block, norm in summary(file).blocks.items() if math.isfinite(norm)}
+            known = _Known(file, norms, library.digest(id))
+            self._keep(key, known)
+        metadata = {plain(name): _cut(value) for name, value in known.file.metadata.items()}
+        return Details(
+            card, known.sha256, known.norms, metadata, self._training(known.file),
+            known.file.metadata.get(KEY, ""), self._match(known.file),
+        )  # fmt: skip
+
+    def _keep(self, key: tuple[str, float, int], known: _Known) -> None:
+        with self._lock:
+            self._known[key] = known
+            while len(self._known) > _KEPT:
+                self._known.popitem(last=False)
+
+    @staticmethod
+    def _training(file: AdapterFile) -> list[tuple[str, str]]:
+        rows = telling.training(file.metadata)
+        return [*rows, ("Note", NO_CONFIG)] if alpha_unsaid(file) else rows
+
+    def _match(self, file: AdapterFile) -> Match | None:
+        studio = self._playground.studio
+        base, family = studio.base, studio.family
+        if base is None or family is None:
+            return None
+        with self._lock:
+            known = self._places
+        if known is None or known[0] != id(family):
+            known = (id(family), Places.of(base.name, family.pipeline))
+            with self._lock:
+                self._places = known
+        return match(file, known[1])
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… ({len(text) - _SHOWN:,} more characters)"

@@ -24,6 +24,7 @@ _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 _PEFT = "adapter_config.json"
 _THUMBNAIL = 256  # pixels
 _THUMBNAILS = 512
+_NO_RESULTS = ("cache", "checkpoints", "samples", "class", "check", "tensorboard", "embeddings")  # in a run's folder
 _OF_A_RUN = ("adapter.safetensors", "best.safetensors")
 
 
@@ -203,11 +204,9 @@ class Library:
         scan = Scan(self._runs, (".safetensors",), _PEFT, (self._runs.resolve(),), 2, passed=_is_no_result)
         for found in scan:
             run, _, rest = found.relative.partition("/")
-            if rest not in _OF_A_RUN and not rest.startswith("snapshots/"):
-                continue
-            which = "" if rest == _OF_A_RUN[0] else f"-{Path(rest).stem}"
-            yield Row(id_of("runs", found.relative), f"{run}{which}", plain(f"runs/{run}"), found)
-        left_out += scan.left_out
+            if rest in _OF_A_RUN or rest.startswith("snapshots/"):
+                which = "" if rest == _OF_A_RUN[0] else f"-{Path(rest).stem}"
+                yield Row(id_of("runs", found.relative), f"{run}{which}", plain(f"runs/{run}"), found)
 
     def _card(self, row: Row, name: str) -> Card:
         found, beside = row.found, row.found.beside
@@ -251,7 +250,7 @@ class Library:
 def _is_no_result(name: str) -> bool:
     """Folders of a training that are full of tensors and of no adapters."""
     other_format = name.startswith("adapter.") and name != _OF_A_RUN[0]
-    return other_format or name in ("cache", "checkpoints", "samples", "class", "check")
+    return other_format or name in _NO_RESULTS
 
 
 def _searched(card: Card) -> str:
