@@ -56,7 +56,7 @@ class Watch:
             return [NOTHING, *shut, gr.Dropdown(choices=[], value=None), gr.Timer(active=False)]
         active = one.state in ACTIVE
         cards: list[Any] = [(card.name, card.id) for card in one.cards]
-        newest = {"value": one.cards[-1].id} if cards and not active else {}
+        newest: dict[str, Any] = {"value": one.cards[-1].id} if cards and not active else {}
         return [
             train_html.run(one),
             gr.Button(visible=active),
