@@ -69,7 +69,7 @@ class Guard:
         body = _Body(receive, self.rules.upload if upload else self.rules.body)
         out.body = body
         if body.too_large(Headers(scope=scope)):
-            await body.said(scope, receive, out)
+            await out.instead(scope, body)
             return
         if not upload:
             await self._known(scope, body, out)
@@ -129,6 +129,7 @@ class Guard:
                     out.cookie = f"{COOKIE}={given}; Path=/; Max-Age=31536000; HttpOnly; SameSite=Strict{secure}"
             await self._answer(scope, body, out, guest)
         elif path == "/login":
+            out.body = None  # no application has a say here
             response = entrance.page() if method == "GET" else await self._login(entrance, scope, body)
             await response(scope, body, out)
         elif path == "/logout":
