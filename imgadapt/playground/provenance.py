@@ -71,7 +71,10 @@ def _fingerprint(root: Path, files: tuple[tuple[str, int, int], ...]) -> str:
 
 
 def autov3(path: Path) -> str:
-    """SHA-256 of a safetensors file's tensors, without its header: A1111's and Civitai's hash of a LoRA."""
+    """SHA-256 of a safetensors file's tensors, without its header: A1111's and Civitai's hash of a LoRA. A folder is
+    peft's.
+    """
+    path = path / "adapter_model.safetensors" if path.is_dir() else path
     about = path.stat()
     return _autov3(path, about.st_size, about.st_mtime_ns)
 
