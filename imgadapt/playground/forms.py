@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from imgadapt.playground.requests import RANDOM, GenerateRequest, Use
+from imgadapt.playground.requests import GenerateRequest, Use
 
 ROWS = 8
 """Adapters that a page's stack has room for."""
@@ -25,6 +25,8 @@ COMMON = (
 """Fields of all pictures; an empty one (None, "") leaves the choice to the request's default."""
 ROW = ("adapter", "weight", "text", "blocks", "start", "stop")
 """Fields of one adapter of the stack; `adapter` is "" where the row is free."""
+OPTIONAL = ("guidance", "width", "height", "text", "stop")
+"""Numbers that may be left open; a page has text for them, "" for open."""
 FIELDS = (*COMMON, *(f"{name}_{row}" for row in range(ROWS) for name in ROW))
 """All of them, in the order in which a page passes them on."""
 
@@ -53,19 +55,42 @@ def request(fields: Mapping[str, Any], base: str | None = None) -> GenerateReque
 def fields(request: GenerateRequest) -> dict[str, Any]:
     """A form that asks for this."""
     said = request.model_dump(mode="json")
-    return {**{name: said[name] for name in COMMON}, **rows(request.adapters)}
+    return {**_texts({name: said[name] for name in COMMON}), **rows(request.adapters)}
 
 
 def rows(stack: Sequence[Use]) -> dict[str, Any]:
     """The stack's part of a form; all of its rows, those that are free too. What has no room is left out."""
     empty = {"adapter": "", "weight": 1.0, "text": None, "blocks": "", "start": 0, "stop": None}
-    filled = [use.model_dump(mode="json") for use in stack[:ROWS]]
-    filled += [empty] * (ROWS - len(filled))
+    filled = [_texts(use.model_dump(mode="json")) for use in stack[:ROWS]]
+    filled += [_texts(empty)] * (ROWS - len(filled))
     return {f"{name}_{row}": values[name] for row, values in enumerate(filled) for name in ROW}
 
 
+def _texts(row: Mapping[str, Any]) -> dict[str, Any]:
+    """With optional numbers as text."""
+    return {name: _text(value) if name in OPTIONAL else value for name, value in row.items()}
+
+
+def _text(value: float | None) -> str:
+    return "" if value is None else str(value)
+
+
 def _filled(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if value is not None and value != ""}
+    """What is not left open, texts of numbers read. (What is no number stays: the request says so.)"""
+    read = {name: number(value) if name in OPTIONAL else value for name, value in row.items()}
+    return {name: value for name, value in read.items() if value is not None and value != ""}
 
 
-__all__ = ["COMMON", "FIELDS", "RANDOM", "ROW", "ROWS", "fields", "request", "rows", "uses"]
+def number(value: Any) -> Any:
+    """A number that a page has as text; "" stays "", and so does what is no number."""
+    if not isinstance(value, str):
+        return value
+    short = value.strip()[:40]
+    try:
+        return int(short)
+    except ValueError:
+        pass
+    try:
+        return float(short)
+    except ValueError:
+        return short

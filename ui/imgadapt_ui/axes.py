@@ -38,9 +38,21 @@ class AxisForm:
         if letter != "x":
             kinds = [("nothing", ""), *kinds]
         of = self.abouts(kind, "")
-        with gr.Row(elem_classes="lab-axis"):
-            self.kind = gr.Dropdown(
-                kinds, value=kind, label=f"{letter.upper()} axis", min_width=130, elem_id=f"axis-{letter}-kind"
+        with gr.Group(elem_classes="lab-axis"):
+            with gr.Row():
+                self.kind = gr.Dropdown(
+                    kinds, value=kind, label=f"{letter.upper()} axis", min_width=160, elem_id=f"axis-{letter}-kind"
+                )
+                self.about = gr.Dropdown(
+                    of,
+                    value=of[0][1] if of else None,
+                    label="Of which",
+                    visible=kind in ABOUT,
+                    min_width=160,
+                    elem_id=f"axis-{letter}-about",
+                )
+            self.pick = gr.Dropdown(
+                [], value=[], multiselect=True, label="Pick", visible=False, elem_id=f"axis-{letter}-pick"
             )
             self.values = gr.Textbox(
                 values,
@@ -48,26 +60,7 @@ class AxisForm:
                 info=HINTS[kind][1] if kind else "",
                 max_lines=6,
                 visible=bool(kind),
-                min_width=180,
-                scale=2,
                 elem_id=f"axis-{letter}-values",
-            )
-            self.about = gr.Dropdown(
-                of,
-                value=of[0][1] if of else None,
-                label="Of which",
-                visible=kind in ABOUT,
-                min_width=150,
-                elem_id=f"axis-{letter}-about",
-            )
-            self.pick = gr.Dropdown(
-                [],
-                value=[],
-                multiselect=True,
-                label="Pick",
-                visible=False,
-                min_width=180,
-                elem_id=f"axis-{letter}-pick",
             )
 
     @property

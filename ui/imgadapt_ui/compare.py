@@ -9,13 +9,14 @@ import gradio as gr
 
 from imgadapt.errors import ConfigError, ImgadaptError
 from imgadapt.playground.desk import public
+from imgadapt.playground.forms import number
 from imgadapt.playground.grids import Grid, GridRequest
 from imgadapt.playground.house import House
 from imgadapt_ui import analysing, axes, boxes, grid_html
 from imgadapt_ui.axes import AxisForm
 from imgadapt_ui.grid_view import GridView
 from imgadapt_ui.parts import QUIET, Shared
-from imgadapt_ui.telling import LATEST, LIVE, told
+from imgadapt_ui.telling import LATEST, LIVE, open_number, told
 from imgadapt_ui.who import owner
 
 
@@ -32,10 +33,8 @@ class Form:
         with gr.Accordion("Other than in Generate", open=False):
             self.prompt = gr.Textbox(label="Prompt", placeholder="as in Generate", elem_id="grid-prompt")
             with gr.Row():
-                self.seed = gr.Number(None, label="Seed", placeholder="as in Generate", precision=0, min_width=120)
-                self.steps = gr.Number(
-                    None, label="Steps", placeholder="as in Generate", precision=0, min_width=120, elem_id="grid-steps"
-                )
+                self.seed = open_number("Seed", "as in Generate", "grid-seed", 120)
+                self.steps = open_number("Steps", "as in Generate", "grid-steps", 120)
             with gr.Row():
                 self.name = gr.Textbox(label="Name of the grid", max_length=200, min_width=160)
                 self.baseline = gr.Checkbox(True, label="A column without adapters", min_width=160)
@@ -61,9 +60,9 @@ class Form:
         """Raises ConfigError: what is wrong with the form."""
         count = len(self.shared.fields)
         prompt, seed, steps, name, baseline, *rest = values[count:]
-        changed = {"prompt": prompt or None, "seed": seed, "steps": steps}
+        changed = {"prompt": prompt, "seed": number(seed), "steps": number(steps)}
         common = self.shared.asked(values[:count]).model_dump(mode="json", exclude_none=True)
-        common |= {key: value for key, value in changed.items() if value is not None} | {"count": 1}
+        common |= {key: value for key, value in changed.items() if value not in (None, "")} | {"count": 1}
         common.pop("layout", None)
         along = {letter: axes.asked(rest[3 * k : 3 * k + 3]) for k, letter in enumerate("xyz")}
         asked = {"common": common, "name": name or "", "baseline": bool(baseline)}
@@ -167,6 +166,7 @@ def _wire_drawing(
             yield update
 
     async def rejoin(id: str, request: gr.Request) -> AsyncGenerator[list[Any], None]:
+        yield [gr.skip() for _ in view.shown]  # of nothing at all Gradio would make empty values
         if id:  # this page follows one, or shows one
             return
         async for update in view.follow(None, owner(request)):

@@ -7,10 +7,12 @@ import gradio as gr
 
 from imgadapt.combining.rules import RULES
 from imgadapt.combining.rules.rule import Option
+from imgadapt.playground.forms import number
 from imgadapt.playground.house import House
 from imgadapt.playground.lab import MergeRequest
 from imgadapt.playground.requests import Use
 from imgadapt_ui.parts import QUIET, adapters
+from imgadapt_ui.telling import open_number
 
 ROWS = 8
 """Adapters that the form has room for."""
@@ -41,7 +43,7 @@ class MergeForm:
                             elem_id=f"merge-adapter-{row}",
                         ),
                         gr.Number(1.0, label="Weight", step=0.05, min_width=80, elem_id=f"merge-weight-{row}"),
-                        gr.Number(None, label="Text encoder", placeholder="as weight", step=0.05, min_width=80),
+                        open_number("Text enc.", "as weight", width=80),
                         gr.Textbox("", label="Blocks", placeholder="all", max_length=1000, min_width=80),
                     ]
                 )
@@ -53,7 +55,7 @@ class MergeForm:
         with gr.Row():
             sizes = [(said, name) for name, said in SIZES.items()]
             self.kind = gr.Dropdown(sizes, value="", label="Size of the result", min_width=140, elem_id="merge-kind")
-            self.much = gr.Number(None, label="How much", min_width=100, visible=False, elem_id="merge-much")
+            self.much = open_number("How much", "", "merge-much", visible=False)
             self.space = gr.Dropdown(["delta", "core"], value="delta", label="Space", min_width=100)
             self.seed = gr.Number(0, label="Seed", info="of rules that draw lots", precision=0, min_width=100)
         with gr.Row():
@@ -121,7 +123,7 @@ class MergeForm:
     @staticmethod
     def of_kind(kind: str) -> Any:
         hints = {"rank": "of each layer", "error": "relative, 0 to 1", "energy": "the share kept, 0 to 1", "size": "MB"}
-        return gr.Number(visible=bool(kind), info=hints.get(kind))
+        return gr.Textbox(visible=bool(kind), info=hints.get(kind))
 
     def asked(self, values: Sequence[Any]) -> MergeRequest:
         """The request that the form stands for, of the values of `inputs`.
@@ -133,8 +135,8 @@ class MergeForm:
         for row in range(ROWS):
             adapter, weight, text, blocks = values[4 * row : 4 * row + 4]
             if adapter:
-                use = {"adapter": adapter, "weight": weight, "text": text, "blocks": blocks}
-                uses.append({name: value for name, value in use.items() if value is not None})
+                use = {"adapter": adapter, "weight": weight, "text": number(text), "blocks": blocks}
+                uses.append({name: value for name, value in use.items() if value not in (None, "")})
         rule, *rest = values[4 * ROWS :]
         options = dict(zip(_OPTIONS, rest, strict=False))
         kind, much, space, seed, format, dtype, name = rest[len(_OPTIONS) :]
@@ -150,12 +152,12 @@ class MergeForm:
             "name": name,
         }
         known = {key: value for key, value in asked.items() if value is not None}
-        return MergeRequest.of({**known, **({kind: much} if kind else {})})
+        return MergeRequest.of({**known, **({kind: number(much)} if kind else {})})
 
     def filled(self, request: MergeRequest) -> list[Any]:
         """Updates for `shown`: the form asks for this."""
         kind = next((name for name in ("rank", "error", "energy", "size") if getattr(request, name) is not None), "")
-        much = gr.Number(value=getattr(request, kind) if kind else None, visible=bool(kind))
+        much = gr.Textbox(value=str(getattr(request, kind)) if kind else "", visible=bool(kind))
         rest = [request.rule, *self.of_rule(request.rule, request.options), kind, much, request.space, request.seed]
         stack, boxes = self._stack(request.adapters)
         return [*stack, *rest, request.format or "", request.dtype or "", request.name, *boxes]
@@ -169,13 +171,17 @@ class MergeForm:
         """The rows' values and their boxes' updates."""
         uses = list(stack[:ROWS])
         free = ROWS - len(uses)
-        values = [value for use in uses for value in (use.adapter, use.weight, use.text, use.blocks)]
-        return values + ["", 1.0, None, ""] * free, self.needed(*(use.adapter for use in uses), *[""] * free)
+        values = [value for use in uses for value in _row(use)]
+        return values + ["", 1.0, "", ""] * free, self.needed(*(use.adapter for use in uses), *[""] * free)
 
     def refreshed(self) -> list[Any]:
         """Updates of the rows' adapters when the library has changed."""
         choices: list[Any] = [("nothing", ""), *adapters(self.house)]
         return [gr.Dropdown(choices=choices) for _ in self.rows]
+
+
+def _row(use: Use) -> tuple[str, float, str, str]:
+    return use.adapter, use.weight, "" if use.text is None else str(use.text), use.blocks
 
 
 def _component(name: str, option: Option) -> Any:

@@ -23,3 +23,12 @@ def told() -> Generator[None]:
         yield
     except ImgadaptError as error:
         raise gr.Error(public(str(error)), title="Not possible", print_exception=False) from None
+
+
+def open_number(label: str, left: str, elem_id: str | None = None, width: int = 100, **more: Any) -> gr.Textbox:
+    """A number that may be left open: as text, for Gradio makes 0 of no number; see `forms.number`. left: what is said
+    where it is open.
+    """
+    return gr.Textbox(
+        "", label=label, placeholder=left, max_length=20, max_lines=1, min_width=width, elem_id=elem_id, **more
+    )

@@ -6,9 +6,11 @@ from typing import Any
 import gradio as gr
 
 from imgadapt.methods import METHODS
+from imgadapt.playground.forms import number
 from imgadapt.playground.house import House
 from imgadapt.playground.runs import TrainRequest
 from imgadapt_ui.parts import QUIET
+from imgadapt_ui.telling import open_number
 
 FIELDS = (
     "data",
@@ -27,6 +29,9 @@ FIELDS = (
     "seed",
 )
 """Of TrainRequest, in the order of `TrainForm.inputs`; the base is the page's."""
+
+_OPEN = ("rank", "steps", "batch_size", "learning_rate", "resolution", "sample_every")
+"""Numbers that are planned where they are left open."""
 
 
 class TrainForm:
@@ -60,15 +65,15 @@ class TrainForm:
         with gr.Row():
             methods = [method.name for method in METHODS]
             self.method = gr.Dropdown(methods, value="lora", label="Method", min_width=110)
-            self.rank = _number("Rank", "train-rank")
-            self.steps = _number("Steps", "train-steps")
+            self.rank = open_number("Rank", "planned", "train-rank")
+            self.steps = open_number("Steps", "planned", "train-steps")
         with gr.Accordion("More", open=False):
             with gr.Row():
-                self.batch_size = _number("Batch size")
-                self.learning_rate = gr.Number(None, label="Learning rate", placeholder="planned", min_width=100)
-                self.resolution = _number("Resolution")
+                self.batch_size = open_number("Batch size", "planned")
+                self.learning_rate = open_number("Learning rate", "planned")
+                self.resolution = open_number("Resolution", "planned")
             with gr.Row():
-                self.sample_every = _number("Sample every", "train-sample-every")
+                self.sample_every = open_number("Sample every", "planned", "train-sample-every")
                 self.seed = gr.Number(0, label="Seed", precision=0, min_width=100)
 
     @property
@@ -89,10 +94,6 @@ class TrainForm:
         self.kind.change(learnt, self.kind, [self.word, self.trigger, self.class_prompt], **QUIET)
 
 
-def _number(label: str, id: str | None = None) -> gr.Number:
-    return gr.Number(None, label=label, placeholder="planned", precision=0, min_width=100, elem_id=id)
-
-
 def sets(house: House) -> list[tuple[str, str]]:
     """Data sets as choices: (name and size, id)."""
     return [(f"{one.name} ({one.pictures} pictures)", one.id) for one in house.runs.datasets()]
@@ -104,5 +105,6 @@ def asked(values: Sequence[Any], base: str | None) -> TrainRequest:
     Raises:
         ConfigError: what is wrong with it, in one line.
     """
-    said = {name: value for name, value in zip(FIELDS, values, strict=True) if value is not None and value != ""}
+    read = {name: number(value) if name in _OPEN else value for name, value in zip(FIELDS, values, strict=True)}
+    said = {name: value for name, value in read.items() if value is not None and value != ""}
     return TrainRequest.of({**said, **({"base": base} if base else {})})
