@@ -15,7 +15,7 @@ from imgadapt_ui.parts import QUIET, Shared
 from imgadapt_ui.stack import Stack
 from imgadapt_ui.who import owner
 
-SIZES = {"Base's own": None, "64 x 64": 64, "512 x 512": 512, "768 x 768": 768, "1024 x 1024": 1024}
+SIZES = {"Base's own": "", "512 x 512": "512", "768 x 768": "768", "1024 x 1024": "1024"}
 
 
 class Generate:
@@ -85,19 +85,19 @@ class Generate:
                     min_width=90,
                     elem_id="count",
                 )
-                form["guidance"] = gr.Number(
-                    None, label="Guidance", placeholder="auto", minimum=0, min_width=90, step=0.5, elem_id="guidance"
+                form["guidance"] = gr.Textbox(
+                    "", label="Guidance", placeholder="auto", min_width=90, max_length=20, elem_id="guidance"
                 )
             with gr.Row(elem_classes="ia-buttons"):
                 self.any_seed = gr.Button("Any seed", size="sm", min_width=80)
                 self.same_seed = gr.Button("Seed of the last", size="sm", min_width=80, elem_id="last-seed")
             with gr.Row():
                 self.size = gr.Dropdown(list(SIZES), value="Base's own", label="Size", min_width=140, elem_id="size")
-                form["width"] = gr.Number(
-                    None, label="Width", placeholder="auto", precision=0, step=8, min_width=80, elem_id="width"
+                form["width"] = gr.Textbox(
+                    "", label="Width", placeholder="auto", min_width=80, max_length=20, elem_id="width"
                 )
-                form["height"] = gr.Number(
-                    None, label="Height", placeholder="auto", precision=0, step=8, min_width=80, elem_id="height"
+                form["height"] = gr.Textbox(
+                    "", label="Height", placeholder="auto", min_width=80, max_length=20, elem_id="height"
                 )
         form["layout"] = gr.JSON(None, visible=False)
 
@@ -128,6 +128,7 @@ class Generate:
                 yield update
 
         async def rejoin(request: gr.Request) -> AsyncGenerator[list[Any], None]:
+            yield [gr.skip() for _ in shown]  # (of nothing at all Gradio would make empty values)
             if job := self.jobs.running(owner(request)):
                 async for update in self._followed(job):
                     yield update

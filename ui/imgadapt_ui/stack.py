@@ -49,8 +49,8 @@ class Stack:
             )
             with gr.Accordion("Text encoder, blocks, steps", open=False):
                 with gr.Row():
-                    form[name("text", row)] = gr.Number(
-                        None, label="Text encoder weight", placeholder="as weight", min_width=130, step=0.05
+                    form[name("text", row)] = gr.Textbox(
+                        "", label="Text encoder weight", placeholder="as weight", min_width=130, max_length=20
                     )
                     form[name("blocks", row)] = gr.Dropdown(
                         _PRESETS, value="", label="Blocks: preset or list", min_width=130, allow_custom_value=True
@@ -59,8 +59,8 @@ class Stack:
                     form[name("start", row)] = gr.Number(
                         0, label="From step", precision=0, minimum=0, min_width=130, step=1
                     )
-                    form[name("stop", row)] = gr.Number(
-                        None, label="Up to step", precision=0, placeholder="the end", minimum=1, min_width=130, step=1
+                    form[name("stop", row)] = gr.Textbox(
+                        "", label="Up to step", placeholder="the end", min_width=130, max_length=20
                     )
         self.groups.append(group)
         self.buttons.append((words, remove))

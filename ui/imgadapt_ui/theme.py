@@ -43,7 +43,7 @@ def theme() -> Base:
         spacing_size=gr.themes.sizes.spacing_md,
         radius_size=gr.themes.sizes.radius_lg,
         text_size=gr.themes.sizes.text_md,
-        font=[LocalFont("IBM Plex Sans", weights=(400, 600)), "system-ui", "sans-serif"],
+        font=[LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"],
         font_mono=[LocalFont("IBM Plex Mono", weights=(400,)), "ui-monospace", "monospace"],
     )
     return plain.set(
