@@ -31,6 +31,8 @@ def application(
     look: Mapping[str, Any] | None = None,
 ) -> ASGIApp:
     """The whole server. look: further arguments of `gr.mount_gradio_app`."""
+    for number, event in blocks.fns.items():
+        event.api_name = f"page_{number}"  # or they would take the names of the API's
     with blocks:
         endpoints(house)
     tame(blocks, house.playground.settings.limits.upload)
