@@ -10,13 +10,17 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from imgadapt.errors import ConfigError
-from imgadapt.playground import prompts, samplers
+from imgadapt.playground import beginnings, prompts, samplers
 from imgadapt.playground.album import Album
 from imgadapt.playground.bases import Base
+from imgadapt.playground.beginnings import Beginning, Beginnings, steps_of
 from imgadapt.playground.conditions import Texts
+from imgadapt.playground.jobs import Job
 from imgadapt.playground.library import Library
+from imgadapt.playground.previews import Previews
 from imgadapt.playground.requests import RANDOM, GenerateRequest, Layout, Use
 from imgadapt.playground.settings import Settings
 from imgadapt.playground.stacks import Stack, differ
@@ -45,6 +49,8 @@ class _Loaded:
     family: Family
     stack: Stack
     texts: Texts
+    beginnings: Beginnings
+    previews: Previews
     scheduler: Any
 
 
@@ -87,8 +93,10 @@ class Studio:
             torch.cuda.empty_cache()
         family = families.load(base.place, device=self._settings.device, dtype=DTYPES[self._settings.dtype])
         family.pipeline.set_progress_bar_config(disable=True)
+        family.pipeline._callback_tensor_inputs = ["latents", "noise_pred"]  # previews are made of both
         stack = Stack(family.pipeline, self._library, self._settings.limits.attached, self.counts)
-        self._loaded = _Loaded(base, family, stack, Texts(family, stack, self.counts), family.pipeline.scheduler)
+        texts, begin = Texts(family, stack, self.counts), Beginnings(family, self._album)
+        self._loaded = _Loaded(base, family, stack, texts, begin, Previews(family), family.pipeline.scheduler)
 
     def settle(self, request: GenerateRequest) -> GenerateRequest:
         """The request with nothing left open (seed, sides, guidance, base), its prompt without tags, their adapters in
@@ -101,9 +109,9 @@ class Studio:
         on = self._ready()
         if request.base not in (None, on.base.id):
             raise ConfigError(f"the request is for another base than {on.base.name}, which is loaded")
-        samplers.check(request.sampler, on.family)
+        samplers.check(request.sampler, request.steps, on.family)
         prompt, uses = self._untagged(request)
-        width, height = self._sides(request, on.family)
+        width, height = self._sides(request, on)
         self._check_size(request, width, height)
         on.stack.bring(uses)
         return request.model_copy(
@@ -133,10 +141,14 @@ class Studio:
         began = time.monotonic()
         on.stack.bring(requests[0].adapters)
         notes = [on.texts.notes(request) for request in requests]
-        latents = self._latents(on, rows, by_sample, watch)
+        begin = on.beginnings.of(requests[0], _size(requests[0]))
+        latents = self._latents(on, rows, begin, watch, by_sample=by_sample)
         wanted = [again.row] if again else range(len(rows))
         with on.family.here():
             images = [on.family.decode(latents[k]) for k in wanted]
+        if begin is not None:
+            images = [begin.finished(image) for image in images]
+            notes = [[*note, *begin.notes] for note in notes]
         seconds = (time.monotonic() - began) / len(rows)
         layouts = [again or Layout(rows=len(rows), row=k, by_sample=by_sample) for k in range(len(requests))]
         return [
@@ -144,43 +156,39 @@ class Studio:
             for image, request, layout, note in zip(images, requests, layouts, notes, strict=True)
         ]
 
-    def _latents(self, on: _Loaded, rows: Sequence[GenerateRequest], by_sample: bool, watch: Watch) -> Any:
+    def _latents(
+        self, on: _Loaded, rows: Sequence[GenerateRequest], begin: Beginning | None, watch: Watch, *, by_sample: bool
+    ) -> Tensor:
         """(batch, channels, h, w) of the pictures."""
         first, family, pipeline = rows[0], on.family, on.family.pipeline
-        width, height = _size(first)
-        uses = [request.adapters for request in rows]
-        timed = any(use.start or use.stop is not None for use in first.adapters)
-        watch(0, first.steps, None)
-
-        def stepped(_: Any, index: int, __: Any, state: dict[str, Any]) -> dict[str, Any]:
-            order = pipeline.scheduler.order
-            watch(min(index // order + 1, first.steps), first.steps, None)
-            if timed:
-                on.stack.act(uses, (index + 1) // order, by_sample=by_sample)
-            return state
-
+        sides, skip = _size(first), 0 if begin is None else begin.skip
+        watch(0, steps_of(first), None)
         try:
             with family.here():
                 embeds = on.texts.together(rows)
-                pipeline.scheduler = samplers.scheduler(first.sampler, family, on.scheduler)
-                on.stack.act(uses, 0, by_sample=by_sample)
+                noise, generators = beginnings.noise(family, rows, sides, embeds["prompt_embeds"].dtype)
+                plan = samplers.scheduler(first.sampler, family, on.scheduler, sides, skip, plain=begin is None)
+                pipeline.scheduler = plan
+                on.stack.act([request.adapters for request in rows], 0, by_sample=by_sample)
+                job = Job(family, on.stack, on.previews, rows, begin, noise, watch, by_sample)
                 self.counts["calls"] += 1
                 made = pipeline(
                     **embeds,
+                    latents=beginnings.packed(family, job.start(plan)),
                     num_inference_steps=first.steps,
                     guidance_scale=first.guidance,
-                    generator=[torch.Generator().manual_seed(request.seed) for request in rows],
-                    height=height,
-                    width=width,
+                    generator=generators,
+                    height=sides[1],
+                    width=sides[0],
                     output_type="latent",
-                    callback_on_step_end=stepped,
+                    callback_on_step_end=job.stepped,
+                    callback_on_step_end_tensor_inputs=["latents", "noise_pred"],
                     **family.options(),
                 ).images
         finally:
             pipeline.scheduler = on.scheduler
             on.stack.rest()
-        places = family.latent_shape[1]
-        return family.unpacked(made, height // places, width // places)
+        return job.unpacked(made)
 
     def _ready(self) -> _Loaded:
         if self._loaded is None:
@@ -201,9 +209,11 @@ class Studio:
             raise ConfigError(f"{len(uses)} adapters at once; {most} are allowed")
         return parsed.prompt, tuple(uses)
 
-    def _sides(self, request: GenerateRequest, family: Family) -> tuple[int, int]:
-        """Width and height in pixels."""
-        width, height = request.width or family.native, request.height or family.native
+    def _sides(self, request: GenerateRequest, on: _Loaded) -> tuple[int, int]:
+        """Width and height in pixels; one that is not said is the base's, or as the picture to begin from has it."""
+        family = on.family
+        width, height = (family.native, family.native) if request.init is None else on.beginnings.sides(request.init)
+        width, height = request.width or width, request.height or height
         for name, side in (("width", width), ("height", height)):
             if side % family.factor:
                 near = max(1, round(side / family.factor)) * family.factor
