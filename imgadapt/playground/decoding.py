@@ -44,14 +44,21 @@ def decoded(data: bytes, most_pixels: int) -> Image.Image:
     image = opened(data, most_pixels)
     try:
         image.load()
-        upright = ImageOps.exif_transpose(image)
-        plain = _eight_bits(upright)
+        plain = _eight_bits(_upright(image))
         alpha = plain.has_transparency_data
         made = plain.convert("RGBA" if alpha else "RGB")
     except Exception as error:  # decoders of foreign bytes raise anything
         raise DataError(f"the picture is broken or cut off ({type(error).__name__})") from None
     made.info = {}
     return made
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF says; a broken EXIF says nothing."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # readers of foreign bytes raise anything
+        return image
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
