@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import mmap
 import struct
 import threading
 from collections import Counter, OrderedDict
@@ -186,13 +187,12 @@ def _header(path: Path) -> tuple[dict[str, str], bytes, int]:
     size = path.stat().st_size
     with path.open("rb") as file:
         metadata, rows, start = _parsed(file)
-        digest = hashlib.sha256(f"{size - start}".encode())
-        digest.update(json.dumps(rows, sort_keys=True).encode())
-        for key in sorted(key for key, row in rows.items() if row["shape"] in ([], [1])):
-            first, last = (int(place) for place in rows[key]["data_offsets"])
-            if 0 <= first <= last <= min(first + 8, size - start):
-                file.seek(start + first)
-                digest.update(file.read(last - first))
+        digest = hashlib.sha256(f"{size - start}{rows}".encode("utf-8", "surrogatepass"))
+        if lone := [row["data_offsets"] for row in rows.values() if row["shape"] in ([], [1])]:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as pages:
+                for first, last in lone:
+                    if 0 <= first <= last <= min(first + 8, size - start):
+                        digest.update(pages[start + first : start + last])
     return metadata, digest.digest(), len(rows)
 
 

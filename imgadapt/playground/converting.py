@@ -14,6 +14,7 @@ from imgadapt.atomic import atomically
 from imgadapt.errors import ConfigError, FormatError, first_few
 from imgadapt.file import AdapterFile, load, plan, save
 from imgadapt.formats import FORMATS
+from imgadapt.playground import filenames
 from imgadapt.playground.desk import Ticket
 from imgadapt.playground.requests import Id, Line, Request
 from imgadapt.playground.session import Playground
@@ -111,7 +112,7 @@ class Converter:
         if planned.possible:
             raise FormatError(f"{card.name} cannot be written as {request.format}: {planned.possible}")
         ticket.progress(f"writing {request.format}", 1, 3)
-        stem = _file_name(card.name.rpartition("/")[2])
+        stem = filenames.cleaned(card.name, "adapter")
         made_id = secrets.token_hex(8)
         folder = self._folder / made_id
         try:
@@ -166,9 +167,3 @@ def _planned(file: AdapterFile, request: ConvertRequest) -> ConvertPlan:
     if alpha_unsaid(file):
         notes.append(NO_CONFIG)
     return ConvertPlan(dict(losses), notes, first_few([f"{why} ({reasons[why][0]})" for why in lacking], 2))
-
-
-def _file_name(name: str) -> str:
-    """Fit for any file system."""
-    cleaned = "".join(c if c.isalnum() or c in " .-_()+" else "_" for c in name).strip(" .")
-    return cleaned[:80] or "adapter"

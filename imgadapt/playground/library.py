@@ -138,6 +138,21 @@ class Library:
         except (OSError, ValueError, MemoryError) as error:
             raise FormatError(f"{card.name} cannot be read any more: {short(error, card.path)}") from error
 
+    def download(self, id: str) -> tuple[Path, str]:
+        """(file, name for the user). To be asked before a file's bytes are given away: no link that leads out, no
+        device, and no folder is.
+
+        Raises:
+            ConfigError: there is no such card, or it is a folder. FormatError: it is not to be opened.
+        """
+        card = self.get(id)
+        self._check_place(card)
+        if card.path.is_dir():
+            raise ConfigError(f"{card.name} is a folder of peft's: convert it, which makes one file of it")
+        if not card.path.is_file():
+            raise FormatError(f"{card.name} is not a plain file")
+        return card.path, f"{card.name.rpartition('/')[2]}{card.path.suffix}"
+
     def digest(self, id: str) -> str:
         """SHA-256 of the file (of its weights, where it is a folder); kept while the file does not change.
 

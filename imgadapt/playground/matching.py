@@ -1,5 +1,6 @@
 """Matching: what of an adapter goes on a base, layer by layer, without putting it on."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
@@ -14,6 +15,8 @@ from imgadapt.file import AdapterFile
 from imgadapt.formats import Part
 from imgadapt.sites import Site
 from imgadapt.targets import TEXT_ENCODERS
+
+_TURNS = 100
 
 
 @dataclass(frozen=True)
@@ -41,14 +44,26 @@ class Places:
 
     @classmethod
     def of(cls, base: str, pipeline: Any) -> Self:
-        """Of a pipeline, which is only looked at; adapters may be on it."""
-        sites = {canonical(layer.name): layer.site for layer in targets.layers(targets.components(pipeline))}
+        """Of a pipeline, which is only looked at; adapters may be on it, and the desk may put others on meanwhile."""
+        sites = _sites(pipeline)
         encoders = {name: pipeline.components.get(name) for name in TEXT_ENCODERS}
         return cls(
             base,
             sites,
             {name: int(one.get_input_embeddings().weight.shape[-1]) for name, one in encoders.items() if one},
         )
+
+
+def _sites(pipeline: Any) -> dict[str, Site]:
+    """Looked up again where a layer was wrapped or unwrapped between two looks at it, which takes the desk a moment."""
+    for turn in range(_TURNS):
+        try:
+            return {canonical(layer.name): layer.site for layer in targets.layers(targets.components(pipeline))}
+        except (KeyError, RuntimeError):
+            if turn == _TURNS - 1:
+                raise
+            time.sleep(0.02)
+    raise AssertionError("a turn returns or raises")
 
 
 def match(file: AdapterFile, places: Places) -> Match:

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from PIL import Image, ImageOps
-
 from imgadapt.errors import DataError
 from imgadapt.playground.cards import plain
+from imgadapt.playground.decoding import decoded
 
 PREVIEWS = (".preview.png", ".png", ".jpg", ".jpeg", ".webp", ".preview.jpg", ".preview.jpeg", ".preview.webp")
 """A1111's first, then what ComfyUI's LoRA Manager and others take."""
@@ -87,22 +86,12 @@ def thumbnail(data: bytes, side: int, most_pixels: int) -> bytes:
     """A picture as WebP of at most `side` x `side` pixels; it is sized up before it is decoded.
 
     Raises:
-        DataError: it is no picture, or too large.
+        DataError: it is no picture, is broken, or has too many pixels.
     """
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as picture:
-            if picture.width * picture.height > most_pixels:
-                raise DataError(f"{picture.width} x {picture.height} pixels are too many; {most_pixels:,} are allowed")
-            picture.draft("RGB", (2 * side, 2 * side))
-            upright = ImageOps.exif_transpose(picture)
-            small = upright.convert("RGBA" if upright.has_transparency_data else "RGB")
-            small.thumbnail((side, side))
-            file = io.BytesIO()
-            small.save(file, "WEBP", quality=85)
-    except (OSError, ValueError, SyntaxError, ArithmeticError, EOFError, TypeError, KeyError) as error:
-        raise DataError("not a picture, or a broken one; wanted PNG, JPEG or WebP") from error
-    except Image.DecompressionBombError as error:
-        raise DataError("far too many pixels") from error
+    small = decoded(data, most_pixels)
+    small.thumbnail((side, side))
+    file = io.BytesIO()
+    small.save(file, "WEBP", quality=85)
     return file.getvalue()
 
 
