@@ -201,9 +201,8 @@ class Lab:
             raise OutputError(f"cannot write to {folder}: {error.strerror or error}") from error
         inputs = [filenames.cleaned(self.playground.library.get(use.adapter).name, "") for use in request.adapters]
         joined = "+".join(filter(None, inputs)) if len(inputs) < 4 else f"{inputs[0]} and {len(inputs) - 1} more"
-        return filenames.reserved(
-            folder, filenames.cleaned(request.name, filenames.cleaned(joined, "merged", 60)), ".safetensors"
-        )
+        usual = filenames.cleaned(f"{joined} merged" if len(inputs) == 1 else joined, "merged", 60)
+        return filenames.reserved(folder, filenames.cleaned(request.name, usual), ".safetensors")
 
 
 def _watched(weight: Callable[[str], float], check: Callable[[], None]) -> Callable[[str], float]:

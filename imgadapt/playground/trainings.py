@@ -118,7 +118,8 @@ class Training:
             return {None: "starting", "done": "finishing"}.get(said, "training")
         if ended == 0 or (ended is None and said == "done" and self._finished()):
             return "done"
-        return "stopped" if said == "stopped" or (ended in _STOPPED and self.record.stopping) else "failed"
+        asked = self.record.stopping and said != "failed" and ended in (None, *_STOPPED)
+        return "stopped" if said == "stopped" or asked else "failed"
 
     def _finished(self) -> bool:
         """Whether a process whose end nobody saw wrote its files, after its last step."""
