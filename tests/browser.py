@@ -15,11 +15,15 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Response, sync_playwright
+import torch
+from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Response, expect, sync_playwright
+
+import imgadapt
+from imgadapt import demo
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 SCREENSHOTS = os.environ.get("IMGADAPT_SCREENSHOTS")
@@ -27,6 +31,7 @@ SCREENSHOTS = os.environ.get("IMGADAPT_SCREENSHOTS")
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 PATIENCE = 30_000
 """Milliseconds that anything may take to appear."""
+expect.set_options(timeout=PATIENCE)
 
 
 @dataclass
@@ -38,6 +43,16 @@ class Server:
     process: subprocess.Popen[str]
     said: list[str] = field(default_factory=list[str])
 
+    def __post_init__(self) -> None:
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        with self.process.stdout as lines:
+            for line in lines:
+                self.said.append(line)
+
     def end(self) -> None:
         self.process.send_signal(signal.SIGINT)
         try:
@@ -45,6 +60,28 @@ class Server:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait(timeout=20)
+        self.reader.join(timeout=20)
+
+
+HOSTILE = "<img src=x onerror=\"document.title='broken into'\"><script>document.title='broken into'</script>"
+
+
+def furnish(home: Path) -> None:
+    """Adapters for the embedded base that change its pictures: `warm`, `cold`; `hostile`, whose metadata is HTML."""
+    folder = home / "adapters"
+    folder.mkdir(parents=True, exist_ok=True)
+    hostile = {"ss_output_name": HOSTILE, "modelspec.trigger_phrase": HOSTILE, HOSTILE: HOSTILE}
+    pipe = demo.pipeline()
+    for seed, (name, said) in enumerate({"warm": {}, "cold": {}, "hostile": hostile}.items()):
+        torch.manual_seed(seed)
+        imgadapt.attach(pipe, imgadapt.LoRA(rank=4, alpha=4), targets="attn2.to_*")
+        with torch.no_grad():
+            for weight in pipe.unet.parameters():
+                if weight.requires_grad and not weight.any():
+                    weight.normal_(std=0.3)
+        file = replace(imgadapt.collect(pipe), metadata=said)
+        imgadapt.save(file, folder / f"{name}.safetensors", format="kohya")
+        imgadapt.detach(pipe)
 
 
 def start(home: Path, *more: str) -> Server:
@@ -58,7 +95,6 @@ def start(home: Path, *more: str) -> Server:
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8"
     )
     server = Server(f"http://127.0.0.1:{port}", home, process)
-    threading.Thread(target=lambda: server.said.extend(iter(process.stdout.readline, "")), daemon=True).start()  # pyright: ignore[reportOptionalMemberAccess]
     _until(lambda: _answers(server), 60, lambda: f"the server did not start:\n{''.join(server.said)}")
     return server
 
@@ -81,8 +117,10 @@ def _until(true: Callable[[], bool], seconds: float, otherwise: Callable[[], str
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One for all browser tests."""
-    started = start(tmp_path_factory.mktemp("playground"))
+    """One for all browser tests, with the adapters of `furnish`."""
+    home = tmp_path_factory.mktemp("playground")
+    furnish(home)
+    started = start(home)
     yield started
     started.end()
 
@@ -176,4 +214,18 @@ def fits(page: Page) -> bool:
     return bool(page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"))
 
 
-__all__ = ["Server", "Watch", "chromium", "fits", "page", "screenshot", "server", "start", "tab", "visit", "watch"]
+__all__ = [
+    "HOSTILE",
+    "Server",
+    "Watch",
+    "chromium",
+    "fits",
+    "furnish",
+    "page",
+    "screenshot",
+    "server",
+    "start",
+    "tab",
+    "visit",
+    "watch",
+]
