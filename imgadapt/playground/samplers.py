@@ -97,8 +97,9 @@ def scheduler(name: str, family: "Family", own: Any, sides: tuple[int, int], ski
     changes = _flow_changes(name, family, sides) if flow else SAMPLERS[name][1]
     if name == "base":
         changes = {}
+    known = inspect.signature(kind.__init__).parameters
     with _unwarned():
-        made = _planned(kind).from_config(own.config, **changes)
+        made = _planned(kind).from_config({key: own.config[key] for key in own.config if key in known}, **changes)
     made.skip = skip
     return made
 
@@ -111,11 +112,10 @@ def _flow_changes(name: str, family: "Family", sides: tuple[int, int]) -> dict[s
     shift = float(family.sampling(sides[1] // places, sides[0] // places).shift)
     if not family.pipeline.scheduler.config.get("use_dynamic_shifting"):
         shift = float(family.pipeline.scheduler.config.shift)
-    same = {"shift": shift, "use_dynamic_shifting": False}
     if name == "Heun":
-        return same
-    more = {"use_flow_sigmas": True, "flow_shift": shift, "prediction_type": "flow_prediction"}
-    return {**SAMPLERS[name][1], **same, **more}
+        return {"shift": shift}
+    same = {"use_flow_sigmas": True, "flow_shift": shift, "use_dynamic_shifting": False}
+    return {**SAMPLERS[name][1], **same, "prediction_type": "flow_prediction"}
 
 
 @cache
@@ -127,16 +127,21 @@ def _planned(kind: Any) -> Any:
     takes = inspect.signature(kind.set_timesteps).parameters
 
     def set_timesteps(
-        self: Any, num_inference_steps: int, device: Any = None, sigmas: Any = None, mu: float | None = None
+        self: Any,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        sigmas: Any = None,
+        mu: float | None = None,
     ) -> None:
         own = self.config
+        steps = len(sigmas) if num_inference_steps is None else num_inference_steps
         given: dict[str, Any] = {}
         if "sigmas" in takes and sigmas is not None and not own.get("use_flow_sigmas"):
             given["sigmas"] = sigmas
         if "mu" in takes and own.get("use_dynamic_shifting"):
             given["mu"] = mu
         with _unwarned():
-            kind.set_timesteps(self, num_inference_steps, device=device, **given)
+            kind.set_timesteps(self, steps, device=device, **given)
         if own.get("use_flow_sigmas"):  # which diffusers rounds down to whole numbers
             self.timesteps = (self.sigmas[:-1] * own.num_train_timesteps).to(device)
         _cut(self, self.skip * self.order)

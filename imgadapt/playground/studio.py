@@ -168,13 +168,14 @@ class Studio:
                 embeds = on.texts.together(rows)
                 noise, generators = beginnings.noise(family, rows, sides, embeds["prompt_embeds"].dtype)
                 plan = samplers.scheduler(first.sampler, family, on.scheduler, sides, skip, plain=begin is None)
-                pipeline.scheduler = plan
                 on.stack.act([request.adapters for request in rows], 0, by_sample=by_sample)
                 job = Job(family, on.stack, on.previews, rows, begin, noise, watch, by_sample)
+                latents = beginnings.packed(family, job.start(plan))
+                pipeline.scheduler = plan
                 self.counts["calls"] += 1
                 made = pipeline(
                     **embeds,
-                    latents=beginnings.packed(family, job.start(plan)),
+                    latents=latents,
                     num_inference_steps=first.steps,
                     guidance_scale=first.guidance,
                     generator=generators,
