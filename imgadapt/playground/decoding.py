@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -22,8 +23,9 @@ def opened(data: bytes, most_pixels: int) -> Image.Image:
         raise DataError("the picture is empty (0 bytes)")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise DataError(f"the picture has too many pixels; {most_pixels:,} are allowed") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        count = int((re.findall(r"\d+", str(error)) or ["0"])[0])
+        raise DataError(f"the picture has {count:,} pixels; {most_pixels:,} are allowed") from None
     except Exception as error:  # readers of foreign bytes raise anything
         known = "PNG, JPEG, WebP, GIF and BMP are"
         raise DataError(f"this is no picture that can be read; {known} ({type(error).__name__})") from None

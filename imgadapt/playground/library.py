@@ -47,7 +47,7 @@ class Library:
         extra = [path.expanduser().absolute() for path in settings.adapters]
         self._roots = [
             _Root("adapters", "", settings.folder("adapters")),
-            *(_Root(str(path), path.name, path) for path in extra),
+            *(_Root(str(path), path.name if _has_many(path) else "", path) for path in extra),
             _Root("demo", "demo", demo.ADAPTERS),
         ]
         self._runs, self._previews = settings.folder("runs"), settings.folder("previews")
@@ -260,6 +260,11 @@ class Library:
     def _check_place(self, card: Card) -> None:
         if not is_inside(card.path, (*self._within, self._runs.resolve())):
             raise FormatError(f"{card.name} is a link that leads out of the library")
+
+
+def _has_many(path: Path) -> bool:
+    """Whether it is a folder of adapters; else it is one."""
+    return path.is_dir() and not (path / _PEFT).is_file()
 
 
 def _is_no_result(name: str) -> bool:

@@ -27,7 +27,8 @@ class Found:
 
 @dataclass
 class Scan:
-    """All files under `root` that end as `endings` do (lower case), and folders that have a file called `marker`.
+    """All files under `root` that end as `endings` do (lower case), and folders that have a file called `marker`. The
+    root may be such a file or folder itself.
 
     within: roots that a link may lead to. Links to folders are not followed, hidden names are passed by. left_out: what
     there was too much of, in words.
@@ -44,12 +45,20 @@ class Scan:
 
     def __iter__(self) -> Iterator[Found]:
         left = self.most
-        for found in self._walk(self.root, 0):
+        for found in self._single() or self._walk(self.root, 0):
             if not left:
                 self.left_out.append(f"{self.root.name}: more than {self.most:,} files; the rest is left out")
                 return
             left -= 1
             yield found
+
+    def _single(self) -> list[Found]:
+        """The root itself, where it is a file, or one thing."""
+        file = self.root if self.root.is_file() else self.root / self.marker
+        if not file.is_file():
+            return []
+        status = file.stat()
+        return [Found(self.root, self.root.name, status.st_size, status.st_mtime_ns, is_folder=file != self.root)]
 
     def _walk(self, folder: Path, depth: int) -> Iterator[Found]:
         try:
