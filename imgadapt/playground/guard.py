@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -163,7 +164,10 @@ class Guard:
             await self.app(scope, body, out)
         except _Refusal:
             pass
-        except Exception:
+        except Exception as error:
+            if isinstance(error.__cause__, HTTPException) and out.started:  # a session that it does not know, mostly
+                await out({"type": "http.response.body", "body": b"", "more_body": False})
+                return
             if not out.started:
                 await PlainTextResponse("something went wrong inside; the server's log has it", 500)(scope, body, out)
             raise

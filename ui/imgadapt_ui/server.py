@@ -91,8 +91,8 @@ class _Server(uvicorn.Server):
             self._ready()
 
 
-def serve(app: ASGIApp, opened: socket.socket, ready: Callable[[], None]) -> None:
-    """Answer until Ctrl-C or SIGTERM, which end it as they end other programs."""
+def configured(app: ASGIApp, ready: Callable[[], None]) -> uvicorn.Server:
+    """A server of an application, for `run([socket])`. ready: called when it answers."""
     config = uvicorn.Config(
         app,
         log_level="warning",
@@ -103,5 +103,10 @@ def serve(app: ASGIApp, opened: socket.socket, ready: Callable[[], None]) -> Non
         limit_concurrency=1000,
         h11_max_incomplete_event_size=64 * 2**10,
     )
+    return _Server(config, ready)
+
+
+def serve(app: ASGIApp, opened: socket.socket, ready: Callable[[], None]) -> None:
+    """Answer until Ctrl-C or SIGTERM, which end it as they end other programs."""
     with contextlib.closing(opened):
-        _Server(config, ready).run([opened])
+        configured(app, ready).run([opened])
