@@ -16,7 +16,7 @@ from imgadapt_ui.telling import open_number
 
 ROWS = 8
 """Adapters that the form has room for."""
-SIZES = {"": "as the rule gives it", "rank": "a rank", "error": "an error", "energy": "an energy", "size": "megabytes"}
+SIZES = {"": "the rule's own", "rank": "a rank", "error": "an error", "energy": "an energy", "size": "megabytes"}
 _OPTIONS: Mapping[str, Option] = {name: option for rule in RULES for name, option in rule.options.items()}
 """Every option that a rule has, once."""
 _RULES = {rule.name: rule for rule in RULES}
@@ -43,7 +43,7 @@ class MergeForm:
                             elem_id=f"merge-adapter-{row}",
                         ),
                         gr.Number(1.0, label="Weight", step=0.05, min_width=80, elem_id=f"merge-weight-{row}"),
-                        open_number("Text enc.", "as weight", width=80),
+                        open_number("Text enc.", "same", width=80),
                         gr.Textbox("", label="Blocks", placeholder="all", max_length=1000, min_width=80),
                     ]
                 )
