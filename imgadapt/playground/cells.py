@@ -143,5 +143,5 @@ def _filled(
     about = [kind for kind in kinds.values() if kind in ADAPTERS[1:]]
     if about and not any(cell.request.adapters for cell in cells):
         raise ConfigError(f"{about[0]}: the stack has no adapter; put one into it, or let an axis be about adapters")
-    x, y, z = ([BASE if value is None else value.label for value in places[name]] for name in "xyz")
+    x, y, z = (tuple(BASE if value is None else value.label for value in places[name]) for name in "xyz")
     return Board((x, y, z), cells, rules)

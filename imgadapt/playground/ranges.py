@@ -10,7 +10,7 @@ from decimal import Decimal
 
 from imgadapt.errors import ConfigError
 
-_NUMBER = r"[+-]?(?:\d{1,18}\.?\d{0,12}|\.\d{1,12})"
+_NUMBER = r"[+-]?(?:\d{1,18}(?:\.\d{0,12})?|\.\d{1,12})"
 _PATTERNS = {
     name: re.compile(pattern.replace("N", f"({_NUMBER})").replace(" ", r"\s*"), re.ASCII)
     for name, pattern in {
