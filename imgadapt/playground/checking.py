@@ -8,9 +8,9 @@ import torch
 
 from imgadapt.playground.album import Album, Picture
 from imgadapt.playground.desk import Ticket, public
-from imgadapt.training import pictures, preflight, sheets
+from imgadapt.training import fit, ladder, pictures, plan, preflight, sheets
+from imgadapt.training.job import pictures as pictures_of
 from imgadapt.training.plan import Kind
-from imgadapt.training.preflight import Preflight
 
 
 @dataclass(frozen=True)
@@ -23,39 +23,29 @@ class Check:
 
 
 def check(ticket: Ticket[Check], given: Mapping[str, Any], kind: Kind | None, album: Album, device: str) -> Check:
-    """given, kind: as `plan.of` takes them.
+    """given, kind: as `plan.of` takes them. What a step has in memory is not simulated, which takes longer than all the
+    rest; a training that runs out of memory computes its batches in pieces.
 
     Raises:
-        ConfigError, DataError: see `preflight.look`.
+        ConfigError, DataError: the plan cannot be made, pictures cannot be read.
     """
-    stages = list[str]()
-
-    def say(text: str) -> None:
-        stages.append(text)
-        ticket.progress(text, len(stages) - 1, 4)
-
-    found = preflight.look(given, kind, torch.device(device), step=False, say=say)
-    say("drawing what is cut off")
-    config = found.config
-    sheet = sheets.contact_sheet(
-        found.views, config.crop, use_mask=config.mask, variants=config.crops, seed=config.seed
-    )
-    told = [(finding.level, public(finding.text)) for finding in found.findings]
-    faults = [("error", public(fault)) for fault in found.faults if ("error", public(fault)) not in told]
-    picture = album.accept(pictures.png(sheet), owner=ticket.owner)
-    return Check([*faults, *told], [*_head(found), *public(str(found.plan)).splitlines(), *_memory(found)], picture)
-
-
-def _head(found: Preflight) -> list[str]:
-    config, held = found.config, len(found.held_out)
-    counted = f"{len(found.examples)} pictures" + (f", and {held} held out" if held else "")
+    ticket.progress("looking at the pictures", 0, 3)
+    made = plan.of(given, kind)
+    config = preflight.settled(made)
+    examples, held_out = pictures_of(config)
+    ticket.progress("reading the base's config", 1, 3)
+    predictor = fit.Predictor(examples, device=torch.device(device).type)
+    findings, views, _ = preflight.seen(config, predictor.family(config), examples, held_out)
+    ticket.progress("drawing what is cut off", 2, 3)
+    sheet = sheets.contact_sheet(views, config.crop, use_mask=config.mask, variants=config.crops, seed=config.seed)
+    counted = f"{len(examples)} pictures" + (f", and {len(held_out)} held out" if held_out else "")
     rank = f" of rank {config.rank}" if config.rank else ""
-    return [f"{found.plan.kind}: {config.method}{rank}, {config.steps} steps of {config.batch_size}, {counted}"]
-
-
-def _memory(found: Preflight) -> list[str]:
-    """What it needs of memory, and what may be changed where that is too much."""
-    need, room = found.need.peak / 1e9, found.room / 1e9
-    fits = "it fits" if found.fits else "it does not fit"
-    lines = [f"memory: {need:.1f} GB at most, and {room:.1f} GB are free: {fits}"]
-    return [*lines, *(f"  {change.flags}: {change.peak / 1e9:.1f} GB; {change.text}" for change in found.changes)]
+    head = f"{made.kind}: {config.method}{rank}, {config.steps} steps of {config.batch_size}, {counted}"
+    least, room = predictor.floor(config) / 1e9, ladder.available(torch.device(device)) / 1e9
+    takes = f"{least:.2g} GB for the base, the adapter and the optimiser, and what steps need"
+    memory = f"memory: {takes}; {room:.1f} GB are free"
+    told = [(finding.level, public(finding.text)) for finding in findings]
+    if least > room:
+        told = [("error", f"{memory}: it does not fit"), *told]
+    picture = album.accept(pictures.png(sheet), owner=ticket.owner)
+    return Check(told, [head, *public(str(made)).splitlines(), memory], picture)

@@ -15,7 +15,7 @@ from imgadapt.training import plan as planning
 from imgadapt.training.buckets import View
 from imgadapt.training.config import TrainConfig
 from imgadapt.training.data import Example
-from imgadapt.training.families import hub
+from imgadapt.training.families import Family, hub
 from imgadapt.training.families.sketch import tokenizer_of
 from imgadapt.training.job import pictures
 from imgadapt.training.lint import Finding
@@ -95,21 +95,14 @@ def look(
     """
     say("looking at the pictures")
     made = planning.of(given, kind)
-    config = _SETTLED.get(made.kind, lambda config: config)(made.config)
+    config = settled(made)
     examples, held_out = pictures(config)
     on_cpu = device.type == "cpu"
     predictor = fit.Predictor(examples, device=device.type)
     family = predictor.family(config)
     predictor.base = memory.process() if on_cpu and sys.platform == "linux" else 0  # after what the sketch imports
-    views, live = fit.bucketed(config, family, examples), fit.learns_text(config, family)
-    counted = tokenizer_of(family)
-    findings = lint.examine(
-        [*examples, *(held_out if config.held_out_count else ())], config.folder,
-        tokens=counted[0] if counted else None, limit=counted[1] if counted else None,
-        resolution=min(config.resolution or [family.native]), trigger=config.trigger,
-        alpha_counts=config.mask == "alpha", elsewhere=_elsewhere(config, held_out),
-    )  # fmt: skip
-    lengths = [counted[0](text) for e in examples for text in e.captions] if counted else []
+    live = fit.learns_text(config, family)
+    findings, views, tokens = seen(config, family, examples, held_out)
     say("simulating a step")
     need, room = predictor.need(config), ladder.available(device) if room is None else room
     changes: list[ladder.Change] = []
@@ -129,9 +122,32 @@ def look(
     times = outlay.durations(config, family, tried, views, len(held_out), live=live) if tried else {}
     return Preflight(
         made, config, device, examples, held_out, findings, views,
-        (min(lengths), max(lengths), counted[1]) if counted else None,
-        need, room, changes, outlay.disks(config, family, views, need.step, live=live), tried, untried, times,
+        tokens, need, room, changes, outlay.disks(config, family, views, need.step, live=live), tried, untried, times,
     )  # fmt: skip
+
+
+def settled(made: Plan) -> TrainConfig:
+    """A plan's settings as its program takes them."""
+    return _SETTLED.get(made.kind, lambda config: config)(made.config)
+
+
+def seen(
+    config: TrainConfig, family: Family, examples: Sequence[Example], held_out: Sequence[Example]
+) -> tuple[list[Finding], list[View], tuple[int, int, int] | None]:
+    """What the pictures alone tell: (findings, views, tokens), as in Preflight. family: a sketch will do.
+
+    Raises:
+        ConfigError, DataError: see `fit.bucketed`, `lint.examine`.
+    """
+    views, counted = fit.bucketed(config, family, examples), tokenizer_of(family)
+    findings = lint.examine(
+        [*examples, *(held_out if config.held_out_count else ())], config.folder,
+        tokens=counted[0] if counted else None, limit=counted[1] if counted else None,
+        resolution=min(config.resolution or [family.native]), trigger=config.trigger,
+        alpha_counts=config.mask == "alpha", elsewhere=_elsewhere(config, held_out),
+    )  # fmt: skip
+    lengths = [counted[0](text) for e in examples for text in e.captions] if counted else []
+    return findings, views, (min(lengths), max(lengths), counted[1]) if counted else None
 
 
 def _elsewhere(config: TrainConfig, held_out: Sequence[Example]) -> list[Path]:
