@@ -80,8 +80,7 @@ class _Shown:
         return Response(small, media_type="image/webp", headers=_KEPT)
 
     def adapter(self, id: str, request: Request) -> Response:
-        card = self.playground.library.get(id)
-        return _file(card.path, f"{Path(card.name).name}.safetensors", "application/octet-stream")
+        return _file(*self.playground.library.download(id), "application/octet-stream")
 
     def converted(self, id: str, request: Request) -> Response:
         made = self.house.converter.get(id)
