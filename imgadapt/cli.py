@@ -17,6 +17,7 @@ PROGRAMS = {
     "check": ("train_scripts/check.py", "what a training would do, what it takes, and what is wrong with its pictures"),
     "zip": ("train_scripts/zip.py", "merge adapters by coefficients that are learnt from what each draws alone"),
     "generate": ("train_scripts/generate.py", "draw prompts with a base and adapters"),
+    "grid": ("train_scripts/grid.py", "draw a grid over weights, seeds, prompts, ..., and compare it with the base"),
     "ui": ("ui/app.py", "the playground: draw with adapters, compare, merge and train them, in a browser"),
     "show": ("converters/show.py", "what is in an adapter file"),
     "convert": ("converters/convert.py", "write an adapter in another tool's format"),

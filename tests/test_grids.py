@@ -513,3 +513,30 @@ def _image(cell: Cell) -> Image.Image:
     assert cell.picture is not None
     with Image.open(cell.picture.path) as image:
         return image.convert("RGB")
+
+
+# The program
+
+
+def test_the_program_writes_the_same_grid_and_goes_on_with_one_that_was_begun(
+    run: Callable[[str, Sequence[str]], None], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "grid.zip"
+    arguments = ["a fox", "--adapter", str(folder / "stain.safetensors"), "--x", "weight=0, 1", "--y", "seed=1"]
+    arguments += ["--steps", "2", "--output", str(output), "--home", str(tmp_path / "home")]
+    run("grid", arguments)
+    with zipfile.ZipFile(output) as archive:
+        said = json.loads(archive.read("grid.json"))
+        assert len([name for name in archive.namelist() if name.endswith(".png")]) == 3
+    assert said["labels"] == [["base", "weight 0", "weight 1"], ["seed 1"], [""]]
+    assert said["cells"][1]["difference"]["changed"] == 0 < said["cells"][2]["difference"]["changed"]
+    assert "3 cells in 3 batches" in capsys.readouterr().out
+    next((tmp_path / "home" / "outputs").rglob(f"*{said['cells'][2]['picture']}*")).unlink()
+    run("grid", arguments)
+    assert "going on with the grid that was begun: 1 cells" in capsys.readouterr().out
+
+
+def test_the_program_says_what_is_no_axis(run: Callable[[str, Sequence[str]], None], tmp_path: Path) -> None:
+    for text in ("weigth=1", "weight", "=1"):
+        with pytest.raises(ConfigError, match="is no axis"):
+            run("grid", ["a fox", "--x", text, "--home", str(tmp_path)])
