@@ -537,6 +537,6 @@ def test_the_program_writes_the_same_grid_and_goes_on_with_one_that_was_begun(
 
 
 def test_the_program_says_what_is_no_axis(run: Callable[[str, Sequence[str]], None], tmp_path: Path) -> None:
-    for text in ("weigth=1", "weight", "=1"):
+    for text in ("strength=1", "weight", "=1"):
         with pytest.raises(ConfigError, match="is no axis"):
             run("grid", ["a fox", "--x", text, "--home", str(tmp_path)])

@@ -3,10 +3,10 @@
     imgadapt grid "a fox" --adapter ink.safetensors --x weight=0:1:0.25 --y seed=1..4 --output grid.zip
 
 Axes are adapter, weight, seed, prompt, blocks, rule, checkpoint, steps, guidance and sampler; `weight@NAME=...` is
-about one adapter of several. Values: `0, 0.5, 1`, `0:1:0.25`, `1..5`, `random 4` seeds; adapters by name (`a+b` is a stack),
-of --adapter and --adapters; prompts, blocks and adapters may have lines. The zip has a page that works alone, the PNGs
-and grid.json. With --home, the folder of a playground, the grid stays there: it is resumed where it was stopped, and
-the page of the playground shows it.
+about one adapter of several. Values: `0, 0.5, 1`, `0:1:0.25`, `1..5`, `random 4` seeds; adapters by name (`a+b` is a
+stack), of --adapter and --adapters; prompts, blocks and adapters may have lines. The zip has a page that works alone,
+the pictures and grid.json. With --home, the folder of a playground, the grid stays there: it is resumed where it was
+stopped, and the page of the playground shows it.
 """
 
 import argparse

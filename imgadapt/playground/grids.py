@@ -110,7 +110,7 @@ class Grids:
         return found
 
     def export(self, id: str, owner: str = "") -> Path:
-        """A zip: index.html (works offline, alone), the PNGs, grid.json.
+        """A zip: index.html (works offline, alone), the pictures, grid.json.
 
         Raises:
             ConfigError: see `get`. OutputError: it cannot be written.
