@@ -34,7 +34,7 @@ class Served:
 
     @property
     def http(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=20, trust_env=False)
+        return httpx.Client(base_url=self.url, timeout=60, trust_env=False, verify=False)  # no certificates to read
 
     def works(self) -> dict[str, Any]:
         """A good request from a new client: its picture."""
