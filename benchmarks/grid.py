@@ -4,9 +4,9 @@
     python benchmarks/grid.py --steps 12 --rounds 15 --threads 1
 
 Two grids: four weights x four seeds of one adapter, and four adapters x four seeds. Ours is what `imgadapt grid` does,
-from the request to pictures on disk, with the adapters on the base already, as theirs are (load_lora_weights). Both draw
-the same prompts, seeds, steps, sampler and guidance, in turns in one process; a figure is the median over rounds of
-theirs / ours, and the pictures of both must agree to a few levels. Exit status 1 where the bar is not met.
+from the request to pictures on disk, with the adapters on the base already, as theirs are (load_lora_weights). Both
+draw the same prompts, seeds, steps, sampler and guidance, in turns in one process; a figure is the median over rounds
+of theirs / ours, and the pictures of both must agree to a few levels. Exit status 1 where the bar is not met.
 """
 
 import argparse

