@@ -31,6 +31,8 @@ SCREENSHOTS = os.environ.get("IMGADAPT_SCREENSHOTS")
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 PATIENCE = 30_000
 """Milliseconds that anything may take to appear."""
+LEAVING = ("AbortError: BodyStreamBuffer was aborted", "Unexpected error Connection errored out")
+"""What Gradio says of its own stream of events when a page is left."""
 expect.set_options(timeout=PATIENCE)
 
 
@@ -151,7 +153,7 @@ class Watch:
         page.on("response", self._response)
 
     def _console(self, message: ConsoleMessage) -> None:
-        if message.type == "error":
+        if message.type == "error" and not any(part in message.text for part in LEAVING):
             self.wrong.append(f"console: {message.text} ({message.location.get('url', '')})")
 
     def _request(self, request: Request) -> None:
@@ -187,7 +189,7 @@ def page(server: Server, chromium: Browser, watch: Watch) -> Iterator[Page]:
 
 
 def visit(page: Page, server: Server, query: str = "") -> None:
-    """Open the playground and wait until its settings are back."""
+    """Open the playground and wait until its settings are back. (What a page was told by before ends: Gradio says so.)"""
     page.goto(f"{server.url}/{query}")
     page.wait_for_selector("body[data-ready]")
 

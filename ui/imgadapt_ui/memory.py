@@ -27,15 +27,15 @@ def wire(page: gr.Blocks, shared: Shared, places: Mapping[str, gr.Tab], generate
     keep = f"(...values) => window.iaKept({VERSION}, {names}, values)"
     gr.on([field.change for field in fields], None, fields, kept, js=keep, **QUIET)
     for id, place in places.items():
-        place.select(None, None, tab, js=f"() => {id!r}", **QUIET)
+        place.select(None, tab, tab, js=f"(before) => window.iaTab({id!r}, before)", **QUIET)
 
     def load(kept: Any, tab: Any, request: gr.Request) -> list[Any]:
         query = dict(request.query_params)
         several = _several(request, "adapter")
         found = remembered(kept) if isinstance(kept, Mapping) else None
         wanted, missing = linked(shared, query, several, found)
-        for line in missing:
-            gr.Warning(line, title="From the link")
+        if missing:
+            gr.Warning("; ".join(missing), title="Not all of the link can be had", duration=30)
         where = query.get("tab", tab)
         where = "generate" if query.keys() & {"adapter", *_LINKED} and "tab" not in query else where
         loaded = shared.house.playground.studio.base

@@ -19,6 +19,8 @@
     return kept;
   };
 
+  window.iaTab = (chosen, before) => ready ? chosen : before;  // (the first tab is chosen by Gradio, not by anyone)
+
   document.addEventListener('keydown', (event) => {
     const press = (id) => {
       const button = document.getElementById(id);
