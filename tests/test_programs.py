@@ -136,7 +136,9 @@ def test_style_generate_show_and_convert_hang_together(
     for name, adapters in (("base", []), ("on", [f"{adapter}:1"]), ("off", [f"{adapter}:0"])):
         flags = [x for a in adapters for x in ("--adapter", a)]
         run("generate", ["a fox", "--steps", "2", *flags, "--output", str(tmp_path / f"{name}.png")])
-        pictures.append((tmp_path / f"{name}.png").read_bytes())
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            pictures.append(picture.tobytes())
+            assert picture.info["parameters"].startswith("a fox" if name == "base" else "a fox <lora:adapter:")
     assert pictures[0] == pictures[2] != pictures[1]
 
 

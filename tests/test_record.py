@@ -5,7 +5,7 @@ import io
 import json
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -369,6 +369,37 @@ def test_a_fingerprint_sees_a_changed_end_and_a_renamed_file(tmp_path: Path) -> 
     assert len(set(prints)) == 3
     assert fingerprint(str(tmp_path / "none")) == ""
     assert fingerprint("demo") == fingerprint("demo") != ""
+
+
+def test_what_the_program_draws_is_restored_and_drawn_the_same_in_the_playground(
+    ground: Playground, run: Callable[[str, list[str]], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    red, one, sheet = (tmp_path / f"{name}.png" for name in ("red", "one", "sheet"))
+    Image.new("RGB", (64, 48), "red").save(red)
+    file = ground.settings.home / "adapters" / "b.safetensors"
+    more = ["--steps", "3", "--seeds", "5", "--sampler", "Euler"]
+    flags = ["--adapter", f"{file}:0.3", "--adapters", str(file.parent), *more]
+    run("generate", ["an owl <lora:red fox:0.4>", *flags, "--negative", "blue", "--output", str(one)])
+    assert "b.safetensors: 68 layers at 0.3" in capsys.readouterr().out
+    back = ground.restore(one.read_bytes())
+    assert (back.lacks, back.exact) == ((), True)
+    assert [ground.library.get(use.adapter).name for use in back.request.adapters] == ["b", "red fox"]
+    assert (back.request.seed, back.request.sampler, back.request.negative) == (5, "Euler", "blue")
+    (again,) = ground.generate(back.request).result()
+    assert np.array_equal(pixels(again.path), pixels(one))
+
+    run("generate", ["an owl", "a fox", "--steps", "2", "--init", str(red), "--denoise", "0.5", "--output", str(sheet)])
+    back = ground.restore(sheet.read_bytes())
+    assert back.lacks == (
+        "it is a sheet of 2 pictures; these are the settings of the first",
+        "the picture that it began from is not here; give it again",
+    )
+    assert (back.request.prompt, back.request.width, back.request.height, back.request.denoise) == (
+        "an owl",
+        64,
+        48,
+        0.5,
+    )
 
 
 def test_gently_keeps_a_mask_with_its_picture() -> None:

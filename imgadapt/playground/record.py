@@ -96,9 +96,13 @@ def restore(
         raise DataError(f"the picture has {len(data):,} bytes; {limits.upload:,} are allowed")
     image = opened(data, limits.upload_pixels)
     record = infotext.ours(image.info)
+    lacks = list[str]()
+    if record is not None and isinstance(several := record.get("pictures"), list) and several:
+        lacks.append(f"it is a sheet of {len(several)} pictures; these are the settings of the first")  # pyright: ignore[reportUnknownArgumentType]
+        record = _table(several[0])
     if record is None or not isinstance(record.get("request"), dict):
         return _foreign(foreign.read(image), library, bases)
-    back = _Back(library, bases, lacks=[])
+    back = _Back(library, bases, lacks)
     values = dict(record["request"])
     values["adapters"] = back.adapters(values.get("adapters"), _table(record.get("adapters")))
     base = _table(record.get("base"))
