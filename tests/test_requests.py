@@ -106,7 +106,7 @@ def test_tables_lists_and_unknown_keys_in_wrong_places_are_refused() -> None:
     assert refusal({"adapters": {"adapter": A}}) == "adapters: must be a list"
     assert refusal({"adapters": [{}]}) == "adapters.0.adapter: is missing"
     assert refusal({"x" * 10**7: 1}) == f"{'x' * 37}...: is no setting of this request"
-    assert refusal({"promt": "a", "stepps": 1}) == "promt: is no setting of this request; and 1 more"
+    assert refusal({"colour": "a", "stepps": 1}) == "colour: is no setting of this request; and 1 more"
 
 
 def test_what_is_nested_a_hundred_thousand_deep_is_refused() -> None:
