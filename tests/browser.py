@@ -189,7 +189,7 @@ def page(server: Server, chromium: Browser, watch: Watch) -> Iterator[Page]:
 
 
 def visit(page: Page, server: Server, query: str = "") -> None:
-    """Open the playground and wait until its settings are back. (What a page was told by before ends: Gradio says so.)"""
+    """Open the playground and wait until its settings are back."""
     page.goto(f"{server.url}/{query}")
     page.wait_for_selector("body[data-ready]")
 

