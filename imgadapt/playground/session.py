@@ -3,7 +3,7 @@
 from typing import Any
 
 from imgadapt.errors import ConfigError
-from imgadapt.playground import record
+from imgadapt.playground import beginnings, record
 from imgadapt.playground.album import Album, Picture
 from imgadapt.playground.bases import Base, Bases
 from imgadapt.playground.desk import Desk, Ticket
@@ -51,9 +51,10 @@ class Playground:
         several = [settled.model_copy(update={"seed": settled.seed + k, "count": 1}) for k in range(settled.count)]
         together = self.together(settled)
         made: list[Picture] = []
-        total = settled.steps * -(-len(several) // together)
+        steps = beginnings.steps_of(settled)
+        total = steps * -(-len(several) // together)
         for first in range(0, len(several), together):
-            before = settled.steps * (first // together)
+            before = steps * (first // together)
             for one in self.studio.draw(
                 several[first : first + together],
                 lambda done, _, preview, before=before: ticket.progress("drawing", before + done, total, preview),
