@@ -65,7 +65,8 @@ class Playground:
 
     def together(self, settled: GenerateRequest) -> int:
         """How many pictures of a settled request are drawn as one batch."""
-        assert settled.width is not None and settled.height is not None
+        assert settled.width is not None
+        assert settled.height is not None
         return max(1, self.settings.limits.drawn_together // (settled.width * settled.height))
 
     def kept(self, one: Any, *, owner: str, **more: Any) -> Picture:
