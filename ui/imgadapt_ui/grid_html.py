@@ -9,7 +9,6 @@ from PIL import Image
 from imgadapt.playground.blocks import BlockEffect
 from imgadapt.playground.comparing import Difference
 from imgadapt.playground.grids import Cell, Grid, GridPlan
-from imgadapt.training.report.charts import number
 from imgadapt_ui import boxes
 from imgadapt_ui.parts import duration, text
 
@@ -144,7 +143,7 @@ def effects(found: Sequence[BlockEffect]) -> str:
     def bar(value: float, share: float, look: int) -> str:
         width = 100 * min(max(share, 0.0), 1.0)
         inner = f'<span class="lab-bar"><i class="lab-c{look}" style="width: {width:.1f}%"></i></span>'
-        return f"<td>{inner}<small>{number(value)}</small></td>"
+        return f"<td>{inner}<small>{value:.1%}</small></td>"
 
     rows = [
         boxes.row(
