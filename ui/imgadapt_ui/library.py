@@ -61,7 +61,8 @@ def build(shared: Shared) -> None:
         return details(shared.house, id) if id else gr.skip()
 
     wanted = [search, family, folder, current]
-    gr.on([search.input, family.input, folder.input], show, wanted, grid, **QUIET, trigger_mode="always_last")
+    for field in (search, family, folder):
+        field.change(show, wanted, grid, **QUIET, trigger_mode="always_last")
     grid.select(choose, [search, family, folder], [current, about, buttons, grid], **QUIET)
     rescan.click(scan, None, shared.library_changed, **QUIET)
     shared.library_changed.change(filters, None, [family, folder], **QUIET).then(show, wanted, grid, **QUIET)
