@@ -27,7 +27,7 @@ from PIL import Image
 from imgadapt import attach, collect, demo, detach, parameters, save
 from imgadapt.cli import program
 from imgadapt.methods import LoRA
-from imgadapt.playground.grids import GridRequest, Grids
+from imgadapt.playground.grids.grids import GridRequest, Grids
 from imgadapt.playground.session import Playground
 from imgadapt.playground.settings import Settings
 

@@ -15,8 +15,8 @@ from typing import Any
 import httpx
 import pytest
 
-from imgadapt.playground.guard import Guard, Rules
 from imgadapt.playground.house import House
+from imgadapt.playground.serving.guard import Guard, Rules
 from imgadapt.playground.settings import Limits, Settings
 
 DRAWN = {"prompt": "a fox", "seed": 5, "steps": 2}

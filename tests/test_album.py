@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from imgadapt.errors import ConfigError, DataError, OutputError
-from imgadapt.playground.album import Album, Picture
+from imgadapt.playground.pictures.album import Album, Picture
 
 RECORD = {"version": 1, "request": {"prompt": "a fox", "seed": 3}, "base": {"name": "demo"}}
 

@@ -19,8 +19,8 @@ from imgadapt_ui.following import ask, follow
 from imgadapt_ui.plain import plain
 from PIL import Image
 
-from imgadapt.playground.album import Picture
 from imgadapt.playground.desk import Busy, Desk, Done, Event, Failed, Made, Progress, Ticket
+from imgadapt.playground.pictures.album import Picture
 from tests.served import DRAWN, Served, Told, called, served
 
 __all__ = ["served"]

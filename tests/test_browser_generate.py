@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
-from imgadapt.playground.infotext import ours
+from imgadapt.playground.pictures.infotext import ours
 from tests.browser import (
     HOSTILE,
     SCREENSHOTS,

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from imgadapt.errors import DataError
-from imgadapt.playground.comparing import Difference, difference, heat
+from imgadapt.playground.pictures.comparing import Difference, difference, heat
 
 
 def _picture(changes: dict[tuple[int, int], tuple[int, int, int]] | None = None, size: tuple[int, int] = (5, 4)):

@@ -16,9 +16,9 @@ from imgadapt.file import AdapterFile, read_tensors, write_tensors
 from imgadapt.methods import DoRA
 from imgadapt.playground.converting import Converter, ConvertRequest
 from imgadapt.playground.inspecting import Inspector, Match
+from imgadapt.playground.library.telling import training
 from imgadapt.playground.session import Playground
 from imgadapt.playground.settings import Settings
-from imgadapt.playground.telling import training
 from imgadapt.summary import norm_of
 
 

@@ -14,12 +14,12 @@ from PIL import Image
 from imgadapt import attach, collect, demo, detach, live, save
 from imgadapt.errors import ConfigError
 from imgadapt.methods import LoRA
-from imgadapt.playground import axes, exporting, ordering
-from imgadapt.playground.axis import Axis, Value
-from imgadapt.playground.comparing import Difference, difference
 from imgadapt.playground.desk import Busy, Done, Event, Failed, Made, Progress, Ticket
-from imgadapt.playground.grids import Cell, Grid, GridRequest, Grids
-from imgadapt.playground.ranges import listed, plain
+from imgadapt.playground.grids import axes, exporting, ordering
+from imgadapt.playground.grids.axis import Axis, Value
+from imgadapt.playground.grids.grids import Cell, Grid, GridRequest, Grids
+from imgadapt.playground.grids.ranges import listed, plain
+from imgadapt.playground.pictures.comparing import Difference, difference
 from imgadapt.playground.requests import GenerateRequest
 from imgadapt.playground.session import Playground
 from imgadapt.playground.settings import Limits, Settings

@@ -14,11 +14,11 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from imgadapt.errors import ConfigError
-from imgadapt.playground import accounts, guard, policy
-from imgadapt.playground.accounts import Accounts, Throttle, Tokens
-from imgadapt.playground.entrance import COOKIE, Entrance
-from imgadapt.playground.guard import Guard, Rules
-from imgadapt.playground.sessions import Guests, owner_of
+from imgadapt.playground.serving import accounts, guard, policy
+from imgadapt.playground.serving.accounts import Accounts, Throttle, Tokens
+from imgadapt.playground.serving.entrance import COOKIE, Entrance
+from imgadapt.playground.serving.guard import Guard, Rules
+from imgadapt.playground.serving.sessions import Guests, owner_of
 
 EVIL = "https://evil.example"
 PAGE = "<html><script>let a = 1;</script><script src='/assets/x.js'></script><script data-x>let b;</script></html>"

@@ -18,14 +18,14 @@ from imgadapt.combining.rules import RULES
 from imgadapt.errors import ConfigError, ImgadaptError, OutputError
 from imgadapt.methods import IA3, OFT, DoRA, LoHa, LoRA, Method
 from imgadapt.playground import filenames
-from imgadapt.playground import lab as lab_module
 from imgadapt.playground.desk import Failed, Progress
-from imgadapt.playground.lab import Lab, MergeRequest
-from imgadapt.playground.library import Card
+from imgadapt.playground.library.library import Card
+from imgadapt.playground.merges import lab as lab_module
+from imgadapt.playground.merges.lab import Lab, MergeRequest
+from imgadapt.playground.merges.stacking import use_of
 from imgadapt.playground.requests import GenerateRequest
 from imgadapt.playground.session import Playground
 from imgadapt.playground.settings import Settings
-from imgadapt.playground.stacking import use_of
 
 LAYERS = ["unet.*.attn2.to_k", "unet.*.attn1.to_v", "unet.down_blocks.*.conv1", "text_encoder.*.q_proj"]
 BLOCKS = ",".join(f"{k % 3 / 2:g}" for k in range(26))

@@ -3,16 +3,16 @@
 from html.parser import HTMLParser
 from pathlib import Path
 
+from imgadapt.playground.grids.analyser import BlockEffect
 from imgadapt_ui import axes, grid_html, lab_html, train_html
 from PIL import Image
 
-from imgadapt.playground.album import Picture
-from imgadapt.playground.blocks import BlockEffect
-from imgadapt.playground.comparing import Difference
-from imgadapt.playground.grids import Cell, Grid, GridPlan, GridRequest
-from imgadapt.playground.lab import LabReport
+from imgadapt.playground.grids.grids import Cell, Grid, GridPlan, GridRequest
+from imgadapt.playground.merges.lab import LabReport
+from imgadapt.playground.pictures.album import Picture
+from imgadapt.playground.pictures.comparing import Difference
 from imgadapt.playground.requests import GenerateRequest
-from imgadapt.playground.runs import Check, Run
+from imgadapt.playground.trainings.runs import Check, Run
 
 HOSTILE = "\"><script>alert(1)</script><img src=x onerror=alert(1)>' {{value}} ${value}"
 SAME, APART = Difference(0.0, 0, 0.0, None), Difference(3.25, 90, 0.5, 31.04)

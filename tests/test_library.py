@@ -17,11 +17,11 @@ from PIL import Image, ImageFile
 from imgadapt import LoRA, attach, collect, save
 from imgadapt.errors import ConfigError, DataError, FormatError
 from imgadapt.file import write_tensors
-from imgadapt.playground import library as library_module
-from imgadapt.playground.bases import Bases
-from imgadapt.playground.cards import Reader, plain
-from imgadapt.playground.library import Card, Library
-from imgadapt.playground.scanning import Scan
+from imgadapt.playground.library import library as library_module
+from imgadapt.playground.library.bases import Bases
+from imgadapt.playground.library.cards import Reader, plain
+from imgadapt.playground.library.library import Card, Library
+from imgadapt.playground.library.scanning import Scan
 from imgadapt.playground.settings import Settings
 from tests import tiny
 
@@ -209,7 +209,7 @@ def test_a_hostile_file_is_a_card_with_a_fault(home: Path, what: str) -> None:
 def test_a_million_tensors_are_refused_before_they_are_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = ",".join(f'"{k}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for k in range(60_000))
     path = raw(tmp_path / "many.safetensors", f"{{{rows}}}".encode())
-    monkeypatch.setattr("imgadapt.playground.cards.json.loads", lambda *_: pytest.fail("parsed"))
+    monkeypatch.setattr("imgadapt.playground.library.cards.json.loads", lambda *_: pytest.fail("parsed"))
     assert Reader().read(path).fault == "more than 50,000 tensors, which no adapter has"
     raw(path, b"{}", length=10**8)
     assert "100,000,000 bytes" in Reader().read(path).fault

@@ -16,7 +16,7 @@ from PIL import Image, PngImagePlugin
 
 from imgadapt import LoRA, attach, collect, detach, save
 from imgadapt.errors import DataError
-from imgadapt.playground import infotext, record
+from imgadapt.playground.pictures import infotext, record
 from imgadapt.playground.requests import GenerateRequest, Use
 from imgadapt.playground.session import Playground
 from imgadapt.playground.settings import Settings
@@ -358,7 +358,7 @@ def test_long_lines_are_read_in_one_pass() -> None:
 
 
 def test_a_fingerprint_sees_a_changed_end_and_a_renamed_file(tmp_path: Path) -> None:
-    from imgadapt.playground.provenance import fingerprint
+    from imgadapt.playground.pictures.provenance import fingerprint
 
     data = bytes(3 * 2**20)
     prints: list[str] = []

@@ -17,12 +17,12 @@ from PIL import Image
 
 from imgadapt import demo, load
 from imgadapt.errors import ConfigError, DataError, ImgadaptError, OutputError
-from imgadapt.playground import datasets, launching, watching
-from imgadapt.playground.album import Album
 from imgadapt.playground.desk import Busy
-from imgadapt.playground.runs import Run, Runs, TrainRequest
+from imgadapt.playground.pictures.album import Album
 from imgadapt.playground.session import Playground
 from imgadapt.playground.settings import Limits, Settings
+from imgadapt.playground.trainings import datasets, launching, watching
+from imgadapt.playground.trainings.runs import Run, Runs, TrainRequest
 
 SMALL = {"kind": "style", "steps": 20, "batch_size": 2, "rank": 2, "resolution": 64, "learning_rate": 1e-3}
 

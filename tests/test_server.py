@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from imgadapt.playground.house import House
-from imgadapt.playground.sessions import OWNER
+from imgadapt.playground.serving.sessions import OWNER
 from imgadapt.playground.settings import Settings
 from tests.served import DRAWN, Served, Told, begin, called, served
 
@@ -290,7 +290,7 @@ def shared(tmp_path: Path) -> Iterator[tuple[Any, House]]:
     """Routes that several people use, without the guard: the tests say who asks."""
     from fastapi import FastAPI
 
-    from imgadapt.playground.routes import routes
+    from imgadapt.playground.serving.routes import routes
 
     house = House(Settings(home=tmp_path, shared=True))
     yield FastAPI(routes=list(routes(house))), house

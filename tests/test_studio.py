@@ -19,11 +19,11 @@ from imgadapt.errors import ConfigError
 from imgadapt.file import AdapterFile
 from imgadapt.methods import DoRA, LoKr
 from imgadapt.playground import samplers
-from imgadapt.playground.bases import Base
-from imgadapt.playground.library import Card
+from imgadapt.playground.drawing.studio import Drawn, Studio, alike
+from imgadapt.playground.library.bases import Base
+from imgadapt.playground.library.library import Card
 from imgadapt.playground.requests import GenerateRequest, Use
 from imgadapt.playground.settings import Limits, Settings
-from imgadapt.playground.studio import Drawn, Studio, alike
 from imgadapt.training import families
 from imgadapt.training.families import FAMILIES, Family, StableDiffusion
 from tests import tiny

@@ -21,14 +21,14 @@ import torch
 from imgadapt.atomic import write_bytes
 from imgadapt.cli import program
 from imgadapt.errors import ConfigError, DataError, FormatError
-from imgadapt.playground import infotext, record
-from imgadapt.playground.album import Album
-from imgadapt.playground.bases import Bases
-from imgadapt.playground.library import Library
+from imgadapt.playground.drawing.studio import Drawn, Studio, alike
+from imgadapt.playground.library.bases import Bases
+from imgadapt.playground.library.library import Library
+from imgadapt.playground.pictures import infotext, record
+from imgadapt.playground.pictures.album import Album
 from imgadapt.playground.requests import GenerateRequest, Use
 from imgadapt.playground.samplers import SAMPLERS
 from imgadapt.playground.settings import Settings
-from imgadapt.playground.studio import Drawn, Studio, alike
 from imgadapt.progress import bar
 from imgadapt.training import pictures
 

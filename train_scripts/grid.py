@@ -23,7 +23,7 @@ from imgadapt.atomic import atomically
 from imgadapt.cli import program
 from imgadapt.errors import ConfigError, FormatError, ImgadaptError
 from imgadapt.playground.desk import Done, Failed, Progress, Ticket
-from imgadapt.playground.grids import AXES, Grid, GridRequest, Grids
+from imgadapt.playground.grids.grids import AXES, Grid, GridRequest, Grids
 from imgadapt.playground.samplers import SAMPLERS
 from imgadapt.playground.session import Playground
 from imgadapt.playground.settings import Settings

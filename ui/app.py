@@ -22,7 +22,7 @@ if str(HERE) not in sys.path:
 
 from imgadapt.cli import program  # noqa: E402 # after the path
 from imgadapt.errors import ConfigError  # noqa: E402
-from imgadapt.playground import accounts  # noqa: E402
+from imgadapt.playground.serving import accounts  # noqa: E402
 from imgadapt.playground.settings import Settings  # noqa: E402
 
 
@@ -59,10 +59,10 @@ def _run(args: argparse.Namespace, settings: Settings, known: accounts.Accounts 
     _surroundings(settings)
     from imgadapt_ui import page, server
 
-    from imgadapt.playground.entrance import Entrance  # these need Gradio's packages
-    from imgadapt.playground.guard import Rules
     from imgadapt.playground.house import House
-    from imgadapt.playground.sessions import Guests
+    from imgadapt.playground.serving.entrance import Entrance  # these need Gradio's packages
+    from imgadapt.playground.serving.guard import Rules
+    from imgadapt.playground.serving.sessions import Guests
 
     opened = server.listen(args.host, args.port)  # before what takes seconds
     house = House(settings)

@@ -1,13 +1,13 @@
 """House: a playground with all its rooms, as the page and the API have it."""
 
-from imgadapt.playground.blocks import Analyser
 from imgadapt.playground.converting import Converter
-from imgadapt.playground.grids import Grids
+from imgadapt.playground.grids.analyser import Analyser
+from imgadapt.playground.grids.grids import Grids
 from imgadapt.playground.inspecting import Inspector
-from imgadapt.playground.lab import Lab
-from imgadapt.playground.runs import Runs
+from imgadapt.playground.merges.lab import Lab
 from imgadapt.playground.session import Playground
 from imgadapt.playground.settings import Settings
+from imgadapt.playground.trainings.runs import Runs
 
 
 class House:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from imgadapt.combining.recipes import KEY
 from imgadapt.file import AdapterFile
-from imgadapt.playground import telling
-from imgadapt.playground.cards import plain
-from imgadapt.playground.library import Card
-from imgadapt.playground.matching import Match, Places, match
+from imgadapt.playground.library import telling
+from imgadapt.playground.library.cards import plain
+from imgadapt.playground.library.library import Card
+from imgadapt.playground.library.matching import Match, Places, match
 from imgadapt.playground.session import Playground
 from imgadapt.summary import NO_CONFIG, alpha_unsaid, summary
 

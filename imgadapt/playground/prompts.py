@@ -2,7 +2,7 @@
 
 `<lora:name>`, `<lora:name:weight>`, `<lora:name:weight:text>`, where `text` is the text encoders' weight (SwarmUI's
 order; A1111 has the text encoders' first, see `te_first`), and by name, in any order: `unet=`, `te=`, and
-sd-webui-lora-block-weight's `lbw=` (a preset or a list of numbers), `start=`, `stop=`, `step=a-b`. `<lyco:` is the same.
+sd-webui-lora-block-weight's `lbw=` (a preset or numbers), `start=`, `stop=`, `step=a-b`. `<lyco:` is the same.
 Names are looked up among those of a library: one with slashes or dots in it is a name as well, never a path.
 """
 

@@ -3,14 +3,15 @@
 from typing import Any
 
 from imgadapt.errors import ConfigError
-from imgadapt.playground import beginnings, record
-from imgadapt.playground.album import Album, Picture
-from imgadapt.playground.bases import Base, Bases
 from imgadapt.playground.desk import Desk, Ticket
-from imgadapt.playground.library import Library
+from imgadapt.playground.drawing import beginnings
+from imgadapt.playground.drawing.studio import Studio
+from imgadapt.playground.library.bases import Base, Bases
+from imgadapt.playground.library.library import Library
+from imgadapt.playground.pictures import record
+from imgadapt.playground.pictures.album import Album, Picture
 from imgadapt.playground.requests import GenerateRequest
 from imgadapt.playground.settings import Settings
-from imgadapt.playground.studio import Studio
 
 
 class Playground:

@@ -6,9 +6,9 @@ from contextlib import aclosing
 from typing import Any
 
 import gradio as gr
+from imgadapt.playground.grids.analyser import AnalyseRequest, BlockEffect
 
 from imgadapt.errors import ConfigError
-from imgadapt.playground.blocks import AnalyseRequest, BlockEffect
 from imgadapt.playground.desk import Done, Failed, Made, Ticket
 from imgadapt.playground.requests import GenerateRequest, Use
 from imgadapt_ui import boxes, grid_html

@@ -9,17 +9,17 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 import gradio as gr
+from imgadapt.playground.grids.analyser import AnalyseRequest
 from pydantic import ValidationError
 
 from imgadapt.errors import ImgadaptError
-from imgadapt.playground.blocks import AnalyseRequest
 from imgadapt.playground.converting import ConvertRequest
 from imgadapt.playground.desk import Done, Event, Failed, Made, Progress, Ticket, Waiting, public
-from imgadapt.playground.grids import GridRequest
+from imgadapt.playground.grids.grids import GridRequest
 from imgadapt.playground.house import House
-from imgadapt.playground.lab import MergeRequest
+from imgadapt.playground.merges.lab import MergeRequest
 from imgadapt.playground.requests import GenerateRequest, Id, Line, Request
-from imgadapt.playground.runs import TrainRequest
+from imgadapt.playground.trainings.runs import TrainRequest
 from imgadapt_ui.following import ask, follow
 from imgadapt_ui.plain import plain
 from imgadapt_ui.who import owner

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from imgadapt.playground.inspecting import Details, Match
-from imgadapt.playground.library import Card
+from imgadapt.playground.library.library import Card
 from imgadapt_ui.parts import empty, link, text
 from imgadapt_ui.stack import kinds
 

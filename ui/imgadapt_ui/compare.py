@@ -10,7 +10,7 @@ import gradio as gr
 from imgadapt.errors import ConfigError, ImgadaptError
 from imgadapt.playground.desk import public
 from imgadapt.playground.forms import number
-from imgadapt.playground.grids import Grid, GridRequest
+from imgadapt.playground.grids.grids import Grid, GridRequest
 from imgadapt.playground.house import House
 from imgadapt_ui import analysing, axes, boxes, grid_html
 from imgadapt_ui.axes import AxisForm

@@ -7,9 +7,9 @@ from typing import Any
 import gradio as gr
 
 from imgadapt.errors import ImgadaptError
-from imgadapt.playground.bringing import bring
 from imgadapt.playground.converting import Converted, ConvertPlan, ConvertRequest
 from imgadapt.playground.desk import Done, Failed
+from imgadapt.playground.library.bringing import bring
 from imgadapt_ui import library
 from imgadapt_ui.following import follow
 from imgadapt_ui.parts import QUIET, Shared, adapters, bar, counted, empty, link, text

@@ -4,11 +4,11 @@ import base64
 import io
 from collections.abc import Sequence
 
+from imgadapt.playground.grids.analyser import BlockEffect
 from PIL import Image
 
-from imgadapt.playground.blocks import BlockEffect
-from imgadapt.playground.comparing import Difference
-from imgadapt.playground.grids import Cell, Grid, GridPlan
+from imgadapt.playground.grids.grids import Cell, Grid, GridPlan
+from imgadapt.playground.pictures.comparing import Difference
 from imgadapt_ui import boxes
 from imgadapt_ui.parts import duration, text
 

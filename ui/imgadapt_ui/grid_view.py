@@ -8,10 +8,10 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from imgadapt.playground.comparing import difference, heat
 from imgadapt.playground.desk import Done, Failed, Ticket
-from imgadapt.playground.grids import Cell, Grid
+from imgadapt.playground.grids.grids import Cell, Grid
 from imgadapt.playground.house import House
+from imgadapt.playground.pictures.comparing import difference, heat
 from imgadapt.playground.requests import GenerateRequest
 from imgadapt_ui import boxes, grid_html
 from imgadapt_ui.following import follow

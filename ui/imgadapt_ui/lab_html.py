@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from imgadapt.playground.lab import LabReport
+from imgadapt.playground.merges.lab import LabReport
 from imgadapt.training.report.charts import Chart, Line, svg
 from imgadapt_ui import boxes
 from imgadapt_ui.parts import text

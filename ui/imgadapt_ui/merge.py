@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from imgadapt.playground.desk import Done, Failed, Ticket
-from imgadapt.playground.library import Card
+from imgadapt.playground.library.library import Card
 from imgadapt.playground.requests import GenerateRequest, Use
 from imgadapt_ui import boxes, lab_html
 from imgadapt_ui.following import follow

@@ -9,7 +9,7 @@ from imgadapt.combining.rules import RULES
 from imgadapt.combining.rules.rule import Option
 from imgadapt.playground.forms import number
 from imgadapt.playground.house import House
-from imgadapt.playground.lab import MergeRequest
+from imgadapt.playground.merges.lab import MergeRequest
 from imgadapt.playground.requests import Use
 from imgadapt_ui.parts import QUIET, adapters
 from imgadapt_ui.telling import open_number

@@ -8,10 +8,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from imgadapt.playground.album import Picture
 from imgadapt.playground.converting import Converted
-from imgadapt.playground.grids import Grid
-from imgadapt.playground.library import Card
+from imgadapt.playground.grids.grids import Grid
+from imgadapt.playground.library.library import Card
+from imgadapt.playground.pictures.album import Picture
 
 _KEPT_BACK = {"owner", "path", "record"}
 

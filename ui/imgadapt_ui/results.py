@@ -6,10 +6,10 @@ from typing import Any
 import gradio as gr
 
 from imgadapt.errors import ConfigError, ImgadaptError
-from imgadapt.playground import record
-from imgadapt.playground.album import Picture
 from imgadapt.playground.desk import Done, Progress
 from imgadapt.playground.house import House
+from imgadapt.playground.pictures import record
+from imgadapt.playground.pictures.album import Picture
 from imgadapt.playground.requests import GenerateRequest
 from imgadapt_ui.jobs import Job
 from imgadapt_ui.parts import QUIET, Shared, bar, chosen, duration, empty, link, preview, text, thumb, tiles

@@ -12,10 +12,10 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from imgadapt.errors import ConfigError
-from imgadapt.playground.entrance import Entrance
-from imgadapt.playground.guard import Guard, Rules
 from imgadapt.playground.house import House
-from imgadapt.playground.routes import routes
+from imgadapt.playground.serving.entrance import Entrance
+from imgadapt.playground.serving.guard import Guard, Rules
+from imgadapt.playground.serving.routes import routes
 from imgadapt_ui.api import endpoints
 from imgadapt_ui.editors import tame
 

@@ -9,7 +9,7 @@ from imgadapt.combining.blocks import CONSTANT, PRESETS
 from imgadapt.errors import ConfigError
 from imgadapt.playground import forms
 from imgadapt.playground.house import House
-from imgadapt.playground.library import Card
+from imgadapt.playground.library.library import Card
 from imgadapt.playground.requests import Use
 from imgadapt_ui.parts import QUIET, Shared, adapters, text
 

@@ -10,7 +10,7 @@ import gradio as gr
 
 from imgadapt.errors import DataError
 from imgadapt.playground.desk import Done
-from imgadapt.playground.runs import Run
+from imgadapt.playground.trainings.runs import Run
 from imgadapt_ui import train_html
 from imgadapt_ui.following import follow
 from imgadapt_ui.merge import joined

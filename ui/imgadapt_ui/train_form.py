@@ -8,7 +8,7 @@ import gradio as gr
 from imgadapt.methods import METHODS
 from imgadapt.playground.forms import number
 from imgadapt.playground.house import House
-from imgadapt.playground.runs import TrainRequest
+from imgadapt.playground.trainings.runs import TrainRequest
 from imgadapt_ui.parts import QUIET
 from imgadapt_ui.telling import open_number
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from imgadapt.playground.runs import Check, Run
+from imgadapt.playground.trainings.runs import Check, Run
 from imgadapt.training.report.charts import Chart, Line, number, svg
 from imgadapt.training.report.readings import smooth, window
 from imgadapt_ui import boxes

@@ -2,7 +2,7 @@
 
 import gradio as gr
 
-from imgadapt.playground.sessions import owner_of
+from imgadapt.playground.serving.sessions import owner_of
 
 
 def owner(request: gr.Request) -> str:

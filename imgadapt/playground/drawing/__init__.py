@@ -1,0 +1,1 @@
+"""Drawing: the loaded base, the adapters on it, and one call of it."""

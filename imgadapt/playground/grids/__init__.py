@@ -1,0 +1,1 @@
+"""Grids: pictures over axes; and which blocks of an adapter act."""

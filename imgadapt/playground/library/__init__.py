@@ -1,0 +1,1 @@
+"""The library: adapters and bases on disk, known by ids."""

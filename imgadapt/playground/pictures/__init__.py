@@ -1,0 +1,1 @@
+"""Pictures: kept, taken in, and what they say of how they were made."""

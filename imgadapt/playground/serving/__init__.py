@@ -1,0 +1,1 @@
+"""Serving: who may ask what, and what is given out by id."""

@@ -1,0 +1,1 @@
+"""Trainings: data sets, and runs in processes of their own."""
