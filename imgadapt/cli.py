@@ -56,7 +56,6 @@ def main() -> None:
         if missing.partition(".")[0] == "imgadapt":
             raise
         extra = "ui" if name == "ui" else "train"
-        extra = "ui" if name == "ui" else "train"
         print(f"imgadapt: {missing} is not installed: pip install 'imgadapt[{extra}]'", file=sys.stderr)
         raise SystemExit(1) from error
 
