@@ -5,6 +5,7 @@ import json
 import os
 import struct
 import threading
+import time
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,14 +15,15 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from imgadapt import LoRA, attach, collect, save
+from imgadapt import LoRA, attach, collect, detach, save
 from imgadapt.errors import ConfigError, DataError, FormatError
 from imgadapt.file import write_tensors
 from imgadapt.playground.library import library as library_module
 from imgadapt.playground.library.bases import Bases
 from imgadapt.playground.library.cards import Reader, plain
 from imgadapt.playground.library.library import Card, Library
-from imgadapt.playground.library.scanning import Scan
+from imgadapt.playground.library.naming import Row, names
+from imgadapt.playground.library.scanning import Found, Scan
 from imgadapt.playground.settings import Settings
 from tests import tiny
 
@@ -215,6 +217,15 @@ def test_a_million_tensors_are_refused_before_they_are_parsed(tmp_path: Path, mo
     assert "100,000,000 bytes" in Reader().read(path).fault
 
 
+def test_many_tensors_in_escaped_words_are_refused_before_they_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = ",".join(f'"{k}":{{"dtype":"F32","shape":[0],"data\\u005foffsets":[0,0]}}' for k in range(60_000))
+    path = raw(tmp_path / "many.safetensors", f"{{{rows}}}".encode())
+    monkeypatch.setattr("imgadapt.playground.library.cards.load", lambda *_: pytest.fail("loaded"))
+    assert Reader().read(path).fault == "more than 50,000 tensors, which no adapter has"
+
+
 def test_no_pickle_is_opened(home: Path) -> None:
     class Evil:
         def __reduce__(self) -> tuple[Any, tuple[str]]:
@@ -259,6 +270,44 @@ def test_links_out_of_the_library_and_devices_are_not_opened(home: Path, tmp_pat
             library.download(cards[name].id)
     assert library.download(cards["real"].id) == (home / "adapters/real.safetensors", "real.safetensors")
     assert made(home, adapters=(tmp_path / "elsewhere",)).named("link").fault == ""  # its folder is named
+
+
+def test_a_folder_whose_weights_are_a_link_out_is_not_opened(home: Path, tmp_path: Path) -> None:
+    secret, folder = put(tmp_path / "secret.safetensors"), home / "adapters/peft"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 4}')
+    (folder / "adapter_model.safetensors").symlink_to(secret)
+    library = made(home)
+    card = library.named("peft")
+    assert "lead out of the library" in card.fault
+    for read in (lambda: library.file(card.id, strict=False), lambda: library.digest(card.id)):
+        with pytest.raises(FormatError, match="leads out"):
+            read()
+
+
+def test_a_folders_config_and_weights_are_both_seen_to_change(home: Path) -> None:
+    folder, pipe = home / "adapters/peft", tiny.sd1()
+    attach(pipe, LoRA(rank=2, alpha=2))
+    save(collect(pipe), folder, format="peft")
+    library = made(home)
+    first, mark, digest = library.named("peft"), library.mark(library.named("peft").id), library.digest
+    inside = [folder / name for name in ("adapter_model.safetensors", "adapter_config.json")]
+    assert first.size == sum(path.stat().st_size for path in inside)
+    assert [kind.alpha for kind in first.kinds] == [2]
+    before = digest(first.id)
+    config = json.loads(inside[1].read_text())
+    inside[1].write_text(json.dumps({**config, "lora_alpha": 8, "alpha_pattern": {}}))
+    assert (digest(first.id), library.mark(first.id) == mark) == (before, False)
+    library.scan()
+    assert [kind.alpha for kind in library.get(first.id).kinds] == [8]
+    detach(pipe)
+    attach(pipe, LoRA(rank=4, alpha=4))
+    kept = inside[1].stat()
+    save(collect(pipe), folder, format="peft")
+    inside[1].write_text(json.dumps({**config, "r": 4, "lora_alpha": 8, "rank_pattern": {}, "alpha_pattern": {}}))
+    os.utime(inside[1], ns=(kept.st_atime_ns, kept.st_mtime_ns))
+    library.scan()
+    assert [kind.rank for kind in library.get(first.id).kinds] == [4]
 
 
 def test_a_card_whose_file_became_a_link_out_is_not_opened(home: Path, tmp_path: Path) -> None:
@@ -346,6 +395,22 @@ def test_names_are_unique_and_can_stand_in_a_prompt(home: Path, tmp_path: Path) 
     assert len({name.casefold() for name in names}) == 6
     assert library.named("X/A").folder == "x"
     assert library.named("A").folder == ""
+
+
+def test_each_of_many_long_names_means_its_own_adapter(home: Path) -> None:
+    for k in range(12):
+        put(home / f"adapters/{'n' * 130}{k:02}.safetensors")
+    library = made(home)
+    cards = own(library)
+    assert len(cards) == 12
+    assert all(library.named(name).id == card.id and len(name) <= 120 for name, card in cards.items())
+
+
+def test_names_of_thousands_alike_are_found_in_one_pass() -> None:
+    rows = [Row(str(k), "n" * 130, "", Found(Path(str(k)), "", 0, 0)) for k in range(20_000)]
+    began = time.monotonic()
+    assert len(set(names(rows))) == 20_000
+    assert time.monotonic() - began < 10  # trying all numbers again for each took minutes
 
 
 def test_a_name_that_is_not_there_gets_the_closest(home: Path) -> None:

@@ -224,6 +224,8 @@ def _parsed(file: BinaryIO) -> tuple[dict[str, str], dict[str, Any], int]:
     if not isinstance(said, dict):
         raise FormatError("not safetensors: its header is no table")
     rows = cast("dict[str, Any]", said)
+    if len(rows) > _KEYS + 1:  # it escapes its words, so that they were not counted above
+        raise FormatError(f"more than {_KEYS:,} tensors, which no adapter has")
     metadata: Any = rows.pop("__metadata__", {}) or {}
     sound = isinstance(metadata, dict) and all(isinstance(v, str) for v in cast("dict[str, Any]", metadata).values())
     if not sound or not all(isinstance(row, dict) and row.keys() >= _KEYS_OF_ROW for row in rows.values()):

@@ -15,13 +15,13 @@ from imgadapt.file import AdapterFile, load
 from imgadapt.playground.library import remembering, sidecars
 from imgadapt.playground.library.cards import Card, Header, Kind, Reader, plain, short
 from imgadapt.playground.library.naming import NAME, Row, id_of, names
-from imgadapt.playground.library.scanning import Scan, is_inside
+from imgadapt.playground.library.scanning import Found, Scan, is_inside
 from imgadapt.playground.settings import Settings
 
 __all__ = ["Card", "Kind", "Library"]
 
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
-_PEFT = "adapter_config.json"
+_PEFT, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _THUMBNAIL = 256  # pixels
 _THUMBNAILS = 512
 _NO_RESULTS = ("cache", "checkpoints", "samples", "class", "check", "tensorboard", "embeddings")  # in a run's folder
@@ -57,7 +57,7 @@ class Library:
         self._memory = remembering.Memory(settings.home / "library.json")
         self._lock, self._scanning = threading.RLock(), threading.Lock()
         self._cards: dict[str, Card] = {}
-        self._thumbnails: OrderedDict[tuple[Path, int, int], bytes] = OrderedDict()
+        self._thumbnails: OrderedDict[tuple[Path, int, int, int], bytes] = OrderedDict()
         self.left_out: Sequence[str] = ()
         self.scan()
 
@@ -161,7 +161,7 @@ class Library:
         """
         card = self.get(id)
         self._check_place(card)
-        path = card.path / "adapter_model.safetensors" if card.path.is_dir() else card.path
+        path = card.path / _WEIGHTS if card.path.is_dir() else card.path
         try:
             status = path.stat()
             stamp = (status.st_mtime_ns, status.st_size)
@@ -174,18 +174,30 @@ class Library:
         self._memory.keep_digest(id, stamp, made)
         return made
 
-    def preview_of(self, card: Card) -> bytes | None:
-        """WebP, of 256 pixels at most; None where there is none that can be shown."""
-        if card.preview is None:
+    def mark(self, id: str) -> str:
+        """Of all of an adapter that decides what it does: its digest, and of a folder of peft's its config's.
+
+        Raises:
+            ConfigError, FormatError: see `digest`.
+        """
+        made, config = self.digest(id), self.get(id).path / _PEFT
+        try:
+            return f"{made}-{hashlib.sha256(config.read_bytes()).hexdigest()}" if config.is_file() else made
+        except OSError as error:
+            raise FormatError(f"{self.get(id).name} cannot be read any more ({error.strerror})") from error
+
+    def preview_of(self, card: Card, side: int = _THUMBNAIL) -> bytes | None:
+        """WebP, of so many pixels at most; None where there is none that can be shown."""
+        if card.preview is None or not is_inside(card.preview, (*self._within, self._previews.resolve())):
             return None
         try:
             status = card.preview.stat()
-            key = (card.preview, status.st_mtime_ns, status.st_size)
+            key = (card.preview, status.st_mtime_ns, status.st_size, side)
             with self._lock:
                 if key in self._thumbnails:
                     self._thumbnails.move_to_end(key)
                     return self._thumbnails[key]
-            made = sidecars.thumbnail(sidecars.picture_bytes(card.preview), _THUMBNAIL, self._most_pixels)
+            made = sidecars.thumbnail(sidecars.picture_bytes(card.preview), side, self._most_pixels)
         except (DataError, OSError):
             return None
         with self._lock:
@@ -225,24 +237,26 @@ class Library:
 
     def _card(self, row: Row, name: str) -> Card:
         found, beside = row.found, row.found.beside
-        header = self._header(row)
+        modified, size = _stamp(found)
+        header = self._header(row, (modified, size))
         texts = [found.path.parent / text for text in sidecars.texts_of(row.stem, beside)]
         said = sidecars.said_in([text for text in texts if is_inside(text, self._within)])
         weight = said.weight if said.weight is not None else header.weight
         return Card(
-            row.id, name, row.folder, found.path, found.size, found.modified / 1e9,
+            row.id, name, row.folder, found.path, size, modified / 1e9,
             header.format, header.architecture, header.kinds, header.components, header.numbers, header.dtypes,
             tuple(said.trigger) or header.trigger, header.words, 1.0 if weight is None else weight,
             self._preview(row), header.fault, said.notes,
         )  # fmt: skip
 
-    def _header(self, row: Row) -> Header:
+    def _header(self, row: Row, stamp: remembering.Stamp) -> Header:
         found = row.found
         if found.fault:
             return Header(fault=found.fault)
         if found.path.suffix.lower() in _PICKLES and not found.is_folder:
             return Header(fault="a pickle, which may run code: `imgadapt convert` makes a .safetensors of it")
-        stamp = (found.modified, found.size)
+        if found.is_folder and not self._is_inside(found.path):
+            return Header(fault="its files are links that lead out of the library; name their folder instead")
         if (known := self._memory.header(row.id, stamp)) is not None:
             return known
         made = self._reader.read(found.path)
@@ -258,8 +272,28 @@ class Library:
         return path if path is not None and is_inside(path, self._within) else None
 
     def _check_place(self, card: Card) -> None:
-        if not is_inside(card.path, (*self._within, self._runs.resolve())):
+        if not self._is_inside(card.path):
             raise FormatError(f"{card.name} is a link that leads out of the library")
+
+    def _is_inside(self, path: Path) -> bool:
+        """Whether all that is read of an adapter is in the library."""
+        return all(is_inside(one, (*self._within, self._runs.resolve())) for one in (path, *_parts(path)))
+
+
+def _parts(path: Path) -> list[Path]:
+    """Of a folder of peft's, the files that are read."""
+    return [path / _WEIGHTS, path / _PEFT] if path.is_dir() else []
+
+
+def _stamp(found: Found) -> remembering.Stamp:
+    """Of a folder of peft's, when the later of its files was changed, and the bytes of both."""
+    try:
+        about = [part.stat() for part in _parts(found.path)] if found.is_folder else []
+    except OSError:
+        about = []
+    if not about:
+        return found.modified, found.size
+    return max(one.st_mtime_ns for one in about), sum(one.st_size for one in about)
 
 
 def _has_many(path: Path) -> bool:

@@ -36,12 +36,14 @@ def names(rows: Sequence[Row]) -> list[str]:
         for row, name in zip(rows, plainly, strict=True)
     ]
     taken: set[str] = set()
+    alike = Counter[str]()
     made_up: list[str] = []
     for name in full:
-        made, k = name, 1
+        made = name
         while made.casefold() in taken:
-            k += 1
-            made = f"{name} ({k})"
+            alike[name.casefold()] += 1
+            end = f" ({alike[name.casefold()] + 1})"
+            made = f"{name[: NAME - len(end)].rstrip()}{end}"  # cut: a longer one is not looked up whole
         taken.add(made.casefold())
         made_up.append(made)
     return made_up
