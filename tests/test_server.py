@@ -1,7 +1,9 @@
 """The server: what strangers, broken programs and bad luck send it; each is followed by a request that works."""
 
 import asyncio
+import io
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -304,6 +306,20 @@ def test_others_pictures_are_not_there(shared: tuple[Any, House]) -> None:
         assert ask(app, "GET", path, headers={OWNER: "user-ada"}).status_code == 200
         for other in ({OWNER: "user-bob"}, {OWNER: ""}, {}):
             assert ask(app, "GET", path, headers=other).status_code == 404
+
+
+def test_a_preview_that_is_no_plain_file_holds_no_thread(shared: tuple[Any, House], tmp_path: Path) -> None:
+    app, house = shared
+    library = house.playground.library
+    ink = library.named("ink")
+    shutil.copy(ink.path, tmp_path / "adapters/a.safetensors")
+    os.mkfifo(tmp_path / "adapters/a.png")
+    library.scan()
+    card = library.named("a")
+    assert card.preview is not None
+    assert ask(app, "GET", f"/cards/{card.id}/preview").status_code == 404
+    with Image.open(io.BytesIO(ask(app, "GET", f"/cards/{ink.id}/preview?side=100").content)) as image:
+        assert (image.format, max(image.size)) == ("WEBP", 128)
 
 
 def test_pictures_keep_their_bytes_and_thumbnails_are_small(shared: tuple[Any, House]) -> None:

@@ -1,13 +1,10 @@
 """Routes: pictures, adapters and what was made of them, by ids; nothing that a client sends is a path."""
 
-import io
 import re
 from collections.abc import Awaitable, Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
@@ -72,11 +69,10 @@ class _Shown:
         return Response(self.playground.album.thumbnail(id, _side(side)), media_type="image/webp", headers=_KEPT)
 
     def preview(self, id: str, request: Request) -> Response:
-        path = self.playground.library.get(id).preview
-        if path is None:
-            raise ConfigError("it has no preview")
-        pixels = self.playground.settings.limits.upload_pixels
-        small = _small(path, path.stat().st_mtime_ns, _side(request.query_params.get("side", "384")), pixels)
+        library = self.playground.library
+        small = library.preview_of(library.get(id), _side(request.query_params.get("side", "512")))
+        if small is None:
+            raise ConfigError("it has no preview that can be shown")
         return Response(small, media_type="image/webp", headers=_KEPT)
 
     def adapter(self, id: str, request: Request) -> Response:
@@ -152,18 +148,3 @@ def _file(path: Path, name: str, media: str, *, inline: bool = False) -> Respons
     safe = re.sub(r'[\x00-\x1f\x7f/\\:*?"<>|]+', "_", name).strip(". ")[:150] or "file"
     kind = "inline" if inline else "attachment"
     return FileResponse(path, filename=safe, media_type=media, content_disposition_type=kind, headers=_KEPT)
-
-
-@lru_cache(maxsize=256)
-def _small(path: Path, modified: int, side: int, pixels: int) -> bytes:
-    """A preview, which anyone may have put beside an adapter, written anew and small."""
-    try:
-        with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
-            if image.width * image.height > pixels:
-                raise ConfigError(f"a preview of {image.width} x {image.height} pixels is too large")
-            image.thumbnail((side, side))
-            kept, out = image.convert("RGB"), io.BytesIO()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ConfigError("a preview that is no picture") from error
-    kept.save(out, "WEBP", quality=85)
-    return out.getvalue()
