@@ -293,6 +293,29 @@ def test_a_record_of_ours_with_wrong_values_keeps_what_is_right(ground: Playgrou
     assert not back.exact
 
 
+def test_a_record_of_thousands_of_settings_and_adapters_is_read_at_once_and_answered_shortly(
+    ground: Playground, drawn: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[str] = []
+    named = ground.library.named
+    monkeypatch.setattr(ground.library, "named", lambda name: looked.append(name) or named(name))
+    uses = [{"adapter": f"a{k}"} for k in range(3000)]
+    about = {f"a{k}": {"name": f"nobody's {k}", "sha256": "0" * 64, "size": 1} for k in range(3000)}
+    request = {**{f"key {k}": k for k in range(3000)}, "seed": 3, "adapters": uses}
+    back = ground.restore(changed(drawn[0].path, {"request": request, "adapters": about}))
+    assert back.request.seed == 3
+    assert len(looked) == 16
+    assert len(back.lacks) == 18
+    assert "it has 3,000 adapters; those beyond 16 are left out" in back.lacks
+    assert "key 0, key 1, key 2 and 2997 more: no settings here: left out" in back.lacks
+
+
+def test_hashes_that_say_nothing_are_passed_by(ground: Playground) -> None:
+    text = 'a <lora:b:1>\nSteps: 4, Sampler: Euler, Seed: 1, Lora hashes: "b: , red fox: 12, : 3, x"'
+    back = ground.restore(told({"parameters": text}))
+    assert [use.adapter for use in back.request.adapters] == [ground.library.named("b").id]
+
+
 NOTHING: dict[str, tuple[Mapping[str, str], str]] = {
     "no text": ({}, "does not say how it was made"),
     "prose": ({"parameters": "a picture of a fox"}, "not A1111's: it has no line of settings"),

@@ -94,7 +94,8 @@ def _a1111(text: str) -> Said:
     if "Denoising strength" in table:
         lacks.append("it was drawn from another picture, or upscaled; give that picture again where it is one")
         values["denoise"] = _number(table["Denoising strength"], False)
-    hashes = dict(row.strip().rsplit(": ", 1) for row in table.get("Lora hashes", "").split(",") if ": " in row)
+    rows = (row.strip().rpartition(": ") for row in table.get("Lora hashes", "").split(","))
+    hashes = {name: hash for name, colon, hash in rows if colon}
     return Said(values, tags, hashes, table.get("Model", ""), lacks)
 
 

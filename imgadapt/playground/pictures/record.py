@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from imgadapt.errors import ConfigError, DataError, ImgadaptError
+from imgadapt.errors import ConfigError, DataError, ImgadaptError, first_few
 from imgadapt.playground.decoding import opened
 from imgadapt.playground.library.bases import Base, Bases
 from imgadapt.playground.library.library import Card, Library
 from imgadapt.playground.pictures import foreign, infotext, provenance
 from imgadapt.playground.pictures.album import Album
 from imgadapt.playground.requests import GenerateRequest
-from imgadapt.playground.settings import Settings
+from imgadapt.playground.settings import Limits, Settings
 
 KEY = infotext.KEY
 parameters = infotext.parameters
@@ -124,8 +124,11 @@ def restore(
 def gently(values: Mapping[str, Any], lacks: list[str]) -> GenerateRequest:
     """A request of what is right in `values`; the rest is left at its default and said in `lacks`."""
     good = dict[str, Any]()
+    unknown = [str(name)[:40] for name in values if name not in GenerateRequest.model_fields]
+    if unknown:
+        lacks.append(f"{first_few(unknown)}: no settings here: left out")
     for name, value in values.items():
-        if value is None:
+        if value is None or name not in GenerateRequest.model_fields:
             continue
         companion = {"init": values.get("init")} if name == "mask" else {}
         try:
@@ -169,7 +172,10 @@ class _Back:
     def adapters(self, uses: object, known: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         """A stack with the ids of this library."""
         found = list[Mapping[str, Any]]()
-        for use in uses if isinstance(uses, list | tuple) else ():  # pyright: ignore[reportUnknownVariableType]
+        listed: list[object] = list(uses) if isinstance(uses, list | tuple) else []  # pyright: ignore[reportUnknownArgumentType]
+        if len(listed) > Limits.adapters:  # each may have to be looked for in the whole library
+            self.lacks.append(f"it has {len(listed):,} adapters; those beyond {Limits.adapters} are left out")
+        for use in listed[: Limits.adapters]:
             use = _table(use)
             told = _table(known.get(str(use.get("adapter"))))
             name, sha256, size = str(told.get("name", ""))[:200], str(told.get("sha256", "")), told.get("size")
