@@ -129,6 +129,14 @@ def test_a_failed_training_says_why_without_folders(playground: Playground, runs
     assert runs.get(run.id).cards == []
 
 
+def test_no_name_of_a_folder_stands_in_the_way_of_the_list_of_owners(tmp_path: Path) -> None:
+    kept = datasets.Datasets(Settings(tmp_path, shared=True))
+    for name in ("owners.json", ".owners.json"):
+        kept.add(name, [("a.png", png(8))], "ann")
+    assert [one.name for one in kept.all("ann")] == ["emoji style (embedded)", "owners.json", "owners.json-2"]
+    assert len(kept.all("bob")) == 1
+
+
 def test_a_check_plans_and_shows_the_pictures_and_trains_nothing(playground: Playground, runs: Runs) -> None:
     files = [*pictures(), ("copy.png", png(number=1)), ("copy.txt", b"the same")]
     data = runs.add_dataset("checked", files)

@@ -24,7 +24,7 @@ _WHOLE = 8  # times the limit of one file
 _CAPTION = 64 * 1024  # bytes
 _EACH = 16  # data sets of one owner, where owners are told apart
 _LISTED = 100_000  # entries of folders that are looked at to count pictures
-_OWNERS = "owners.json"
+_OWNERS = ".owners.json"  # no data set can be called so
 _LEAVINGS = ("__macosx", "thumbs.db", "desktop.ini", ".ds_store")  # of systems, not of users
 
 
