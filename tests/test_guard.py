@@ -134,7 +134,7 @@ def test_other_sites_may_link_here_and_embed_nothing(call: Call, site: str) -> N
     ["/gradio_api/proxy=http://x/", "/gradio_api/file=http://x/y", "/gradio_api/file=https://x",
     "/gradio_api/file/etc/passwd",
      "/monitoring", "/monitoring/summary", "/gradio_api/mcp/sse", "/gradio_api/deep_link", "/gradio_api/dev/reload",
-     "/gradio_api/vibe-code", "/gradio_api/runs", "/gradio_api/run-history/records", "/gradio_api/token",
+     "/gradio_api/vibe-code", "/gradio_api/component_server", "/gradio_api/runs", "/gradio_api/run-history/records", "/gradio_api/token",
      "/docs", "/svelte/x",
      "/gradio_api/custom_component/a/client/b/c", "/gradio_api/stream/a/b/1/playlist.m3u8",
      "/gradio_api/profiling/traces",

@@ -72,6 +72,7 @@ def grid(labels: tuple[list[str], list[str], list[str]], drawn: int) -> Grid:
             common,
             picture(k) if k < drawn else None,
             (SAME if place[0] == 0 else APART) if k < drawn else None,
+            None if place[0] == 0 else places.index((0, *place[1:])),
         )
         for k, place in enumerate(places)
     ]

@@ -6,10 +6,10 @@ from contextlib import aclosing
 from typing import Any
 
 import gradio as gr
-from imgadapt.playground.grids.analyser import AnalyseRequest, BlockEffect
 
 from imgadapt.errors import ConfigError
 from imgadapt.playground.desk import Done, Failed, Made, Ticket
+from imgadapt.playground.grids.analyser import AnalyseRequest, BlockEffect
 from imgadapt.playground.requests import GenerateRequest, Use
 from imgadapt_ui import boxes, grid_html
 from imgadapt_ui.following import follow
@@ -26,7 +26,7 @@ def build(shared: Shared) -> None:
         seeds = gr.Slider(1, 8, 2, step=1, label="Pictures", min_width=160, elem_id="analyse-seeds")
     with gr.Row(elem_classes="ia-buttons"):
         start = gr.Button("Analyse", min_width=100, elem_id="analyse-start")
-        stop = gr.Button("Stop", variant="stop", min_width=80)
+        stop = gr.Button("Stop", variant="stop", min_width=80, interactive=False)
         use = gr.Button("Use the suggestion in the stack", visible=False, min_width=160, elem_id="analyse-use")
     progress = gr.HTML("", apply_default_css=False)
     shown = gr.HTML("", elem_id="analysis", apply_default_css=False)
@@ -43,19 +43,20 @@ def build(shared: Shared) -> None:
             ticket = await asyncio.to_thread(lambda: shared.house.analyser.start(asked, owner=who))
         tickets[who] = ticket
         found: list[BlockEffect] = []
+        goes, over = gr.Button(interactive=True), gr.Button(interactive=False)
         try:
             async with aclosing(follow(ticket)) as events:
                 async for event in events:
                     if isinstance(event, Made) and isinstance(event.item, BlockEffect):
                         found.append(event.item)
-                        yield gr.skip(), grid_html.effects(found), "", gr.Button(visible=False)
+                        yield gr.skip(), grid_html.effects(found), "", gr.Button(visible=False), goes
                     elif isinstance(event, Done):
                         said = boxes.note(event.result.said) + grid_html.effects(event.result.effects)
-                        yield "", said, event.result.suggestion, gr.Button(visible=bool(event.result.suggestion))
+                        yield "", said, event.result.suggestion, gr.Button(visible=bool(event.result.suggestion)), over
                     elif isinstance(event, Failed):
-                        yield bar(event), gr.skip(), "", gr.Button(visible=False)
+                        yield bar(event), gr.skip(), "", gr.Button(visible=False), over
                     else:
-                        yield bar(event), gr.skip(), gr.skip(), gr.skip()
+                        yield bar(event), gr.skip(), gr.skip(), gr.skip(), goes
         finally:
             tickets.pop(who, None)
 
@@ -70,7 +71,7 @@ def build(shared: Shared) -> None:
                 [use.model_copy(update={"blocks": blocks}) if use.adapter == id else use for use in stack]
             )
 
-    start.click(analyse, [adapter, seeds, *shared.fields], [progress, shown, suggested, use], **LIVE)
+    start.click(analyse, [adapter, seeds, *shared.fields], [progress, shown, suggested, use, stop], **LIVE)
     stop.click(halt, None, None, **QUIET)
     use.click(suggestion, [suggested, adapter, *shared.fields], shared.filled, **QUIET)
     shared.library_changed.change(

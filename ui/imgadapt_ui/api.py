@@ -9,12 +9,12 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 import gradio as gr
-from imgadapt.playground.grids.analyser import AnalyseRequest
 from pydantic import ValidationError
 
 from imgadapt.errors import ImgadaptError
 from imgadapt.playground.converting import ConvertRequest
 from imgadapt.playground.desk import Done, Event, Failed, Made, Progress, Ticket, Waiting, public
+from imgadapt.playground.grids.analyser import AnalyseRequest
 from imgadapt.playground.grids.grids import GridRequest
 from imgadapt.playground.house import House
 from imgadapt.playground.merges.lab import MergeRequest
@@ -83,7 +83,7 @@ def endpoints(house: House) -> None:
     _quick("merge_rules", Nothing, rules, "The rules of merging and their options.")
     _quick("convert_plan", ConvertRequest, lambda r, who: house.converter.plan(r), "What a conversion would lose.")
     _quick("formats", Nothing, lambda r, who: {"formats": house.converter.formats()}, "Formats and who reads them.")
-    _quick("datasets", Nothing, lambda r, who: {"datasets": runs.datasets()}, "Folders of pictures to train on.")
+    _quick("datasets", Nothing, lambda r, who: {"datasets": runs.datasets(who)}, "Folders of pictures to train on.")
     _quick("train", TrainRequest, lambda r, who: runs.start(r, owner=who), "Start a training.")
     _quick("training", One, lambda r, who: runs.get(r.id, who), "How a training is doing.")
     _quick("trainings", Nothing, lambda r, who: {"trainings": runs.all(who)}, "All trainings, the newest first.")

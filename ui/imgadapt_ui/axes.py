@@ -7,8 +7,7 @@ import gradio as gr
 
 from imgadapt.combining.blocks import CONSTANT, PRESETS
 from imgadapt.playground.house import House
-from imgadapt.playground.samplers import SAMPLERS
-from imgadapt_ui.parts import QUIET, adapters
+from imgadapt_ui.parts import QUIET, adapters, samplers
 from imgadapt_ui.who import owner
 
 HINTS: Mapping[str, tuple[str, str]] = {
@@ -105,7 +104,9 @@ class AxisForm:
             return [name for name, _ in adapters(self.house)]
         if kind == "rule":
             return ["live", *(name for name, _, _ in self.house.lab.rules())]
-        return {"sampler": list(SAMPLERS), "blocks": BLOCKS}.get(kind, [])
+        if kind == "sampler":
+            return [name for _, name in samplers(self.house)]
+        return BLOCKS if kind == "blocks" else []
 
     def abouts(self, kind: str, owner: str) -> list[tuple[str, str]]:
         """The adapters that the axis may be about; one of a run's stands for all of them."""

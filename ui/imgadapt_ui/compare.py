@@ -100,16 +100,16 @@ def _name(house: House, id: str) -> str:
 
 def build(shared: Shared) -> None:
     """Fill the tab; called inside of it, when the other tabs' shared components are there."""
-    with gr.Row():
+    with gr.Row(elem_classes="ia-desk"):
         with gr.Column(scale=2, min_width=320):
             form = Form(shared)
             with gr.Row(elem_classes="ia-buttons"):
                 start = gr.Button("Draw", variant="primary", min_width=90, elem_id="grid-start")
-                stop = gr.Button("Stop", variant="stop", min_width=90, elem_id="grid-stop")
-                resume = gr.Button("Resume", min_width=90, elem_id="grid-resume")
+                stop = gr.Button("Stop", variant="stop", min_width=90, elem_id="grid-stop", interactive=False)
+                resume = gr.Button("Resume", min_width=90, elem_id="grid-resume", interactive=False)
             earlier = gr.Dropdown([], value=None, label="Earlier grids", elem_id="grid-earlier")
         with gr.Column(scale=3, min_width=320):
-            view = GridView(shared.house)
+            view = GridView(shared.house, stop, resume)
     with gr.Accordion("Which blocks of an adapter matter", open=False):
         analysing.build(shared)
     for axis in form.axes:
@@ -186,7 +186,7 @@ def _wire_drawing(
 
     for button, work, inputs in ((start, draw, form.inputs), (resume, go_on, [view.id])):
         event = button.click(work, inputs, view.shown, **LIVE)
-        event.then(listed, None, earlier, **QUIET)
+        event.then(listed, None, earlier, **QUIET).then(form.estimated, form.inputs, form.estimate, **QUIET)
     start.click(cleared, None, gone, **QUIET)
     stop.click(view.stop, None, None, **QUIET)
     earlier.input(choose, earlier, view.shown, **QUIET).then(cleared, None, gone, **QUIET)

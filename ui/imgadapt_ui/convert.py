@@ -12,7 +12,7 @@ from imgadapt.playground.desk import Done, Failed
 from imgadapt.playground.library.bringing import bring
 from imgadapt_ui import library
 from imgadapt_ui.following import follow
-from imgadapt_ui.parts import QUIET, Shared, adapters, bar, counted, empty, link, text
+from imgadapt_ui.parts import QUIET, Shared, adapters, bar, counted, empty, error_box, link, text
 from imgadapt_ui.who import owner
 
 NOTHING = empty("No adapter chosen", "Choose one on the left, or bring a .safetensors file.")
@@ -26,12 +26,13 @@ def build(shared: Shared) -> None:
         with gr.Column(scale=4, min_width=320):
             adapter = gr.Dropdown(adapters(house), value=None, label="Adapter", elem_id="convert-adapter")
             file = gr.File(
-                label="Bring a file: .safetensors",
+                label="Bring a .safetensors file into the library",
                 file_types=[".safetensors"],
-                height=110,
+                height=130,
                 elem_id="bring",
                 visible=not house.playground.settings.shared,
             )
+            said = gr.HTML("", elem_id="brought", apply_default_css=False)
             with gr.Group():
                 format = gr.Dropdown(formats, value=formats[0][1], label="As format", elem_id="convert-format")
                 dtype = gr.Dropdown(
@@ -52,25 +53,25 @@ def build(shared: Shared) -> None:
         try:
             return _plan(house.converter.plan(asked(id, format, dtype)))
         except ImgadaptError as error:
-            return _error(error)
+            return error_box(error)
 
     def looked(id: str | None) -> str:
         return library.details(house, id) if id else NOTHING
 
     async def convert(request: gr.Request, id: str | None, format: str, dtype: str) -> AsyncGenerator[str, None]:
         if not id:
-            yield _error("Choose an adapter first")
+            yield error_box("Choose an adapter first")
             return
         try:
             ticket = house.converter.convert(asked(id, format, dtype), owner=owner(request))
         except ImgadaptError as error:
-            yield _error(error)
+            yield error_box(error)
             return
         async for event in follow(ticket):
             if isinstance(event, Done):
                 yield _made(event.result)
             elif isinstance(event, Failed):
-                yield _error(event.message)
+                yield error_box(event.message)
             else:
                 yield bar(event)
 
@@ -79,15 +80,15 @@ def build(shared: Shared) -> None:
         try:
             card = bring(playground.settings, playground.library, path.name, path.read_bytes())
         except ImgadaptError as error:
-            raise gr.Error(str(error), print_exception=False, title="Not a usable adapter") from None
-        return [None, gr.Dropdown(choices=adapters(house), value=card.id), counted()]
+            return [None, gr.skip(), gr.skip(), error_box(f"{path.name}: {error}")]
+        return [None, gr.Dropdown(choices=adapters(house), value=card.id), counted(), ""]
 
     options = [adapter, format, dtype]
     gr.on([adapter.change, format.change, dtype.change], planned, options, plan, **QUIET, trigger_mode="always_last")
     adapter.change(looked, adapter, about, **QUIET)
     shared.base_changed.change(looked, adapter, about, **QUIET)
     go.click(convert, options, made, **QUIET, concurrency_limit=None)
-    file.upload(brought, file, [file, adapter, shared.library_changed], **QUIET)
+    file.upload(brought, file, [file, adapter, shared.library_changed, said], **QUIET)
     shared.library_changed.change(
         lambda: gr.Dropdown(choices=adapters(house)),
         None,
@@ -96,13 +97,9 @@ def build(shared: Shared) -> None:
     )
 
 
-def _error(message: object) -> str:
-    return f'<div class="ia-error" role="alert">{text(message)}</div>'
-
-
 def _plan(plan: ConvertPlan) -> str:
     if plan.possible:
-        return _error(plan.possible)
+        return error_box(plan.possible)
     rows = "".join(f"<li>{text(count)} layers: {text(how)}</li>" for how, count in plan.losses.items())
     rows += "".join(f"<li>{text(note)}</li>" for note in plan.notes)
     return f'<div class="ia-note"><strong>What it takes</strong><ul>{rows}</ul></div>' if rows else ""

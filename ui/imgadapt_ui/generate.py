@@ -8,10 +8,9 @@ import gradio as gr
 from imgadapt.errors import ImgadaptError
 from imgadapt.playground.house import House
 from imgadapt.playground.requests import RANDOM
-from imgadapt.playground.samplers import SAMPLERS
 from imgadapt_ui import results, start_picture
 from imgadapt_ui.jobs import Job, Jobs
-from imgadapt_ui.parts import QUIET, Shared
+from imgadapt_ui.parts import QUIET, Shared, error_box, samplers
 from imgadapt_ui.stack import Stack
 from imgadapt_ui.who import owner
 
@@ -24,7 +23,7 @@ class Generate:
     def __init__(self, house: House) -> None:
         self.house, self.jobs = house, Jobs()
         self.form: dict[str, Any] = {}
-        with gr.Row(elem_classes="ia-desk"):
+        with gr.Row(elem_classes="ia-desk ia-drawing"):
             with gr.Column(scale=5, min_width=320):
                 self._prompt()
                 self.stack = Stack(house)
@@ -53,10 +52,10 @@ class Generate:
 
     def _settings(self) -> None:
         form = self.form
-        with gr.Group(elem_classes="ia-settings"):
+        with gr.Group(elem_classes="ia-settings ia-after"):
             with gr.Row():
                 form["sampler"] = gr.Dropdown(
-                    [("The base's own", "base"), *((name, name) for name in SAMPLERS if name != "base")],
+                    samplers(self.house),
                     value="base",
                     label="Sampler",
                     min_width=150,
@@ -90,7 +89,9 @@ class Generate:
                 )
             with gr.Row(elem_classes="ia-buttons"):
                 self.any_seed = gr.Button("Any seed", size="sm", min_width=80)
-                self.same_seed = gr.Button("Seed of the last", size="sm", min_width=80, elem_id="last-seed")
+                self.same_seed = gr.Button(
+                    "Seed of the picture shown", size="sm", min_width=80, elem_id="last-seed", interactive=False
+                )
             with gr.Row():
                 self.size = gr.Dropdown(list(SIZES), value="Base's own", label="Size", min_width=140, elem_id="size")
                 form["width"] = gr.Textbox(
@@ -123,7 +124,8 @@ class Generate:
                 asked = shared.asked(values)
                 job = self.jobs.add(self.house.playground.generate(asked, owner=owner(request)))
             except ImgadaptError as error:
-                raise gr.Error(str(error), print_exception=False, title="Not drawn") from None
+                yield [error_box(error), *(gr.skip() for _ in shown[1:])]
+                return
             async for update in self._followed(job):
                 yield update
 
@@ -136,6 +138,14 @@ class Generate:
         for trigger in (self.go.click, form["prompt"].submit):
             trigger(draw, shared.fields, shown, **QUIET, concurrency_limit=None)
         self.stop.click(self._stop, None, None, **QUIET, queue=False)
+        shared.latest.change(lambda id: gr.Button(interactive=bool(id)), shared.latest, self.same_seed, **QUIET)
+        gr.on(
+            [shared.page_loaded.change, shared.base_changed.change, shared.latest.change],
+            self._offered,
+            form["sampler"],
+            form["sampler"],
+            **QUIET,
+        )
         self.rejoin = (rejoin, shown)
 
     async def _followed(self, job: Job) -> AsyncGenerator[list[Any], None]:
@@ -154,6 +164,14 @@ class Generate:
                 gr.Button(interactive=not ended),
                 newest if newest and fresh else gr.skip(),
             ]
+
+    def _offered(self, chosen: str) -> Any:
+        """The samplers of the loaded base; one of another base's gives way, and that is said."""
+        offered = samplers(self.house)
+        if chosen in {name for _, name in offered}:
+            return gr.Dropdown(choices=offered)  # pyright: ignore[reportArgumentType]
+        gr.Info(f"This base cannot be drawn with {chosen}; its own sampler is chosen instead")
+        return gr.Dropdown(choices=offered, value="base")  # pyright: ignore[reportArgumentType]
 
     def _stop(self, request: gr.Request) -> None:
         self.jobs.cancel(owner(request))

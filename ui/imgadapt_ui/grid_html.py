@@ -4,9 +4,9 @@ import base64
 import io
 from collections.abc import Sequence
 
-from imgadapt.playground.grids.analyser import BlockEffect
 from PIL import Image
 
+from imgadapt.playground.grids.analyser import BlockEffect
 from imgadapt.playground.grids.grids import Cell, Grid, GridPlan
 from imgadapt.playground.pictures.comparing import Difference
 from imgadapt_ui import boxes
@@ -63,10 +63,8 @@ def _short(difference: Difference | None) -> str:
 
 
 def base_of(grid: Grid, cell: Cell) -> Cell | None:
-    """The cell that `cell` is compared with: the base column's in its row; None where there is none."""
-    if not grid.request.baseline:
-        return None
-    return next((one for one in grid.cells if one.place == (0, *cell.place[1:]) and one.index != cell.index), None)
+    """The cell that `cell` is compared with; None where there is none."""
+    return next((one for one in grid.cells if one.index == cell.base), None)
 
 
 def named(grid: Grid, cell: Cell) -> str:

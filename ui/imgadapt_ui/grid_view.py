@@ -38,10 +38,13 @@ element.addEventListener('input', (event) => {
 
 
 class GridView:
-    """Its components. id: of the grid that is shown; index: of the cell that is looked at."""
+    """Its components. id: of the grid that is shown; index: of the cell that is looked at. halt, resume: buttons of the
+    form, which can be pressed while a grid is drawn, and where one lacks cells.
+    """
 
-    def __init__(self, house: House) -> None:
+    def __init__(self, house: House, halt: gr.Button, resume: gr.Button) -> None:
         self.house, self.jobs = house, Jobs()
+        self.halt, self.resume = halt, resume
         self.id, self.index = gr.State(""), gr.State(-1)
         self.progress = gr.HTML("", elem_id="grid-progress", apply_default_css=False)
         self.view = gr.HTML(NOTHING, elem_id="grid", js_on_load=_CHOOSE, apply_default_css=False)
@@ -67,7 +70,7 @@ class GridView:
     @property
     def shown(self) -> list[Any]:
         """For outputs of events that show a grid."""
-        return [self.id, self.progress, self.view, self.export]
+        return [self.id, self.progress, self.view, self.export, self.halt, self.resume]
 
     def show(self, grid: Grid, *, drawing: bool = False, progress: str = "") -> list[Any]:
         """Updates for `shown`."""
@@ -76,11 +79,12 @@ class GridView:
         said = link(f"/grids/{grid.id}/export", "Save as a zip", f"grid-{grid.id}.zip") if done and not drawing else ""
         if left and not drawing:
             progress = boxes.note(f"{done} of {len(grid.cells)} cells are drawn; Resume draws the others.", "warn")
-        return [grid.id, progress, grid_html.table(grid, drawing=drawing), said]
+        table = grid_html.table(grid, drawing=drawing)
+        return [grid.id, progress, table, said, *_buttons(drawing, bool(left) and not drawing)]
 
     def nothing(self) -> list[Any]:
         """Updates for `shown`: no grid."""
-        return ["", "", NOTHING, ""]
+        return ["", "", NOTHING, "", *_buttons(False, False)]
 
     async def follow(self, ticket: Ticket[Grid] | None, owner: str) -> AsyncGenerator[list[Any], None]:
         """Updates for `shown` while a grid is drawn; it goes on when the page is left. None: the owner's that runs."""
@@ -91,7 +95,7 @@ class GridView:
         async for now in job.follow(0.35):
             grid = drawn(now)
             if grid is None:
-                yield ["", bar(now.now), gr.skip(), ""]
+                yield ["", bar(now.now), gr.skip(), "", *_buttons(now.ended is None, False)]
             elif now.ended is None:
                 yield self.show(grid, drawing=True, progress=bar(now.now))
         ended = job.ended
@@ -143,6 +147,10 @@ class GridView:
                     yield boxes.note(f"Drawn again: it differs by {found.mean:.3f} of 255 on average.", "warn")
             else:
                 yield bar(event)
+
+
+def _buttons(halt: bool, resume: bool) -> list[gr.Button]:
+    return [gr.Button(interactive=halt), gr.Button(interactive=resume)]
 
 
 def drawn(job: Job) -> Grid | None:

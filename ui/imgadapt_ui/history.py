@@ -52,8 +52,7 @@ def build(shared: Shared) -> None:
         return ["", NOBODY, gr.Row(visible=False), _shown(house, owner(request))]
 
     refresh.click(show, None, grid, **QUIET)
-    shared.latest.change(show, None, grid, **QUIET)
-    shared.page_loaded.change(show, None, grid, **QUIET)
+    gr.on([shared.tabs.change, shared.page_loaded.change], show, None, grid, **QUIET)
     grid.select(choose, None, [current, big, buttons], **QUIET)
     again.click(use, current, shared.filled, **QUIET)
     compare.click(compared, current, shared.filled, **QUIET)

@@ -25,7 +25,7 @@ _SIZE = 1_000_000
 
 def build(shared: Shared) -> None:
     """Fill the tab; called inside of it, when the other tabs' shared components are there."""
-    with gr.Row():
+    with gr.Row(elem_classes="ia-desk"):
         with gr.Column(scale=2, min_width=320):
             take = gr.Button("Take the Generate tab's stack", size="sm", elem_id="merge-take")
             form = MergeForm(shared.house)
@@ -33,7 +33,7 @@ def build(shared: Shared) -> None:
                 look = gr.Button("Look", min_width=80, elem_id="merge-look")
                 live = gr.Button("Try as a live stack", min_width=120, elem_id="merge-live")
                 save = gr.Button("Save", variant="primary", min_width=80, elem_id="merge-save")
-                stop = gr.Button("Stop", variant="stop", min_width=80, elem_id="merge-stop")
+                stop = gr.Button("Stop", variant="stop", min_width=80, elem_id="merge-stop", interactive=False)
         with gr.Column(scale=3, min_width=320):
             progress = gr.HTML("", elem_id="merge-progress", apply_default_css=False)
             saved = gr.HTML("", elem_id="merge-saved", apply_default_css=False)
@@ -105,19 +105,21 @@ def _wire_work(
             ticket = await asyncio.to_thread(lambda: shared.house.lab.report(form.asked(values), owner=who))
         async for event in followed(ticket, who):
             done = isinstance(event, Done)
-            yield [bar(event), lab_html.report(event.result) if done else gr.skip()]
+            ended = isinstance(event, Done | Failed)
+            yield [bar(event), lab_html.report(event.result) if done else gr.skip(), gr.Button(interactive=not ended)]
 
     async def kept(request: gr.Request, *values: Any) -> AsyncGenerator[list[Any], None]:
         who = owner(request)
         with told():
             ticket = await asyncio.to_thread(lambda: shared.house.lab.save(form.asked(values), owner=who))
+        over = gr.Button(interactive=False)
         async for event in followed(ticket, who):
             if isinstance(event, Done):
-                yield ["", card(event.result), gr.Row(visible=True), event.result.id, counted()]
+                yield ["", card(event.result), gr.Row(visible=True), event.result.id, counted(), over]
             elif isinstance(event, Failed):
-                yield [bar(event), "", gr.Row(visible=False), "", gr.skip()]
+                yield [bar(event), "", gr.Row(visible=False), "", gr.skip(), over]
             else:
-                yield [bar(event), *(gr.skip() for _ in range(4))]
+                yield [bar(event), *(gr.skip() for _ in range(4)), gr.Button(interactive=True)]
 
     def halt(request: gr.Request) -> None:
         if ticket := tickets.get(owner(request)):
@@ -132,8 +134,8 @@ def _wire_work(
             found = shared.house.playground.library.get(id)
             return shared.fill_stack(joined(shared.asked(values), found))
 
-    look.click(looked, form.inputs, [progress, report], **LIVE)
-    save.click(kept, form.inputs, [progress, saved, further, merged, shared.library_changed], **LIVE)
+    look.click(looked, form.inputs, [progress, report, stop], **LIVE)
+    save.click(kept, form.inputs, [progress, saved, further, merged, shared.library_changed, stop], **LIVE)
     stop.click(halt, None, None, **QUIET)
     uses[0].click(instead, merged, shared.filled, **QUIET)
     uses[1].click(beside, [merged, *shared.fields], shared.filled, **QUIET)

@@ -9,9 +9,10 @@ from typing import Any
 import gradio as gr
 
 from imgadapt.playground import forms
-from imgadapt.playground.desk import Event, Failed, Progress, Waiting
+from imgadapt.playground.desk import Event, Failed, Progress, Waiting, public
 from imgadapt.playground.house import House
 from imgadapt.playground.requests import GenerateRequest, Use
+from imgadapt.playground.samplers import SAMPLERS, for_base
 
 TABS = ("library", "generate", "compare", "merge", "train", "convert", "history")
 """Ids of the tabs, in their order."""
@@ -73,15 +74,16 @@ class Shared:
         return [gr.skip() for _ in self.filled]
 
     def _updates(self, values: Mapping[str, Any], tab: str | None, base: str | None = None) -> list[Any]:
-        known = [_update(name, values[name]) if name in values else gr.skip() for name in forms.FIELDS]
+        known = [self._update(name, values[name]) if name in values else gr.skip() for name in forms.FIELDS]
         return [*known, base or gr.skip(), counted(), gr.Tabs(selected=tab) if tab else gr.skip()]
 
-
-def _update(name: str, value: Any) -> Any:
-    """A weight's slider goes as far as its value does."""
-    if name.startswith("weight_"):
-        return gr.Slider(minimum=min(-2.0, value), maximum=max(2.0, value), value=value)
-    return value
+    def _update(self, name: str, value: Any) -> Any:
+        """A weight's slider goes as far as its value does, and a sampler is offered that is asked for."""
+        if name.startswith("weight_"):
+            return gr.Slider(minimum=min(-2.0, value), maximum=max(2.0, value), value=value)
+        if name == "sampler":
+            return gr.Dropdown(choices=samplers(self.house, value), value=value)  # pyright: ignore[reportArgumentType]
+        return value
 
 
 _count = iter(range(1, 2**62))
@@ -99,7 +101,16 @@ def adapters(house: House) -> list[tuple[str, str]]:
 
 def bases(house: House) -> list[tuple[str, str]]:
     """Choices of a dropdown: the names and ids of all bases."""
-    return [(f"{base.name} ({base.kind})", base.id) for base in house.playground.bases.all]
+    rows = house.playground.bases.all
+    return [(f"{base.name} ({base.kind})" if base.kind != base.name else "embedded demo", base.id) for base in rows]
+
+
+def samplers(house: House, also: str = "") -> list[tuple[str, str]]:
+    """Choices of a dropdown: what the loaded base can be drawn with, all where none is loaded yet. also: one more."""
+    family = house.playground.studio.family
+    names = list(SAMPLERS) if family is None else for_base(family)
+    names += [also] if also in SAMPLERS and also not in names else []
+    return [("The base's own" if name == "base" else name, name) for name in names]
 
 
 def text(value: Any) -> str:
@@ -128,6 +139,11 @@ def preview(webp: bytes) -> str:
     return f'<div class="ia-preview"><img src="data:image/webp;base64,{data}" alt="The picture so far"></div>'
 
 
+def error_box(message: object) -> str:
+    """What went wrong, where it did."""
+    return f'<div class="ia-error" role="alert">{text(public(str(message)))}</div>'
+
+
 def empty(title: str, todo: str) -> str:
     """What stands where nothing is yet, and what to do about it."""
     return f'<div class="ia-empty"><strong>{text(title)}</strong><span>{text(todo)}</span></div>'
@@ -141,7 +157,7 @@ def bar(event: Event | None) -> str:
         left = f" · {duration(event.eta)} left" if event.eta is not None else ""
         return _bar(f"{event.what} {event.done}/{event.total}{left}", event.done / max(event.total, 1))
     if isinstance(event, Failed):
-        return "" if event.cancelled else f'<div class="ia-error" role="alert">{text(event.message)}</div>'
+        return "" if event.cancelled else error_box(event.message)
     return ""
 
 

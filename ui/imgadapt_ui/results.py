@@ -12,7 +12,7 @@ from imgadapt.playground.pictures import record
 from imgadapt.playground.pictures.album import Picture
 from imgadapt.playground.requests import GenerateRequest
 from imgadapt_ui.jobs import Job
-from imgadapt_ui.parts import QUIET, Shared, bar, chosen, duration, empty, link, preview, text, thumb, tiles
+from imgadapt_ui.parts import QUIET, Shared, bar, chosen, duration, empty, error_box, link, preview, text, thumb, tiles
 from imgadapt_ui.start_picture import StartPicture
 from imgadapt_ui.who import owner
 
@@ -27,7 +27,7 @@ class Results:
         self.progress = gr.HTML("", elem_id="progress", apply_default_css=False)
         self.big = gr.HTML(NOTHING, elem_id="big", apply_default_css=False)
         self.strip = tiles("", "strip")
-        with gr.Row(elem_classes="ia-buttons"):
+        with gr.Row(visible=False, elem_classes="ia-buttons") as self.buttons:
             self.again = gr.Button("Use these settings", size="sm", min_width=100, elem_id="use-settings")
             self.further = gr.Button("Start from this picture", size="sm", min_width=100, elem_id="start-from")
             self.compare = gr.Button("Compare", size="sm", min_width=80, elem_id="send-compare")
@@ -49,6 +49,7 @@ class Results:
                 gr.Info("No picture has been drawn yet")
             return start.begin(latest, owner(request))
 
+        shared.latest.change(lambda id: gr.Row(visible=bool(id)), shared.latest, self.buttons, **QUIET)
         self.strip.select(choose, None, [self.big, shared.latest], **QUIET)
         self.again.click(again, shared.latest, shared.filled, **QUIET)
         self.compare.click(compare, shared.latest, shared.filled, **QUIET)
@@ -60,27 +61,27 @@ class Restore:
 
     def __init__(self, house: House) -> None:
         self.house = house
-        with gr.Accordion("Settings from a picture", open=False, elem_id="restore-box"):
+        with gr.Accordion("Settings from a picture", open=False, elem_id="restore-box", elem_classes="ia-after"):
             self.file = gr.File(
-                label="Drop a PNG here that was drawn by imgadapt, A1111, Forge, ...",
+                label="A PNG that was drawn by imgadapt, A1111, Forge, ...",
                 type="binary",
                 file_types=["image"],
                 elem_id="restore",
-                height=110,
+                height=130,
             )
             self.said = gr.HTML("", elem_id="restored", apply_default_css=False)
 
     def wire(self, shared: Shared) -> None:
         def restore(data: bytes | None, request: gr.Request) -> list[Any]:
             if data is None:
-                return [gr.skip(), *shared.unchanged()]
+                return [gr.skip(), gr.skip(), *shared.unchanged()]
             try:
                 found = self.house.playground.restore(data, owner=owner(request))
             except ImgadaptError as error:
-                return [f'<div class="ia-error" role="alert">{text(error)}</div>', *shared.unchanged()]
-            return [_restored(found), *shared.fill(found.request, None)]
+                return [None, error_box(error), *shared.unchanged()]
+            return [None, _restored(found), *shared.fill(found.request, None)]
 
-        self.file.upload(restore, self.file, [self.said, *shared.filled], **QUIET)
+        self.file.upload(restore, self.file, [self.file, self.said, *shared.filled], **QUIET)
 
 
 def _restored(found: record.Restored) -> str:
@@ -136,6 +137,9 @@ def facts(made: Mapping[str, Any]) -> str:
         few.append(f"guidance {request['guidance']:g}")
     if request.get("sampler", "base") != "base":
         few.append(str(request["sampler"]))
+    if request.get("init"):
+        where = "a part" if request.get("mask") else "all"
+        few.append(f"from a picture, {where} redrawn by {request.get('denoise', 1):.0%}")
     if made.get("base", {}).get("name"):
         few.append(str(made["base"]["name"]))
     if isinstance(made.get("seconds"), int | float):

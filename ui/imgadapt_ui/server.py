@@ -17,7 +17,6 @@ from imgadapt.playground.serving.entrance import Entrance
 from imgadapt.playground.serving.guard import Guard, Rules
 from imgadapt.playground.serving.routes import routes
 from imgadapt_ui.api import endpoints
-from imgadapt_ui.editors import tame
 
 _EVENTS, _AT_ONCE = 256, 64
 """Events of all pages and programs that wait; of one kind that are at work, which mostly wait at the desk."""
@@ -35,7 +34,6 @@ def application(
         event.api_name = f"page_{number}"  # or they would take the names of the API's
     with blocks:
         endpoints(house)
-    tame(blocks, house.playground.settings.limits.upload)
     blocks.enable_queue = True
     blocks.queue(max_size=_EVENTS, default_concurrency_limit=_AT_ONCE, api_open=False)
     blocks.delete_cache = (3600, 86400)

@@ -31,6 +31,7 @@ class Stack:
             label="Add an adapter",
             info="or write <lora:name:0.8> in the prompt",
             elem_id="add-adapter",
+            elem_classes="ia-after",
         )
         for row in range(forms.ROWS):
             self._row(row)
@@ -38,7 +39,7 @@ class Stack:
     def _row(self, row: int) -> None:
         form = self.form
         name = "{}_{}".format
-        with gr.Group(visible=False, elem_classes="ia-use", elem_id=f"use-{row}") as group:
+        with gr.Group(visible=False, elem_classes="ia-use ia-after", elem_id=f"use-{row}") as group:
             with gr.Row(elem_classes="ia-use-head"):
                 self.heads.append(gr.HTML("", apply_default_css=False))
                 words = gr.Button("Insert words", size="sm", visible=False, min_width=90, scale=0)

@@ -8,13 +8,13 @@ from typing import Any
 
 import gradio as gr
 
-from imgadapt.errors import DataError
+from imgadapt.errors import DataError, ImgadaptError
 from imgadapt.playground.desk import Done
 from imgadapt.playground.trainings.runs import Run
-from imgadapt_ui import train_html
+from imgadapt_ui import boxes, train_html
 from imgadapt_ui.following import follow
 from imgadapt_ui.merge import joined
-from imgadapt_ui.parts import QUIET, Shared, bar, counted, empty
+from imgadapt_ui.parts import QUIET, Shared, bar, counted, empty, error_box
 from imgadapt_ui.telling import LIVE, told
 from imgadapt_ui.train_form import TrainForm, asked, sets
 from imgadapt_ui.train_html import ACTIVE
@@ -120,7 +120,7 @@ class Watch:
 
 def build(shared: Shared) -> None:
     """Fill the tab; called inside of it, when the other tabs' shared components are there."""
-    with gr.Row():
+    with gr.Row(elem_classes="ia-desk"):
         with gr.Column(scale=2, min_width=320):
             form = TrainForm(shared.house)
             with gr.Row(elem_classes="ia-buttons"):
@@ -138,20 +138,24 @@ def build(shared: Shared) -> None:
 
 def _wire_data(shared: Shared, form: TrainForm) -> None:
     def keep(files: list[str] | None, name: str, request: gr.Request) -> list[Any]:
-        with told():
+        who = owner(request)
+        try:
             if not files:
                 raise DataError("choose pictures first")
             given = [(Path(file).name, Path(file).read_bytes()) for file in files]
-            made = shared.house.runs.add_dataset(name or "pictures", given, owner=owner(request))
-        gr.Info(f"{made.name}: {made.pictures} pictures")
-        return [gr.Dropdown(choices=sets(shared.house), value=made.id), None, ""]  # pyright: ignore[reportArgumentType]
+            made = shared.house.runs.add_dataset(name or "pictures", given, owner=who)
+        except ImgadaptError as error:
+            return [gr.skip(), gr.skip(), gr.skip(), error_box(error)]
+        said = boxes.note(f"Kept as {made.name}: {made.pictures} pictures", "good")
+        left = "".join(boxes.note(f"Not in it: {note}", "warn") for note in made.notes)
+        return [gr.Dropdown(choices=sets(shared.house, who), value=made.id), None, "", said + left]  # pyright: ignore[reportArgumentType]
 
-    def refreshed(chosen: str | None) -> Any:
-        rows = sets(shared.house)
+    def refreshed(chosen: str | None, request: gr.Request) -> Any:
+        rows = sets(shared.house, owner(request))
         known = {id for _, id in rows}
         return gr.Dropdown(choices=rows, value=chosen if chosen in known else (rows[0][1] if rows else None))  # pyright: ignore[reportArgumentType]
 
-    form.upload.click(keep, [form.files, form.called], [form.data, form.files, form.called], **QUIET)
+    form.upload.click(keep, [form.files, form.called], [form.data, form.files, form.called, form.said], **QUIET)
     gr.on([shared.tabs.change, shared.page_loaded.change], refreshed, form.data, form.data, **QUIET)
 
 

@@ -51,6 +51,7 @@ class TrainForm:
             with gr.Row():
                 self.called = gr.Textbox("", label="Name", max_length=200, min_width=140, elem_id="train-called")
                 self.upload = gr.Button("Keep them as a data set", size="sm", min_width=140, elem_id="train-upload")
+            self.said = gr.HTML("", elem_id="train-kept", apply_default_css=False)
         with gr.Row():
             kinds = [("let it decide", ""), ("style", "style"), ("character or thing", "character")]
             kinds.append(("word of its own (textual inversion)", "concept"))
@@ -94,9 +95,9 @@ class TrainForm:
         self.kind.change(learnt, self.kind, [self.word, self.trigger, self.class_prompt], **QUIET)
 
 
-def sets(house: House) -> list[tuple[str, str]]:
-    """Data sets as choices: (name and size, id)."""
-    return [(f"{one.name} ({one.pictures} pictures)", one.id) for one in house.runs.datasets()]
+def sets(house: House, owner: str = "") -> list[tuple[str, str]]:
+    """Data sets that someone may use, as choices: (name and size, id)."""
+    return [(f"{one.name} ({one.pictures} pictures)", one.id) for one in house.runs.datasets(owner)]
 
 
 def asked(values: Sequence[Any], base: str | None) -> TrainRequest:

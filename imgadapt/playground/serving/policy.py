@@ -18,7 +18,7 @@ _OPEN: tuple[tuple[tuple[str, ...], str], ...] = (
     (_READ, r"/gradio_api/(info/?|theme\.css|startup-events|queue/data|upload_progress|app_id/?)"),
     (_READ, rf"/gradio_api/heartbeat/{_NAME}|/gradio_api/call/{_NAME}/{_NAME}"),
     (_READ, r"/gradio_api/file=(?![A-Za-z][A-Za-z0-9+.-]+:).+"),
-    (_WRITE, rf"/gradio_api/(queue/join|cancel/?|reset/?|upload|component_server/?|(call|run)/{_NAME}/?)"),
+    (_WRITE, rf"/gradio_api/(queue/join|cancel/?|reset/?|upload|(call|run)/{_NAME}/?)"),
 )
 """Methods and whole paths. What else Gradio has is shut: its proxies, links, monitoring, editors, history, MCP, calls
 that pass by the queue; a program of one's own needs none of it.
@@ -56,7 +56,7 @@ def is_open(method: str, path: str) -> bool:
 
 def brings_files(path: str) -> bool:
     """Whether requests to it may be large."""
-    return path in ("/pictures", "/restore") or path.startswith(("/gradio_api/upload", "/gradio_api/component_server"))
+    return path in ("/pictures", "/restore") or path.startswith("/gradio_api/upload")
 
 
 def is_foreign(headers: Headers, method: str) -> bool:
