@@ -3,6 +3,7 @@
 import json
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from imgadapt import attach, collect, demo, detach, live, save
-from imgadapt.errors import ConfigError
-from imgadapt.methods import LoRA
+from imgadapt.errors import ConfigError, ImgadaptError
+from imgadapt.methods import DoRA, LoRA
 from imgadapt.playground.desk import Busy, Done, Event, Failed, Made, Progress, Ticket
 from imgadapt.playground.grids import axes, exporting, ordering
 from imgadapt.playground.grids.axis import Axis, Value
+from imgadapt.playground.grids.cells import board
 from imgadapt.playground.grids.grids import Cell, Grid, GridRequest, Grids
 from imgadapt.playground.grids.ranges import listed, plain
 from imgadapt.playground.pictures.comparing import Difference, difference
@@ -219,6 +222,34 @@ def test_prompts_replace_words_and_bring_adapters(playground: Playground) -> Non
     assert (first.prompt, first.adapters) == ("a red apple", common.adapters)
     assert second.prompt == "a bus"
     assert [use.weight for use in second.adapters] == [1.0, 0.5]
+
+
+def test_prompts_may_lose_words(playground: Playground) -> None:
+    made = _values(playground, "prompt", "a fox ->\n fox -> \na fox -> a bus")
+    common = _asked(playground, ("seed", "1")).common
+    assert [(value.label, value.change(common).prompt) for value in made] == [
+        ("without a fox", ""), ("without fox", "a "), ("a bus", "a bus"),
+    ]  # fmt: skip
+
+
+def test_a_weight_of_an_adapter_is_that_of_its_checkpoints_and_what_else_is_put_in_its_place(
+    playground: Playground,
+) -> None:
+    limits, one = playground.settings.limits, _id(playground, "step-10")
+    for kind, text in (("checkpoint", "10, 100"), ("adapter", "step-10, step-100, words+adapter")):
+        request = _asked(playground, (kind, text), ("weight", "0, 0.5"), stack=["stain", "step-10"], baseline=False)
+        x, y = (axis.model_copy(update={"adapter": one}) for axis in (request.x, request.y or request.x))
+        laid = board(request.model_copy(update={"x": x, "y": y}), playground.library, limits)
+        half = len(laid.cells) // 2
+        for cells, weight in ((laid.cells[:half], 0.0), (laid.cells[half:], 0.5)):
+            for cell in cells:
+                stain, *rest = cell.request.adapters
+                assert (stain.adapter, stain.weight) == (_id(playground, "stain"), 1.0)
+                assert [use.weight for use in rest] == [weight] * len(rest)
+    both = _asked(playground, ("checkpoint", "10"), ("adapter", "words"), stack=["stain", "step-10"])
+    x, y = (axis.model_copy(update={"adapter": one}) for axis in (both.x, both.y or both.x))
+    with pytest.raises(ConfigError, match="two axes put others in the place of step-10"):
+        board(both.model_copy(update={"x": x, "y": y}), playground.library, limits)
 
 
 # Plans
@@ -425,6 +456,88 @@ def test_a_grid_is_not_resumed_with_another_adapter(folder: Path, tmp_path: Path
         playground.library.scan()
         with pytest.raises(ConfigError, match="mine has changed since this grid was begun"):
             grids.resume(grid.id)
+    finally:
+        playground.close()
+
+
+def test_a_grid_whose_adapter_changes_while_it_is_drawn_or_waits_is_ended(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters = tmp_path / "own"
+    adapters.mkdir()
+    path, other = adapters / "mine.safetensors", (folder / "words.safetensors").read_bytes()
+    path.write_bytes(first := (folder / "stain.safetensors").read_bytes())
+    playground = Playground(Settings(tmp_path / "home", adapters=(adapters,), limits=Limits(drawn_together=64 * 64)))
+    try:
+        grids, ids = Grids(playground), list[str]()
+        draw = playground.studio.draw
+
+        def exchanged(*given: Any) -> Any:
+            made = draw(*given)
+            if given[0][0].adapters:
+                path.write_bytes(other)
+            return made
+
+        monkeypatch.setattr(playground.studio, "draw", exchanged)
+        ticket = grids.start(_asked(playground, ("seed", "1, 2"), stack=["mine"]))
+        *events, end = ticket.events()
+        assert isinstance(end, Failed)
+        assert "mine has changed since this grid was begun" in end.message
+        ids = [event.item.id for event in events if isinstance(event, Made) and isinstance(event.item, Grid)]
+        assert [cell.picture is None for cell in grids.get(ids[0]).cells] == [False, False, False, True]
+        monkeypatch.setattr(playground.studio, "draw", draw)
+        path.write_bytes(first)
+        held = playground.desk.submit(lambda ticket: _until_cancelled(ticket))
+        waiting = grids.resume(ids[0])
+        path.write_bytes(other)
+        held.cancel()
+        with pytest.raises(ImgadaptError, match="mine has changed"):
+            waiting.result()
+    finally:
+        playground.close()
+
+
+def test_a_grid_that_was_finished_since_it_was_looked_at_is_not_drawn_again(
+    playground: Playground, grids: Grids, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid, _ = _drawn(grids.start(_asked(playground, ("seed", "1, 2"))))
+    get, old = grids.get, replace(grid, cells=[replace(cell, picture=None) for cell in grid.cells])
+    seen = iter([old])
+    monkeypatch.setattr(grids, "get", lambda id, owner="": next(seen, None) or get(id, owner))
+    assert [cell.picture for cell in _drawn(grids.resume(grid.id))[0].cells] == [cell.picture for cell in grid.cells]
+
+
+def test_steps_that_a_sampler_has_not_are_refused_before_anything_is_drawn(playground: Playground) -> None:
+    grids, calls = Grids(playground), playground.studio.counts["calls"]
+    with pytest.raises(ImgadaptError, match="LCM takes 50 steps at most, not 60"):
+        grids.start(_asked(playground, ("steps", "2, 60"), sampler="LCM")).result()
+    assert playground.studio.counts["calls"] == calls
+
+
+def test_a_stack_is_merged_anew_on_another_base_where_its_change_depends_on_it(tmp_path: Path) -> None:
+    pipe = demo.pipeline()
+    pipe.save_pretrained(tmp_path / "models/other")
+    weights = tmp_path / "models/other/unet/diffusion_pytorch_model.safetensors"
+    save_file({key: tensor * 1.5 for key, tensor in load_file(weights).items()}, weights)
+    (tmp_path / "home/adapters").mkdir(parents=True)
+    torch.manual_seed(0)
+    attach(pipe, DoRA(LoRA(rank=2, alpha=2.0)), targets=["attention"])
+    for parameter in live.parameters(pipe):
+        with torch.no_grad():
+            parameter += 0.1 * torch.randn_like(parameter)
+    save(collect(pipe), tmp_path / "home/adapters/turned.safetensors", format="imgadapt")
+    playground = Playground(Settings(tmp_path / "home", models=(tmp_path / "models",)))
+    try:
+        merged: list[str] = []
+        for base in ("demo", "other"):
+            request = _asked(
+                playground, ("rule", "live, weighted"), stack=["turned"], base=playground.bases.named(base).id
+            )
+            grid, _ = _drawn(Grids(playground).start(request))
+            assert difference(_image(grid.cells[1]), _image(grid.cells[0])).mean > 0.5
+            assert difference(_image(grid.cells[1]), _image(grid.cells[2])).largest <= 2
+            merged.append(grid.cells[2].request.adapters[0].adapter)
+        assert merged[0] != merged[1]
     finally:
         playground.close()
 

@@ -85,7 +85,7 @@ def _samplers(axis: Axis, common: GenerateRequest, library: Library, most: int) 
 def _prompts(axis: Axis, common: GenerateRequest, library: Library, most: int) -> list[Value]:
     made: list[Value] = []
     for line in (line.strip() for line in axis.values.split("\n")):
-        old, arrow, new = (part.strip() for part in line.partition(" -> "))
+        old, arrow, new = (part.strip() for part in f"{line} ".partition(" -> "))
         if arrow and old not in common.prompt:
             raise ConfigError(f"'{short(old)}' is not in the prompt, so nothing can be put in its place")
         said = common.prompt.replace(old, new) if arrow else line

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from imgadapt.errors import ConfigError
 from imgadapt.playground.grids.ranges import listed, plain
-from imgadapt.playground.requests import GenerateRequest, Id, Request, Text
+from imgadapt.playground.requests import GenerateRequest, Id, Request, Text, Use
 
 AXES = ("adapter", "weight", "seed", "prompt", "blocks", "rule", "checkpoint", "steps", "guidance", "sampler")
 ADAPTERS = ("adapter", "checkpoint", "weight", "blocks", "rule")
@@ -44,11 +44,15 @@ class Rule:
 
 @dataclass(frozen=True)
 class Value:
-    """One place of an axis. change: what it makes of a request; rule: what its stack is then merged by."""
+    """One place of an axis. change: what it makes of a request; rule: what its stack is then merged by. each: what it
+    makes of a use, where that is all that it changes; instead: an adapter of the stack, and the ids that it puts there.
+    """
 
     label: str
     change: Change
     rule: Rule | None = None
+    each: Callable[[Use], Use] | None = None
+    instead: tuple[str, frozenset[str]] | None = None
 
 
 def changed(request: GenerateRequest, **update: Any) -> GenerateRequest:

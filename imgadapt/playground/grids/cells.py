@@ -2,12 +2,13 @@
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 from imgadapt.errors import ConfigError
 from imgadapt.playground.grids.axes import untagged, values
 from imgadapt.playground.grids.axis import ADAPTERS, Axis, Rule, Value, changed
+from imgadapt.playground.grids.stack_axes import each
 from imgadapt.playground.library.library import Library
 from imgadapt.playground.pictures.album import Picture
 from imgadapt.playground.pictures.comparing import Difference
@@ -76,7 +77,7 @@ def board(request: GridRequest, library: Library, limits: Limits) -> Board:
     axes = [axis for axis in (request.x, request.y, request.z) if axis is not None]
     if len({(axis.kind, axis.adapter) for axis in axes}) < len(axes):
         raise ConfigError(f"two axes are about {axes[-1].kind}; let each be about something else")
-    read = {name: values(axis, common, library, limits.cells) for name, axis in _named(request).items()}
+    read = _read(request, common, library, limits.cells)
     kinds: dict[str, str] = {name: axis.kind for name, axis in _named(request).items()}
     where = _of_base(request, read, kinds, common)
     lengths = [len(read.get(name, "1")) + (name == where) for name in "xyz"]
@@ -84,6 +85,28 @@ def board(request: GridRequest, library: Library, limits: Limits) -> Board:
         said = " x ".join(str(length) for length in lengths if length > 1)
         raise ConfigError(f"{said} are {total:,} cells; {limits.cells:,} are the most")
     return _filled(common, read, kinds, where)
+
+
+def _read(request: GridRequest, common: GenerateRequest, library: Library, most: int) -> dict[str, list[Value]]:
+    """The axes' values. What is about an adapter is about those, too, that another axis puts in its place.
+
+    Raises:
+        ConfigError: see `values`; two axes exchange the same adapter.
+    """
+    named = _named(request)
+    read = {name: values(axis, common, library, most) for name, axis in named.items()}
+    instead: dict[str, tuple[str, set[str]]] = {}
+    for name, row in read.items():
+        for which, ids in (value.instead for value in row if value.instead is not None):
+            by, known = instead.setdefault(which, (name, set()))
+            if by != name:
+                raise ConfigError(f"two axes put others in the place of {library.get(which).name}; let one do it")
+            known |= ids
+    for name, axis in named.items():
+        if axis.adapter in instead:
+            ids = {axis.adapter, *instead[axis.adapter][1]}
+            read[name] = [one if one.each is None else replace(one, change=each(ids, one.each)) for one in read[name]]
+    return read
 
 
 def _named(request: GridRequest) -> dict[str, Axis]:

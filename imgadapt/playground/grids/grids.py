@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from imgadapt.errors import ConfigError
+from imgadapt.playground import samplers
 from imgadapt.playground.desk import Busy, Ticket
 from imgadapt.playground.grids import exporting, ordering, ruling
 from imgadapt.playground.grids.axis import AXES, Axis
@@ -69,10 +70,11 @@ class Grids:
             ConfigError: there is no such grid, or its adapters or its base are not what they were. Busy: it is being
                 drawn, or the queue is full.
         """
-        grid = self.get(id, owner)
-        self._same(grid)
+        self._same(self.get(id, owner))
 
         def work(ticket: Ticket[Grid]) -> Grid:
+            grid = self.get(id, owner)  # as it is now: it waited, and may have been drawn further before that
+            self._same(grid)
             self.playground.use_base(ticket, grid.cells[0].request.base)
             try:
                 ticket.made(grid)
@@ -148,6 +150,8 @@ class Grids:
         base = playground.use_base(ticket, request.common.base)
         ruled = {index: (laid.cells[index].request, rule) for index, rule in laid.rules.items()}
         requests = {cell.index: cell.request for cell in laid.cells}
+        for name, steps in dict.fromkeys((one.sampler, one.steps) for one in requests.values()):
+            samplers.check(name, steps, playground.studio.family)
         requests |= ruling.merged(ticket, playground, ruled) if ruled else {}
         settled: dict[object, GenerateRequest] = {}
         cells: list[Cell] = []
@@ -163,24 +167,27 @@ class Grids:
             cells.append(replace(cell, request=one.model_copy(update=update)))
         library = playground.library
         more = {f"base {name}": value for name, value in record.about(base, playground.settings).items()}
-        more |= {
-            f"adapter {use.adapter}": library.digest(use.adapter) for cell in cells for use in cell.request.adapters
-        }
+        more |= {f"adapter {use.adapter}": library.mark(use.adapter) for cell in cells for use in cell.request.adapters}
         return Grid(secrets.token_hex(8), request, laid.labels, cells, ticket.owner, time.time(), more)
 
     def _same(self, grid: Grid) -> None:
         """Raises ConfigError where cells drawn now could not be compared with those that are there."""
         playground = self.playground
-        for use in _uses(grid):
-            card = playground.library.get(use.adapter)
-            if playground.library.digest(use.adapter) != grid.more.get(f"adapter {use.adapter}"):
-                raise ConfigError(f"{card.name} has changed since this grid was begun; begin it anew")
+        self._same_adapters(grid, _uses(grid))
         base = playground.bases.get(str(grid.cells[0].request.base))
         now = record.about(base, playground.settings)
         for name in ("print", "device", "dtype"):
             if now.get(name, "") != grid.more.get(f"base {name}", ""):
                 what = "has changed" if name == "print" else f"is used in another {name}"
                 raise ConfigError(f"{base.name} {what} since this grid was begun; begin it anew")
+
+    def _same_adapters(self, grid: Grid, uses: Sequence[Use]) -> None:
+        library = self.playground.library
+        for use in uses:
+            if library.mark(use.adapter) != grid.more.get(f"adapter {use.adapter}"):
+                raise ConfigError(
+                    f"{library.get(use.adapter).name} has changed since this grid was begun; begin it anew"
+                )
 
     def _drawn(self, ticket: Ticket[Grid], grid: Grid) -> Grid:
         """Draw what is missing, batch by batch, in the batches that the whole grid would have."""
@@ -196,6 +203,7 @@ class Grids:
         ]
         total, before = sum(batch[0].steps for batch in order), 0
         for batch in order:
+            self._same_adapters(grid, batch[0].adapters)
             made = self.playground.studio.draw(
                 batch,
                 lambda done, _, preview, before=before: ticket.progress("drawing", before + done, total, preview),

@@ -18,6 +18,7 @@ from imgadapt.playground.desk import Ticket
 from imgadapt.playground.filenames import cleaned
 from imgadapt.playground.grids.axis import Rule, changed
 from imgadapt.playground.merges import stacking
+from imgadapt.playground.pictures.provenance import fingerprint
 from imgadapt.playground.requests import GenerateRequest, Use
 from imgadapt.playground.session import Playground
 
@@ -35,7 +36,7 @@ def checked(request: GenerateRequest, rule: Rule) -> None:
 def merged(
     ticket: Ticket[Any], playground: Playground, requests: Mapping[int, tuple[GenerateRequest, Rule]]
 ) -> dict[int, GenerateRequest]:
-    """Key -> the request with its stack merged, at weight 1. Each stack is merged once by each rule, ever.
+    """Key -> the request with its stack merged, at weight 1. Each stack is merged once by each rule on each base, ever.
 
     Raises:
         ConfigError, FormatError, StateError: see `combine_inputs`.
@@ -77,8 +78,9 @@ def merged(
 def _name(playground: Playground, uses: tuple[Use, ...], rule: Rule) -> str:
     """Of a file: what it was made of, so that other contents have another name."""
     library = playground.library
-    rows = [[library.digest(use.adapter), use.weight, use.text, use.blocks] for use in uses]
-    about = json.dumps([rule.name, sorted(rule.options.items()), rows])
+    rows = [[library.mark(use.adapter), use.weight, use.text, use.blocks] for use in uses]
+    base = playground.studio.base or playground.bases.first  # which DoRA, OFT, ... are merged on
+    about = json.dumps([rule.name, sorted(rule.options.items()), rows, fingerprint(base.place)])
     names = [cleaned(library.get(use.adapter).name, "adapter", 30) for use in uses]
     joined = "+".join(names) if len(names) < 4 else f"{names[0]} and {len(names) - 1} more"
     return f"{joined} {rule.name} {hashlib.sha256(about.encode()).hexdigest()[:8]}"

@@ -1,7 +1,7 @@
 """Axes that are about the stack of adapters: which, how strong, on which blocks, merged how, from which checkpoint."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from imgadapt.combining.rules import RULES
@@ -21,7 +21,7 @@ def adapters(axis: Axis, common: GenerateRequest, library: Library, most: int) -
     for word in _split(axis.values, lambda text: _card(text, library) is not None):
         uses = [] if word.casefold() == "none" else _stack(word, library, there, model)
         label = " + ".join(_named(use, library, model or there.get(use.adapter)) for use in uses) or "none"
-        made.append(Value(label, _replaced(axis.adapter, uses)))
+        made.append(_exchanged(label, axis.adapter, uses))
     return made
 
 
@@ -55,6 +55,11 @@ def _named(use: Use, library: Library, usual: Use | None) -> str:
     return name if use.weight == (usual.weight if usual else 1.0) else f"{name}:{use.weight:g}"
 
 
+def _exchanged(label: str, which: str | None, uses: Sequence[Use]) -> Value:
+    instead = None if which is None else (which, frozenset(use.adapter for use in uses))
+    return Value(label, _replaced(which, uses), instead=instead)
+
+
 def _replaced(which: str | None, uses: Sequence[Use]) -> Change:
     """These instead of the stack, or instead of one of it."""
 
@@ -70,7 +75,7 @@ def _replaced(which: str | None, uses: Sequence[Use]) -> Change:
 def weights(axis: Axis, common: GenerateRequest, library: Library, most: int) -> list[Value]:
     _in_stack(axis, common)
     rows = numbers(axis, most, "weight", -STRONGEST, STRONGEST)
-    return [Value(f"weight {label}", _each(axis.adapter, _weighing(value))) for label, value in rows]
+    return [_of_each(f"weight {label}", axis.adapter, _weighing(value)) for label, value in rows]
 
 
 def _weighing(value: float) -> Callable[[Use], Use]:
@@ -92,7 +97,7 @@ def blocks(axis: Axis, common: GenerateRequest, library: Library, most: int) -> 
         said = re.sub(r"\s", "", found[2]) if found else word
         label = (found[1] if found else None) or said
         if word:
-            made.append(Value(short(label), _each(axis.adapter, _blocked(said))))
+            made.append(_of_each(short(label), axis.adapter, _blocked(said)))
     return made
 
 
@@ -100,9 +105,15 @@ def _blocked(said: str) -> Callable[[Use], Use]:
     return lambda use: Use.of({**use.model_dump(), "blocks": said})
 
 
-def _each(which: str | None, what: Callable[[Use], Use]) -> Change:
+def _of_each(label: str, which: str | None, what: Callable[[Use], Use]) -> Value:
+    return Value(label, each(None if which is None else {which}, what), each=what)
+
+
+def each(which: Collection[str] | None, what: Callable[[Use], Use]) -> Change:
+    """The change of these adapters in a stack; None: of all."""
+
     def change(request: GenerateRequest) -> GenerateRequest:
-        stack = tuple(what(use) if which in (None, use.adapter) else use for use in request.adapters)
+        stack = tuple(what(use) if which is None or use.adapter in which else use for use in request.adapters)
         return request.model_copy(update={"adapters": stack})
 
     return change
@@ -149,9 +160,7 @@ def checkpoints(axis: Axis, common: GenerateRequest, library: Library, most: int
         chosen = [card for card in siblings if not card.fault]
     else:
         chosen = [_sibling(word, siblings, own) for word in words(axis.values)]
-    return [
-        Value(_leaf(card), _replaced(model.adapter, [model.model_copy(update={"adapter": card.id})])) for card in chosen
-    ]
+    return [_exchanged(_leaf(card), model.adapter, [model.model_copy(update={"adapter": card.id})]) for card in chosen]
 
 
 def _sibling(word: str, siblings: Sequence[Card], own: Card) -> Card:
