@@ -365,8 +365,9 @@ def test_cells_are_the_pictures_that_their_requests_draw_alone(playground: Playg
         assert cell.picture is not None
         assert cell.picture.record is not None
         assert cell.picture.record["grid"]["id"] == grid.id
-        again = GenerateRequest.of(cell.picture.record["request"])  # with the batch that it was drawn in
-        with Image.open(playground.generate(again).result()[0].path) as image:
+        assert cell.again.layout is not None  # the batch that it was drawn in
+        assert cell.again == GenerateRequest.of(cell.picture.record["request"])
+        with Image.open(playground.generate(cell.again).result()[0].path) as image:
             assert difference(_image(cell), image) == SAME
 
 
@@ -425,6 +426,9 @@ def test_a_grid_that_is_cancelled_keeps_its_cells_and_another_process_draws_the_
         assert {cell.index for cell in made} == set(range(12)) - {cell.index for cell in done}
         assert [cell.difference for cell in grid.cells] == [cell.difference for cell in whole.cells]
         assert all(difference(_image(a), _image(b)) == SAME for a, b in zip(grid.cells, whole.cells, strict=True))
+        for cell in grid.cells:
+            with Image.open(playground.generate(cell.again).result()[0].path) as image:
+                assert difference(_image(cell), image) == SAME
         assert grids.recent()[0].id == grid.id
         assert [event for event in _drawn(grids.resume(grid.id))[1] if isinstance(event, Progress)] == []
     finally:
@@ -601,6 +605,7 @@ def test_an_export_has_a_page_that_works_alone_the_pictures_as_they_are_and_json
     for cell, row in zip(grid.cells, said["cells"], strict=True):
         assert cell.picture is not None
         assert pictures[row["file"]] == cell.picture.path.read_bytes()
+        assert GenerateRequest.of(row["request"]) == cell.again
         assert f'src="{row["file"]}"' in page
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;&quot;&#x27;&amp; $title" in page

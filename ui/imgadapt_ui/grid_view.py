@@ -136,7 +136,7 @@ class GridView:
         who = owner(request)
         with told():
             _, cell = await asyncio.to_thread(self.cell, id, index, who)
-            ticket = self.house.playground.generate(cell.request, owner=who)
+            ticket = self.house.playground.generate(cell.again, owner=who)
         async for event in follow(ticket):
             if isinstance(event, Done) and cell.picture is not None:
                 with Image.open(event.result[0].path) as one, Image.open(cell.picture.path) as other:

@@ -46,6 +46,14 @@ class Cell:
     difference: Difference | None = None
     base: int | None = None
 
+    @property
+    def again(self) -> GenerateRequest:
+        """What draws its picture again to the bit: the request, in the batch that the picture was drawn in."""
+        record = self.picture.record if self.picture is not None else None
+        said = record.get("request") if record is not None else None
+        layout = said.get("layout") if isinstance(said, Mapping) else None
+        return self.request if layout is None else changed(self.request, layout=layout)
+
 
 @dataclass(frozen=True)
 class Grid:

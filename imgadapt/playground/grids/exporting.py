@@ -31,7 +31,8 @@ def write(grid: Grid, path: Path, names: Mapping[str, str]) -> None:
         raise ConfigError("nothing of this grid is drawn yet")
     files = {cell.picture.id: (_file(cell), cell.picture.path) for cell in reversed(drawn) if cell.picture}
     said: dict[str, Any] = {**told(grid), "adapters": dict(names)}
-    for row in said["cells"]:
+    for row, cell in zip(said["cells"], grid.cells, strict=True):
+        row["request"] = cell.again.model_dump(mode="json")
         row["file"] = files[row["picture"]][0] if row["picture"] else None
     with atomically(path) as file, zipfile.ZipFile(file, "w") as archive:
         archive.writestr("index.html", page(grid, {id: name for id, (name, _) in files.items()}, names))
