@@ -70,7 +70,7 @@ def measure(server: subprocess.Popen[str], url: str, args: argparse.Namespace) -
                     end = "right" if same else "mixed up"
                 except Refused as refused:
                     end = "refused" if "queue is full" in str(refused) else f"error: {refused}"
-                    time.sleep(0.2)
+                    time.sleep(1.0)
                 with lock:
                     ends[end] += 1
                     if end == "right":

@@ -74,13 +74,15 @@ class Ticket(Generic[T]):
     """One request at the desk.
 
     Those who asked read `events` and may `cancel`; the work itself says where it is by `progress` and `made`, which
-    raise Cancelled when it shall stop.
+    raise Cancelled when it shall stop. listeners: called, by the thread that works, when there is an event other than
+    Progress.
     """
 
     def __init__(self, work: "Callable[[Ticket[T]], T]", owner: str, desk: "Desk") -> None:
         self.id, self.owner, self.work, self._desk = secrets.token_hex(8), owner, work, desk
         self._news: deque[Event] = deque()
         self._told = threading.Condition()
+        self.listeners: list[Callable[[], None]] = []
         self._end: Done | Failed | None = None
         self._stop = threading.Event()
         self._began: float | None = None
@@ -172,6 +174,9 @@ class Ticket(Generic[T]):
                 self._news[-1] = replace(last, preview=None)  # it is old, and nobody may ever read it
             self._news.append(event)
             self._told.notify_all()
+        if not isinstance(event, Progress):
+            for listener in tuple(self.listeners):
+                listener()
 
 
 class Desk:

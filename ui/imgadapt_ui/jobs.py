@@ -8,9 +8,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from imgadapt.playground.desk import Done, Failed, Made, Progress, Ticket, Waiting
-
-PAUSE = 0.03
-"""Seconds between two looks at a ticket."""
+from imgadapt_ui.following import News
 
 
 class Job:
@@ -52,15 +50,17 @@ class Job:
         Nothing is cancelled when the reader goes away; `ticket.cancel` does that.
         """
         seen, told = -1, 0.0
-        while True:
-            self.look()
-            ended = self.ended is not None
-            if ended or (self.version != seen and time.monotonic() - told >= every):
-                seen, told = self.version, time.monotonic()
-                yield self
-            if ended:
-                return
-            await asyncio.sleep(PAUSE)
+        with News(self.ticket) as news:
+            while True:
+                self.look()
+                ended = self.ended is not None
+                left = told + every - time.monotonic()
+                if ended or (self.version != seen and left <= 0):
+                    seen, told = self.version, time.monotonic()
+                    yield self
+                if ended:
+                    return
+                await (asyncio.sleep(left) if self.version != seen else news.wait(every))
 
 
 class Jobs:

@@ -16,6 +16,7 @@ from imgadapt.playground.house import House
 from imgadapt.playground.serving.entrance import Entrance
 from imgadapt.playground.serving.guard import Guard, Rules
 from imgadapt.playground.serving.routes import routes
+from imgadapt_ui import visitors
 from imgadapt_ui.api import endpoints
 
 _EVENTS, _AT_ONCE = 256, 64
@@ -34,6 +35,7 @@ def application(
         event.api_name = f"page_{number}"  # or they would take the names of the API's
     with blocks:
         endpoints(house)
+    visitors.limit(blocks)
     blocks.enable_queue = True
     blocks.queue(max_size=_EVENTS, default_concurrency_limit=_AT_ONCE, api_open=False)
     blocks.delete_cache = (3600, 86400)
@@ -53,6 +55,7 @@ def application(
         pwa=False,
         **(look or {}),
     )
+    visitors.lighten(blocks)
     return Guard(app, rules, entrance)
 
 
