@@ -317,3 +317,18 @@ def test_many_threads_at_once_mix_nothing_up(album: Album) -> None:
     assert failed == []
     assert len(album.recent(100)) == 32
     assert os.listdir(album.uploads) == []
+
+
+def test_of_too_many_lent_pictures_the_first_are_forgotten_and_their_files_stay(
+    album: Album, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Album, "lends", 2)
+    paths = [tmp_path / f"{k}.png" for k in range(3)]
+    for path in paths:
+        path.write_bytes(coded(noise(8, 8)))
+    lent = [album.lend(path) for path in paths]
+    with pytest.raises(ConfigError):
+        album.get(lent[0].id)
+    assert album.get(lent[2].id).path == paths[2]
+    assert album.lend(paths[0]) == lent[0]
+    assert all(path.is_file() for path in paths)

@@ -23,6 +23,7 @@ from imgadapt.playground.session import Playground
 from imgadapt.playground.settings import Limits, Settings
 from imgadapt.playground.trainings import datasets, launching, watching
 from imgadapt.playground.trainings.runs import Run, Runs, TrainRequest
+from imgadapt.playground.trainings.trainings import Training
 
 SMALL = {"kind": "style", "steps": 20, "batch_size": 2, "rank": 2, "resolution": 64, "learning_rate": 1e-3}
 
@@ -281,6 +282,31 @@ def test_one_that_cannot_be_started_leaves_no_folder(
     assert list((playground.settings.home / "runs").iterdir()) == []
 
 
+def test_one_whose_process_cannot_be_written_down_is_ended(
+    runs: Runs, playground: Playground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    start, keep = launching.start, Training.keep
+
+    def kept(self: Training, **changes: Any) -> None:
+        if changes.get("pid") is not None:
+            raise OutputError("cannot write run.json: No space left on device")
+        keep(self, **changes)
+
+    def begun(*given: Any) -> subprocess.Popen[bytes]:
+        started.append(start(*given))
+        return started[-1]
+
+    monkeypatch.setattr(launching, "start", begun)
+    monkeypatch.setattr(Training, "keep", kept)
+    monkeypatch.setattr(launching, "command", lambda *_: [sys.executable, "-c", "import signal; signal.pause()"])
+    (style,) = [one.id for one in runs.datasets() if one.pictures == 40]
+    with pytest.raises(OutputError, match="No space left"):
+        runs.start(TrainRequest.of({"data": style}))
+    assert [process.poll() for process in started] == [-signal.SIGKILL]
+    assert list((playground.settings.home / "runs").iterdir()) == []
+
+
 # --- what its files say
 
 
@@ -308,24 +334,45 @@ def test_a_long_curve_is_thinned_to_means() -> None:
     assert watching.thinned(rows[:1500]) == rows[:1500]
 
 
-def test_samples_are_put_into_the_album_once_and_again_when_they_are_gone(tmp_path: Path) -> None:
+def test_samples_are_lent_to_the_album_and_drive_nothing_out_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Album, "given", 4)
     album = Album(tmp_path / "a", tmp_path / "b", most_bytes=10**6, most_pixels=10**6)
+    mine = album.accept(png(16))
     watch = watching.Watch(tmp_path / "run", album)
     assert watch.samples(None) == []
-    (tmp_path / "run" / "samples").mkdir(parents=True)
+    samples = tmp_path / "run" / "samples"
+    samples.mkdir(parents=True)
     for step in range(10, 1010, 10):
-        (tmp_path / "run" / "samples" / f"step-{step:07d}.png").write_bytes(png(16))
+        (samples / f"step-{step:07d}.png").write_bytes(png(16))
+    (samples / "step-one.png").write_bytes(png(16))
     first = watch.samples(None)
     assert len(first) <= watching.SAMPLES + 1
     assert first[-1][0] == 1000
-    assert watch.samples(None) == first
+    assert all(album.get(picture.id).path.parent == samples for _, picture in first)
+    album.accept(png(16, 1))
+    assert album.get(mine.id).path.is_file()
+    assert album.recent() == []
+    assert [path.name for path in (tmp_path / "b").iterdir() if path.stem == mine.id] == [f"{mine.id}.png"]
     album.remove(first[0][1].id)
-    second = watch.samples(None)
-    assert second[0][1].id != first[0][1].id
-    assert second[1:] == first[1:]
-    (tmp_path / "run" / "samples" / "step-0000010.png").write_bytes(b"broken")
-    album.remove(second[0][1].id)
+    assert (samples / "step-0000010.png").is_file()
+    assert watching.Watch(tmp_path / "run", album).samples(None) == first
+    (samples / "step-0000010.png").write_bytes(b"broken")
+    album.remove(first[0][1].id)
     assert [step for step, _ in watch.samples(None)] == [step for step, _ in first[1:]]
+
+
+def test_samples_are_their_owners_and_no_links(tmp_path: Path) -> None:
+    album = Album(tmp_path / "a", tmp_path / "b", most_bytes=10**6, most_pixels=10**6)
+    (tmp_path / "run" / "samples").mkdir(parents=True)
+    (tmp_path / "secret.png").write_bytes(png(16))
+    (tmp_path / "run/samples/step-1.png").write_bytes(png(16))
+    (tmp_path / "run/samples/step-2.png").symlink_to(tmp_path / "secret.png")
+    ((step, picture),) = watching.Watch(tmp_path / "run", album).samples("ann")
+    assert (step, album.get(picture.id, "ann").owner) == (1, "ann")
+    with pytest.raises(ConfigError, match="another's"):
+        album.get(picture.id, "bob")
 
 
 def test_the_console_tells_the_error_and_not_the_progress(tmp_path: Path) -> None:

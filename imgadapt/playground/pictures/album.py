@@ -1,8 +1,10 @@
 """Album: the pictures that a playground made and was given, as files under ids, each with its record inside."""
 
+import hashlib
 import io
 import re
 import secrets
+import stat
 import threading
 import time
 from collections import OrderedDict
@@ -41,13 +43,14 @@ class Picture:
 
 @dataclass(frozen=True)
 class _Entry:
-    """What is known of a file without opening it. given: from outside."""
+    """What is known of a file without opening it. given: from outside; lent: see `Album.lend`."""
 
     path: Path
     made: float
     size: int
     given: bool
     owner: str = ""
+    lent: bool = False
 
 
 class Album:
@@ -58,6 +61,8 @@ class Album:
     """
 
     given, given_each, given_bytes = 512, 64, 2 * 2**30
+    lends = 8192
+    """Pictures that are lent at once; of more, those that were lent first are not there until they are lent again."""
     _opened, _cached = 512, 32 * 2**20
 
     def __init__(self, folder: Path, uploads: Path, *, most_bytes: int, most_pixels: int) -> None:
@@ -66,6 +71,7 @@ class Album:
         self._lock, self._decoding = threading.RLock(), threading.Lock()
         self._pictures: OrderedDict[str, Picture] = OrderedDict()
         self._thumbnails: OrderedDict[tuple[str, int], bytes] = OrderedDict()
+        self._lent: dict[str, None] = {}  # in the order of coming
         days = [day for day in _within(folder) if day.is_dir() and _DAY.fullmatch(day.name)]
         found = [*(one for day in days for one in _files(day, given=False)), *_files(uploads, given=True)]
         self._index: dict[str, _Entry] = dict(sorted(found, key=lambda row: row[1].made))
@@ -100,6 +106,31 @@ class Album:
     def get(self, id: str, owner: str | None = None) -> Picture:
         """Raises ConfigError where there is none, or it is another owner's and `owner` is given."""
         with self._lock:
+    def lend(self, path: Path, *, owner: str = "") -> Picture:
+        """A picture of this program's that lies elsewhere and stays there (a training's sample): it takes no room, is
+        not among the recent ones, and its id is the same each time.
+
+        Raises:
+            ConfigError: it is not there, is no PNG, or is a link.
+        """
+        id = hashlib.sha256(str(path).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        with self._lock:
+            known = self._index.get(id)
+        if known is None or known.owner != owner:
+            try:
+                about = path.lstat()
+            except OSError:
+                raise ConfigError("this picture is no longer there") from None
+            if not stat.S_ISREG(about.st_mode):
+                raise ConfigError("this picture is no plain file")
+            with self._lock:
+                self._pictures.pop(id, None)
+                self._index[id] = _Entry(path, about.st_mtime, about.st_size, given=True, owner=owner, lent=True)
+                self._lent[id] = None
+                while len(self._lent) > self.lends:
+                    self._forget(next(iter(self._lent)))
+        return self.get(id, owner)
+
             entry = self._mine(id, owner)
             if id in self._pictures:
                 self._pictures.move_to_end(id)
@@ -109,7 +140,7 @@ class Album:
                 size, record = image.size, None if entry.given else infotext.ours(image.info)
         except (OSError, SyntaxError, ValueError):
             with self._lock:
-                self._index.pop(id, None)
+                self._forget(id)
             raise ConfigError("this picture is no longer there") from None
         return self._open(Picture(id, entry.path, *size, entry.made, entry.owner, record))
 
@@ -129,13 +160,15 @@ class Album:
         return found
 
     def remove(self, id: str, owner: str | None = None) -> None:
-        """Delete one.
+        """Delete one; of one that is lent, the file stays.
 
         Raises:
             ConfigError: see `get`.
         """
         with self._lock:
-            self._mine(id, owner).path.unlink(missing_ok=True)
+            entry = self._mine(id, owner)
+            if not entry.lent:
+                entry.path.unlink(missing_ok=True)
             self._forget(id)
 
     def thumbnail(self, id: str, side: int = 256, owner: str | None = None) -> bytes:
@@ -191,7 +224,7 @@ class Album:
 
     def _make_room(self, owner: str) -> None:
         with self._lock:
-            given = [(id, entry) for id, entry in self._index.items() if entry.given]
+            given = [(id, entry) for id, entry in self._index.items() if entry.given and not entry.lent]
             own = [id for id, entry in given if entry.owner == owner]
             going = own[: max(0, len(own) - self.given_each)] if owner else []
             kept = [(id, entry) for id, entry in given if id not in going]
@@ -212,6 +245,7 @@ class Album:
             del self._thumbnails[key]
 
 
+        self._lent.pop(id, None)
 def _files(folder: Path, *, given: bool) -> Iterator[tuple[str, _Entry]]:
     for path in _within(folder):
         name = _FILE.fullmatch(path.name)

@@ -9,8 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from imgadapt.atomic import write_bytes
-from imgadapt.errors import ConfigError, DataError, OutputError
+from imgadapt.errors import ConfigError
 from imgadapt.playground.pictures.album import Album, Picture
 from imgadapt.playground.trainings.launching import CONSOLE
 from imgadapt.training.log import read_lines
@@ -20,10 +19,10 @@ Loss = tuple[int, float, float]
 POINTS = 1500
 """Of a loss curve: more than a screen has pixels for."""
 SAMPLES = 32
-"""Of a run's samples, so many are shown; each takes a place among the album's given pictures."""
+"""Of a run's samples, so many are shown."""
 _TAIL = 16 * 1024  # bytes of the console that are looked at
+_SAMPLE = re.compile(r"step-[0-9]{1,12}\.png")
 _BAR = re.compile(r"\d+%\|")  # tqdm's
-_INDEX = "samples.json"
 
 
 class Losses:
@@ -90,31 +89,14 @@ class Watch:
         return read_lines(self.folder / "evaluations.jsonl")
 
     def samples(self, owner: str | None) -> list[tuple[int, Picture]]:
-        """(steps done, picture), at most SAMPLES and the last one, in the album. owner: whose they shall be there;
+        """(steps done, picture), at most SAMPLES and the last one, lent to the album. owner: whose they shall be there;
         None: anyone's.
         """
-        with self._lock:
-            before = _json(self.folder / _INDEX)
-            index = dict(before)
-            found = [(path, self._picture(path, index, owner)) for path in _some(self.folder / "samples")]
-            index = {path.name: index[path.name] for path, picture in found if picture is not None}
-            if index != before:
-                with suppress(OutputError):  # a full disk: they are shown all the same
-                    write_bytes(self.folder / _INDEX, json.dumps(index).encode())
-        return [(int(path.stem.rpartition("-")[2]), picture) for path, picture in found if picture is not None]
-
-    def _picture(self, path: Path, index: dict[str, str], owner: str | None) -> Picture | None:
-        """A sample in the album, put there where it is not, or not any more."""
-        try:
-            return self.album.get(index[path.name], owner)
-        except (KeyError, ConfigError):
-            pass
-        try:
-            picture = self.album.accept(path.read_bytes(), owner=owner or "")
-        except (OSError, DataError, OutputError):  # the file is on the disk still; a full disk shall not hide the rest
-            return None
-        index[path.name] = picture.id
-        return picture
+        found: list[tuple[int, Picture]] = []
+        for path in _some(self.folder / "samples"):
+            with suppress(ConfigError):  # it is broken, or went away
+                found.append((int(path.stem.rpartition("-")[2]), self.album.lend(path, owner=owner or "")))
+        return found
 
     def said(self) -> str:
         """The last line that the process printed, save progress bars."""
@@ -141,7 +123,7 @@ class Watch:
 
 def _some(folder: Path) -> list[Path]:
     """The samples to show: all, or every second, fourth, ... and the last, so that those shown stay the same."""
-    found = sorted(folder.glob("step-*.png"))
+    found = sorted(path for path in folder.glob("step-*.png") if _SAMPLE.fullmatch(path.name))
     every = 1
     while len(found[::every]) > SAMPLES:
         every *= 2
