@@ -300,3 +300,28 @@ def test_messages_have_no_folders_of_the_machine(message: str, told: str) -> Non
 def test_a_message_of_any_length_is_made_fit_at_once() -> None:
     for text in ("/a b c " * 30_000, "/" * 200_000, "/a" * 100_000, " a" * 100_000, "/a.b c" * 30_000):
         assert len(public(text)) <= 2000
+
+
+def test_what_comes_while_a_reader_gives_up_waiting_is_read_before_the_end(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+
+    def work(ticket: Ticket[str]) -> str:
+        assert gate.wait(LONG)
+        ticket.made(1)
+        ticket.made(2)
+        return "whole"
+
+    ticket, place = desk.submit(work), desk.place
+
+    def late(asked: Ticket[Any]) -> Waiting | None:
+        """Where a reader is when nothing has come in time."""
+        gate.set()
+        assert ticket.ended.wait(LONG)
+        return place(asked)
+
+    monkeypatch.setattr(desk, "place", late)
+    assert [event for event in ticket.events(0.01) if not isinstance(event, Waiting)] == [
+        Made(1), Made(2), Done("whole"),
+    ]  # fmt: skip

@@ -121,11 +121,16 @@ class Ticket(Generic[T]):
         it again, or along with another reader, gets what is left, and the end.
         """
         while True:
-            event = self.next(timeout) or self._end
+            event = self.next(timeout) or self._late()
             if event is not None:
                 yield event
                 if isinstance(event, Done | Failed):
                     return
+
+    def _late(self) -> Event | None:
+        """What came after `next` had given up: all of it before the end."""
+        with self._told:
+            return self._news.popleft() if self._news else self._end
 
     def next(self, timeout: float = 0.0) -> Event | None:
         """The next event; while it waits in the queue and nothing is new, its place; else None."""
