@@ -292,6 +292,15 @@ def test_what_a_base_cannot_be_drawn_with_is_refused(studio: Studio) -> None:
         one(studio, sampler="LCM", steps=60)
 
 
+def test_a_batch_larger_than_any_is_not_drawn_for_one_picture_of_it(files: Files) -> None:
+    studio = made(files, drawn_together=2 * 64 * 64)
+    layout = {"rows": 2, "row": 1}
+    assert one(studio, steps=1, layout=layout).request.layout is not None
+    with pytest.raises(ConfigError, match="3 rows of 64 x 64 pixels are more than one batch"):
+        one(studio, steps=1, layout={**layout, "rows": 3})
+    assert one(studio, steps=1, width=128, height=128, layout={"rows": 1}).image.size == (128, 128)
+
+
 def test_a_prompt_that_is_too_long_is_said_to_be_cut(studio: Studio) -> None:
     notes = one(studio, steps=1, prompt="a fox " * 20 + "zebra", negative="blue", guidance=1.0).notes
     assert "18 tokens" in notes[0]

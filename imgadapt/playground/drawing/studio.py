@@ -228,7 +228,10 @@ class Studio:
         limits = self._settings.limits
         if width * height > limits.pixels:
             raise ConfigError(f"{width} x {height} pixels are too many; {limits.pixels:,} are allowed")
-        count = max(request.count, request.layout.rows if request.layout else 1)
+        rows = request.layout.rows if request.layout else 1
+        if rows > 1 and rows * width * height > limits.drawn_together:
+            raise ConfigError(f"layout: {rows} rows of {width} x {height} pixels are more than one batch has here")
+        count = max(request.count, rows)
         if width * height * request.steps * count > limits.work:
             raise ConfigError(f"{count} x {width} x {height} pixels in {request.steps} steps are too much at once")
 
