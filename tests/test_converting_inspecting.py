@@ -14,12 +14,15 @@ from imgadapt import LoRA, attach, collect, demo, detach, load, save
 from imgadapt.errors import ConfigError, FormatError, ImgadaptError
 from imgadapt.file import AdapterFile, read_tensors, write_tensors
 from imgadapt.methods import DoRA
+from imgadapt.playground import inspecting
 from imgadapt.playground.converting import Converter, ConvertRequest
+from imgadapt.playground.drawing.studio import Studio
 from imgadapt.playground.inspecting import Inspector, Match
 from imgadapt.playground.library.telling import training
 from imgadapt.playground.session import Playground
 from imgadapt.playground.settings import Settings
 from imgadapt.summary import norm_of
+from tests import tiny
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +173,27 @@ def test_looking_while_the_desk_works_harms_nobody(playground: Playground, adapt
     stop.set()
     thread.join()
     assert wrong == []
+
+
+class _Loaded:
+    """A family, as far as it is looked at."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self.pipeline = pipeline
+
+
+def test_a_base_is_known_by_more_than_its_place_in_memory(
+    playground: Playground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inspector, ink = Inspector(playground), playground.library.named("ink").id
+    monkeypatch.setattr(inspecting, "id", lambda _: 7, raising=False)  # as of one that was made where another had been
+    verdicts: list[str] = []
+    for pipe in (playground.studio.family.pipeline, tiny.sd1()):
+        monkeypatch.setattr(Studio, "family", _Loaded(pipe))
+        found = inspector.look(ink).match
+        assert found is not None
+        verdicts.append(found.verdict)
+    assert verdicts == ["all", "none"]
 
 
 def test_without_a_base_there_is_no_match(tmp_path: Path) -> None:

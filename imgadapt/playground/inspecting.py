@@ -2,9 +2,11 @@
 
 import math
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from imgadapt.combining.recipes import KEY
 from imgadapt.file import AdapterFile
@@ -54,7 +56,7 @@ class Inspector:
         self._playground = playground
         self._lock = threading.Lock()
         self._known: OrderedDict[tuple[str, float, int], _Known] = OrderedDict()
-        self._places: tuple[int, Places] | None = None
+        self._places: tuple[weakref.ref[Any], Places] | None = None  # a family's number may be another's later
 
     def look(self, id: str) -> Details:
         """Raises ConfigError, FormatError: see Library."""
@@ -93,8 +95,8 @@ class Inspector:
             return None
         with self._lock:
             known = self._places
-        if known is None or known[0] != id(family):
-            known = (id(family), Places.of(base.name, family.pipeline))
+        if known is None or known[0]() is not family:
+            known = (weakref.ref(family), Places.of(base.name, family.pipeline))
             with self._lock:
                 self._places = known
         return match(file, known[1])
