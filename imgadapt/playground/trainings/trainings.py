@@ -92,7 +92,12 @@ class Training:
         self._process = process
         self._waiting = threading.Thread(target=self._wait, args=(process,), name="training", daemon=True)
         self._waiting.start()
-        self.keep(pid=process.pid)
+        try:
+            self.keep(pid=process.pid)
+        except BaseException:  # a full disk: nobody would find it again
+            process.kill()
+            self._waiting.join()
+            raise
 
     def _wait(self, process: "subprocess.Popen[bytes]") -> None:
         process.wait()
