@@ -69,14 +69,30 @@ def test_a_kept_picture_is_the_same_to_the_bit_and_has_its_record_after_a_restar
         assert written.info["parameters"].startswith("a fox\nSteps: 20, Sampler: base, Seed: 3, Model: demo")
 
 
-def test_pictures_of_an_earlier_session_are_nobodys(album: Album, tmp_path: Path) -> None:
-    kept, given = album.keep(noise(8, 8), RECORD, owner="ann"), album.accept(coded(noise(8, 8)), owner="ann")
-    later = opened(tmp_path)
-    assert [one.owner for one in (later.get(kept.id), later.get(given.id))] == ["", ""]
-    with pytest.raises(ConfigError):
-        later.get(kept.id, "ann")
-    assert later.recent(owner="ann") == []
-    assert [one.id for one in later.recent()] == [kept.id]
+def test_pictures_of_an_earlier_session_are_still_their_owners(album: Album, tmp_path: Path) -> None:
+    kept = album.keep(noise(8, 8), RECORD, owner="user-ada")
+    given = album.accept(coded(noise(8, 8)), owner="user-bob")
+    nobodys = album.keep(noise(8, 8), RECORD)
+    album.remove(album.keep(noise(8, 8), RECORD, owner="user-ada").id)
+    again = opened(tmp_path)
+    assert (again.get(kept.id, "user-ada").owner, again.get(given.id, "user-bob").owner) == ("user-ada", "user-bob")
+    for id, other in ((kept.id, "user-bob"), (given.id, "user-ada"), (kept.id, ""), (nobodys.id, "user-ada")):
+        with pytest.raises(ConfigError, match="no such picture"):
+            again.get(id, other)
+    assert [one.id for one in again.recent(owner="user-ada")] == [kept.id]
+    assert b"user-ada" not in kept.path.read_bytes()
+
+
+def test_the_list_of_owners_is_private_stays_small_and_may_be_torn(album: Album, tmp_path: Path) -> None:
+    kept = album.keep(noise(8, 8), RECORD, owner="user-ada")
+    file = tmp_path / "outputs" / ".owners"
+    assert os.name != "posix" or file.stat().st_mode & 0o777 == 0o600
+    file.write_bytes(b"\xff\n\n" + file.read_bytes() + b"0123456789abcdef user-bob\n" * 5000 + kept.id.encode())
+    second = album.keep(noise(8, 8), RECORD, owner="user-bob")
+    again = opened(tmp_path)
+    assert (again.get(kept.id).owner, again.get(second.id).owner) == ("user-ada", "user-bob")
+    assert file.read_text("utf-8") == f"{kept.id} user-ada\n{second.id} user-bob\n"
+    assert os.name != "posix" or file.stat().st_mode & 0o777 == 0o600
 
 
 def test_owners_see_their_own_when_they_are_asked_for(album: Album) -> None:

@@ -14,6 +14,7 @@ import httpx
 import pytest
 from PIL import Image
 
+from imgadapt.playground.converting import ConvertRequest
 from imgadapt.playground.house import House
 from imgadapt.playground.serving.sessions import OWNER
 from imgadapt.playground.settings import Settings
@@ -320,6 +321,16 @@ def test_a_preview_that_is_no_plain_file_holds_no_thread(shared: tuple[Any, Hous
     assert ask(app, "GET", f"/cards/{card.id}/preview").status_code == 404
     with Image.open(io.BytesIO(ask(app, "GET", f"/cards/{ink.id}/preview?side=100").content)) as image:
         assert (image.format, max(image.size)) == ("WEBP", 128)
+
+
+def test_others_converted_files_are_not_there(shared: tuple[Any, House]) -> None:
+    app, house = shared
+    adapter = house.playground.library.cards()[0].id
+    asked = ConvertRequest.of({"adapter": adapter, "format": "imgadapt"})
+    made = house.converter.convert(asked, owner="user-ada").result()
+    assert ask(app, "GET", f"/converted/{made.id}", headers={OWNER: "user-ada"}).status_code == 200
+    for other in ({OWNER: "user-bob"}, {OWNER: ""}, {}):
+        assert ask(app, "GET", f"/converted/{made.id}", headers=other).status_code == 404
 
 
 def test_pictures_keep_their_bytes_and_thumbnails_are_small(shared: tuple[Any, House]) -> None:

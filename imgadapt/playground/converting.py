@@ -47,12 +47,13 @@ class ConvertPlan:
 
 @dataclass(frozen=True)
 class Converted:
-    """path: of the file, in the home; name: for the user. plan: what it cost."""
+    """path: of the file, in the home; name: for the user. plan: what it cost. owner: who asked for it."""
 
     id: str
     name: str
     path: Path
     plan: ConvertPlan
+    owner: str = ""
 
 
 class Converter:
@@ -86,15 +87,16 @@ class Converter:
         self._check(request)
         return self._playground.desk.submit(lambda ticket: self._converted(ticket, request), owner=owner)
 
-    def get(self, id: str) -> Converted:
+    def get(self, id: str, owner: str | None = None) -> Converted:
         """For its download.
 
         Raises:
-            ConfigError: there is none, or it has made way for newer ones.
+            ConfigError: there is none, or it has made way for newer ones; or it is another owner's and `owner` is
+                given.
         """
         with self._lock:
             made = self._made.get(id)
-        if made is None or not made.path.is_file():
+        if made is None or owner not in (None, made.owner) or not made.path.is_file():
             raise ConfigError("this file is not kept any more; convert it again")
         return made
 
@@ -120,7 +122,7 @@ class Converter:
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        made = Converted(made_id, path.name, path, planned)
+        made = Converted(made_id, path.name, path, planned, ticket.owner)
         with self._lock:
             self._made[made_id] = made
             while len(self._made) > _KEPT:

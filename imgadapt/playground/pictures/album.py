@@ -9,7 +9,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from PIL import Image
 from imgadapt.atomic import write_bytes
 from imgadapt.errors import ConfigError, DataError
 from imgadapt.playground.decoding import decoded
-from imgadapt.playground.pictures import infotext
+from imgadapt.playground.pictures import infotext, owners
 
 _DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 _FILE = re.compile(r"([0-9a-f]{16})\.png")
@@ -54,7 +54,7 @@ class _Entry:
 
 
 class Album:
-    """Pictures in a folder; a new one finds those of earlier sessions again, which are nobody's then.
+    """Pictures in a folder; a new one finds those of earlier sessions again, and whose they were.
 
     most_bytes, most_pixels: of a given picture. Of given pictures the oldest go when there are more than `given`, or
     `given_each` of one owner, or they fill `given_bytes`. Safe to use from any thread.
@@ -74,6 +74,9 @@ class Album:
         self._lent: dict[str, None] = {}  # in the order of coming
         days = [day for day in _within(folder) if day.is_dir() and _DAY.fullmatch(day.name)]
         found = [*(one for day in days for one in _files(day, given=False)), *_files(uploads, given=True)]
+        self._owners = folder / ".owners"
+        whose = owners.read(self._owners, {id for id, _ in found})
+        found = [(id, replace(entry, owner=whose.get(id, ""))) for id, entry in found]
         self._index: dict[str, _Entry] = dict(sorted(found, key=lambda row: row[1].made))
 
     def keep(self, image: Image.Image, record: Mapping[str, Any], *, owner: str = "") -> Picture:
@@ -202,6 +205,8 @@ class Album:
     ) -> Picture:
         id = secrets.token_hex(8)
         path = folder / f"{id}.png"
+        if owner:
+            owners.add(self._owners, id, owner)
         write_bytes(path, data)
         entry = _Entry(path, time.time(), len(data), given=record is None, owner=owner)
         with self._lock:

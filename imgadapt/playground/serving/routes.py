@@ -79,7 +79,7 @@ class _Shown:
         return _file(*self.playground.library.download(id), "application/octet-stream")
 
     def converted(self, id: str, request: Request) -> Response:
-        made = self.house.converter.get(id)
+        made = self.house.converter.get(id, self.playground.whose(owner_of(request.headers)))
         return _file(made.path, made.name, "application/octet-stream")
 
     def grid(self, id: str, request: Request) -> Response:

@@ -1,0 +1,48 @@
+"""Owners: whose pictures are, in a file of lines `id owner` beside them; a picture itself does not say it, as pictures
+are passed on.
+"""
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+from imgadapt.atomic import atomically
+from imgadapt.errors import OutputError
+
+_PRIVATE = 0o600
+
+
+def read(file: Path, known: Collection[str]) -> dict[str, str]:
+    """Owners by ids, of those that are in `known`; the file is written anew when most of its lines are of others."""
+    try:
+        lines = file.read_text("utf-8", "replace").splitlines()
+    except OSError:  # none yet
+        return {}
+    rows = [line.split(" ", 1) for line in lines if line]
+    owners = {row[0]: row[1] for row in rows if len(row) == 2 and row[0] in known}
+    if len(rows) > 2 * len(owners) + 1000:
+        with atomically(file) as out:
+            if os.chmod in os.supports_fd:
+                os.chmod(out.fileno(), _PRIVATE)
+            out.write("".join(f"{id} {owner}\n" for id, owner in owners.items()).encode())
+    return owners
+
+
+def add(file: Path, id: str, owner: str) -> None:
+    """Write down whose a picture is, before it is there.
+
+    Raises:
+        OutputError: the disk is full, ...
+    """
+    line = f"\n{id} {owner.splitlines()[0]}\n".encode()  # on its own, whatever was torn before it
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, _PRIVATE)
+        try:
+            whole = os.write(descriptor, line) == len(line)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise OutputError(f"cannot write {file}: {error.strerror or error}") from error
+    if not whole:
+        raise OutputError(f"cannot write {file}: the disk is full")
