@@ -4,6 +4,7 @@ The browser is Debian's Chromium (`apt-get install chromium`); without it, tests
 A page fails its test where its console has an error, a request fails, or one goes anywhere but to the server.
 """
 
+import io
 import os
 import shutil
 import signal
@@ -15,12 +16,23 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 import torch
-from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Response, expect, sync_playwright
+from PIL import Image
+from playwright.sync_api import (
+    Browser,
+    BrowserContext,
+    ConsoleMessage,
+    Page,
+    Request,
+    Response,
+    expect,
+    sync_playwright,
+)
 
 import imgadapt
 from imgadapt import demo
@@ -138,6 +150,28 @@ def chromium() -> Iterator[Browser]:
         browser.close()
 
 
+@pytest.fixture(scope="module")
+def context(chromium: Browser) -> Iterator[BrowserContext]:
+    """One for the pages of a module, which then load what is the page's only once; see `fresh`."""
+    made = chromium.new_context(viewport={"width": 1280, "height": 900}, locale="en-GB")
+    yield made
+    made.close()
+
+
+@contextmanager
+def fresh(context: BrowserContext, server: Server, watch: "Watch") -> Iterator[Page]:
+    """A page of someone who was never here: no cookies, nothing in the browser's storage."""
+    context.clear_cookies()
+    opened = context.new_page()
+    opened.set_default_timeout(PATIENCE)
+    opened.goto(f"{server.url}/health")
+    opened.evaluate("localStorage.clear()")
+    watch.on(opened)
+    yield opened
+    opened.close()
+    watch.check()
+
+
 @dataclass
 class Watch:
     """What went wrong on a page. allowed: parts of messages that a test brings about on purpose."""
@@ -176,16 +210,11 @@ def watch(server: Server) -> Watch:
 
 
 @pytest.fixture
-def page(server: Server, chromium: Browser, watch: Watch) -> Iterator[Page]:
-    """The playground in a fresh browser, ready to be used."""
-    context = chromium.new_context(viewport={"width": 1280, "height": 900}, locale="en-GB")
-    opened = context.new_page()
-    opened.set_default_timeout(PATIENCE)
-    watch.on(opened)
-    visit(opened, server)
-    yield opened
-    context.close()
-    watch.check()
+def page(server: Server, context: BrowserContext, watch: Watch) -> Iterator[Page]:
+    """The playground, ready to be used, for someone who was never here."""
+    with fresh(context, server, watch) as opened:
+        visit(opened, server)
+        yield opened
 
 
 def visit(page: Page, server: Server, query: str = "") -> None:
@@ -205,10 +234,15 @@ def tab(page: Page, name: str) -> None:
 
 
 def screenshot(page: Page, name: str) -> None:
-    """A picture of the page for the docs, where they are asked for."""
+    """A picture of the page for the docs, where they are asked for: of 256 colours, which is a third of the bytes."""
     if SCREENSHOTS:
         Path(SCREENSHOTS).mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=Path(SCREENSHOTS) / f"{name}.png")
+        page.evaluate("window.scrollTo(0, 0)")
+        page.wait_for_timeout(600)  # what fades in has done so
+        with Image.open(io.BytesIO(page.screenshot())) as taken:
+            taken.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
+                Path(SCREENSHOTS) / f"{name}.png", optimize=True
+            )
 
 
 def fits(page: Page) -> bool:
@@ -221,7 +255,9 @@ __all__ = [
     "Server",
     "Watch",
     "chromium",
+    "context",
     "fits",
+    "fresh",
     "furnish",
     "page",
     "screenshot",

@@ -19,7 +19,7 @@ def build(shared: Shared) -> None:
     """Fill the tab."""
     house = shared.house
     current = gr.Textbox(visible=False)
-    with gr.Row(elem_classes="ia-desk"):
+    with gr.Row(elem_classes="ia-desk ia-browse"):
         with gr.Column(scale=5, min_width=320):
             with gr.Row(elem_classes="ia-buttons"):
                 refresh = gr.Button("Refresh", size="sm", min_width=90, scale=0, elem_id="history-refresh")

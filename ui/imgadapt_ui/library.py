@@ -10,7 +10,7 @@ from imgadapt.playground.house import House
 from imgadapt_ui import cards_html
 from imgadapt_ui.parts import QUIET, Shared, chosen, counted, empty, text, tiles
 from imgadapt_ui.results import picture_of
-from imgadapt_ui.stack import added
+from imgadapt_ui.stack import added, known
 from imgadapt_ui.who import owner
 
 NOBODY = empty("No adapter chosen", "Choose a card to see what it is, and whether it goes on the loaded base.")
@@ -27,7 +27,7 @@ def build(shared: Shared) -> None:
         folder = gr.Dropdown([("All", "")], value="", label="Folder", min_width=120, elem_id="folder")
         rescan = gr.Button("Rescan", min_width=90, scale=0, elem_id="rescan")
     current = gr.Textbox(visible=False)
-    with gr.Row(elem_classes="ia-desk"):
+    with gr.Row(elem_classes="ia-desk ia-browse"):
         with gr.Column(scale=5, min_width=320):
             grid = tiles("", "cards")
         with gr.Column(scale=4, min_width=320, elem_classes="ia-results"):
@@ -48,7 +48,9 @@ def build(shared: Shared) -> None:
 
     def choose(words: str, kind: str, where: str, event: gr.EventData) -> list[Any]:
         id = chosen(event)
-        return [id, details(shared.house, id), gr.Row(visible=True), show(words, kind, where, id)]
+        card = known(shared.house, id)
+        usable = gr.Row(visible=card is not None and not card.fault)
+        return [id, details(shared.house, id), usable, show(words, kind, where, id)]
 
     def scan() -> int:
         library.scan()

@@ -7,6 +7,7 @@ import gradio as gr
 
 from imgadapt.combining.rules import RULES
 from imgadapt.combining.rules.rule import Option
+from imgadapt.errors import ConfigError
 from imgadapt.playground.forms import number
 from imgadapt.playground.house import House
 from imgadapt.playground.merges.lab import MergeRequest
@@ -57,7 +58,7 @@ class MergeForm:
             self.kind = gr.Dropdown(sizes, value="", label="Size of the result", min_width=140, elem_id="merge-kind")
             self.much = open_number("How much", "", "merge-much", visible=False)
             self.space = gr.Dropdown(["delta", "core"], value="delta", label="Space", min_width=100)
-            self.seed = gr.Number(0, label="Seed", info="of rules that draw lots", precision=0, min_width=100)
+            self.seed = gr.Number(0, label="Seed of chance", precision=0, min_width=100)
         with gr.Row():
             formats: list[tuple[str, str]] = [("as the inputs", "")]
             formats += [(f"{name} ({tools})" if tools else name, name) for name, tools in house.converter.formats()]
@@ -137,6 +138,8 @@ class MergeForm:
             if adapter:
                 use = {"adapter": adapter, "weight": weight, "text": number(text), "blocks": blocks}
                 uses.append({name: value for name, value in use.items() if value not in (None, "")})
+        if not uses:
+            raise ConfigError("choose adapters first, or take those of the Generate tab")
         rule, *rest = values[4 * ROWS :]
         options = dict(zip(_OPTIONS, rest, strict=False))
         kind, much, space, seed, format, dtype, name = rest[len(_OPTIONS) :]

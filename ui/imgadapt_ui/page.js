@@ -10,7 +10,11 @@
 
   // the form is kept from the moment on at which it was brought back
   let ready = false;
-  window.iaReady = () => { ready = true; document.body.dataset.ready = 'yes'; };
+  window.iaReady = () => {
+    ready = true;
+    document.body.dataset.ready = 'yes';
+    history.replaceState(null, '', location.pathname + (asked ? `?__theme=${encodeURIComponent(asked)}` : ''));  // a link is followed once; a reload brings back what was set since
+  };
   window.iaKept = (version, names, values) => {
     const before = JSON.parse(window.iaLast || '{}');
     if (!ready) return before;
