@@ -15,7 +15,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -159,7 +159,7 @@ def context(chromium: Browser) -> Iterator[BrowserContext]:
 
 
 @contextmanager
-def fresh(context: BrowserContext, server: Server, watch: "Watch") -> Iterator[Page]:
+def fresh(context: BrowserContext, server: Server, watch: "Watch") -> Generator[Page]:
     """A page of someone who was never here: no cookies, nothing in the browser's storage."""
     context.clear_cookies()
     opened = context.new_page()
