@@ -49,6 +49,7 @@ class Texts:
 
     def notes(self, request: GenerateRequest) -> list[str]:
         """What of the prompts is not read."""
+        self._stack.say(request.adapters)
         made = [note for name in ("prompt", "negative") if (note := self._cut(name, getattr(request, name)))]
         if request.negative and not self.guides(request):
             why = "guidance is 1 or less" if self.guided else "this base has none"

@@ -1,7 +1,7 @@
 """Stack: the adapters on the loaded base, by the ids of their cards; they wait there at weight 0 between requests."""
 
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 import imgadapt
-from imgadapt import live
+from imgadapt import live, tokens
 from imgadapt import targets as where
 from imgadapt.arch import Architecture, architectures, canonical
+from imgadapt.combining.blocks import CONSTANT
 from imgadapt.combining.recipe import Entry
 from imgadapt.combining.weights import Factor, factor_of
+from imgadapt.embeddings import Embedding
 from imgadapt.errors import ConfigError, ImgadaptError
 from imgadapt.playground.library.library import Library
 from imgadapt.playground.requests import Use
@@ -27,14 +29,14 @@ _BLOCKS = 64  # block settings that are remembered of an adapter
 
 @dataclass(eq=False)
 class _On:
-    """An adapter on the base. stamp: of its file when it was read. denoiser, text: its slots, by layer."""
+    """An adapter on the base. stamp: of its file when it was read. denoiser, text: its slots, by layer; words: its own."""
 
     stamp: Stamp
     layers: Sequence[str]
     architecture: Architecture | None
     denoiser: Sequence[tuple[str, Slot]]
     text: Sequence[tuple[str, Slot]]
-    words: bool
+    words: Mapping[str, Embedding]
     factors: OrderedDict[str, Factor] = field(default_factory=OrderedDict[str, Factor])
 
 
@@ -81,11 +83,28 @@ class Stack:
         return tuple(
             (use.adapter, on.stamp, _text(use), use.blocks)
             for use, on in rows
-            if on.words or (on.text and _text(use) != 0)
+            if (on.words and not off(use)) or (on.text and _text(use) != 0)
         )
+
+    def say(self, uses: Sequence[Use]) -> None:
+        """The words of one request are read, but for those of adapters that are off; no others are.
+
+        Raises:
+            ConfigError: two adapters bring the same word.
+        """
+        wanted = [use.adapter for use in uses if self._on[use.adapter].words and not off(use)]
+        there = tokens.names(self._pipeline)
+        try:
+            tokens.remove(self._pipeline, [id for id in there if id not in wanted])
+            for id in wanted:
+                if id not in there:
+                    tokens.add(self._pipeline, self._on[id].words, id)
+        except ImgadaptError as error:
+            raise ConfigError(f"the words of these adapters cannot be read together: {error}") from error
 
     def speak(self, uses: Sequence[Use]) -> None:
         """The strengths of one request on the text encoders; of all others 0."""
+        self.say(uses)
         by_id = {use.adapter: use for use in uses}
         for id, on in self._on.items():
             use = by_id.get(id)
@@ -127,8 +146,9 @@ class Stack:
             self._drop(id)
 
     def _drop(self, id: str) -> None:
-        imgadapt.detach(self._pipeline, id)
-        del self._on[id]
+        on = self._on.pop(id)
+        if on.denoiser or on.text or id in tokens.names(self._pipeline):  # its words may be out already
+            imgadapt.detach(self._pipeline, id)
         self._order = tuple(other for other in self._order if other != id)
 
     def _attach(self, id: str) -> None:
@@ -150,7 +170,7 @@ class Stack:
             next((one for one in architectures() if one.name == file.architecture), None),
             [row for row in named if row[0].partition(".")[0] not in TEXT_ENCODERS],
             [row for row in named if row[0].partition(".")[0] in TEXT_ENCODERS],
-            bool(file.embeddings),
+            file.embeddings,
         )
         self._order = (*self._order, id)
 
@@ -186,6 +206,11 @@ class Stack:
 def differ(rows: Sequence[Sequence[Use]]) -> bool:
     """Whether requests have other strengths for their denoiser."""
     return len({tuple((use.weight, use.blocks) for use in uses) for uses in rows}) > 1
+
+
+def off(use: Use) -> bool:
+    """Whether an adapter changes nothing, on the denoiser and on text encoders; its words are not read then."""
+    return CONSTANT.get(use.blocks) == 0 or (use.weight == 0 and not use.text)
 
 
 def _text(use: Use) -> float:

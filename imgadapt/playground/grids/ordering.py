@@ -8,7 +8,7 @@ strengths share a batch, but for strengths of 0.
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
-from imgadapt.combining.blocks import CONSTANT
+from imgadapt.playground.drawing.stacks import off
 from imgadapt.playground.drawing.studio import alike
 from imgadapt.playground.requests import GenerateRequest, Use
 
@@ -32,7 +32,7 @@ def batches(requests: Sequence[GenerateRequest], together: Callable[[GenerateReq
         for k in group:
             states.setdefault(requests[k].adapters, []).append(k)
         rows = [sorted(state, key=lambda k: things[_thing(requests[k])]) for state in states.values()]
-        made += _joined(rows, [all(map(_off, uses)) for uses in states], most)
+        made += _joined(rows, [all(map(off, uses)) for uses in states], most)
     return made
 
 
@@ -58,12 +58,12 @@ def encodes(requests: Sequence[GenerateRequest], reads: Callable[[Use], bool]) -
     return len(made)
 
 
-def _joined(rows: Sequence[list[int]], off: Sequence[bool], most: int) -> list[list[int]]:
+def _joined(rows: Sequence[list[int]], idle: Sequence[bool], most: int) -> list[list[int]]:
     """Batches of pictures of one state each, or of several where they are small."""
     made: list[list[int]] = []
     waiting: list[int] = []
-    for row, is_off in zip(rows, off, strict=True):
-        if is_off or 2 * len(row) > most:
+    for row, is_idle in zip(rows, idle, strict=True):
+        if is_idle or 2 * len(row) > most:
             made += _even(row, most)
         else:
             if len(waiting) + len(row) > most:
@@ -87,11 +87,6 @@ def _thing(request: GenerateRequest) -> tuple[str, str, int]:
 
 def _ids(request: GenerateRequest) -> tuple[str, ...]:
     return tuple(use.adapter for use in request.adapters)
-
-
-def _off(use: Use) -> bool:
-    """Whether it changes nothing."""
-    return CONSTANT.get(use.blocks) == 0 or (use.weight == 0 and not use.text)
 
 
 def _text(use: Use) -> float:

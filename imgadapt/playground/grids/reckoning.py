@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from imgadapt.errors import ConfigError
+from imgadapt.playground.drawing.stacks import off
 from imgadapt.playground.grids import ordering
 from imgadapt.playground.grids.cells import Board, Cell
 from imgadapt.playground.requests import GenerateRequest, Use
@@ -79,7 +80,9 @@ class Reckoning:
         except ConfigError:
             return False
         strength = use.weight if use.text is None else use.text
-        return bool(card.words) or (strength != 0 and any(name in TEXT_ENCODERS for name in card.components))
+        return bool(card.words and not off(use)) or (
+            strength != 0 and any(name in TEXT_ENCODERS for name in card.components)
+        )
 
 
 def _stand_in(board: Board, cell: Cell) -> GenerateRequest:
