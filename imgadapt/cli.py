@@ -28,6 +28,17 @@ PROGRAMS = {
 }
 
 
+def adapter(text: str) -> tuple[Path, float]:
+    """What programs are given as `FILE` or `FILE:STRENGTH`; a colon inside the path itself is left alone."""
+    path, colon, strength = text.rpartition(":")
+    if Path(text).exists():
+        return Path(text), 1.0
+    try:
+        return (Path(path), float(strength)) if colon else (Path(text), 1.0)
+    except ValueError:
+        return Path(text), 1.0
+
+
 def main() -> None:
     """Entry point of the command `imgadapt`."""
     arguments = sys.argv[1:]

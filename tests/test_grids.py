@@ -658,3 +658,12 @@ def test_the_program_says_what_is_no_axis(run: Callable[[str, Sequence[str]], No
     for text in ("strength=1", "weight", "=1"):
         with pytest.raises(ConfigError, match="is no axis"):
             run("grid", ["a fox", "--x", text, "--home", str(tmp_path)])
+
+
+def test_a_folder_of_adapters_is_not_taken_for_one(
+    run: Callable[[str, Sequence[str]], None], folder: Path, tmp_path: Path
+) -> None:
+    for name, more in (("grid", ["--x", "weight=1"]), ("generate", [])):
+        with pytest.raises(ConfigError, match="is a folder, and not one of peft's: name one of its files"):
+            run(name, ["a fox", *more, "--adapter", str(folder), "--output", str(tmp_path / "out")])
+    assert list(tmp_path.iterdir()) == []

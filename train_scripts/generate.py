@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from imgadapt.atomic import write_bytes
-from imgadapt.cli import program
+from imgadapt.cli import adapter, program
 from imgadapt.errors import ConfigError, DataError, FormatError
 from imgadapt.playground.drawing.studio import Drawn, Studio, alike
 from imgadapt.playground.library.bases import Bases
@@ -31,17 +31,6 @@ from imgadapt.playground.samplers import SAMPLERS
 from imgadapt.playground.settings import Settings
 from imgadapt.progress import bar
 from imgadapt.training import pictures
-
-
-def adapter(text: str) -> tuple[Path, float]:
-    """`FILE` or `FILE:STRENGTH`; a colon inside the path itself is left alone."""
-    path, colon, strength = text.rpartition(":")
-    if Path(text).exists():
-        return Path(text), 1.0
-    try:
-        return (Path(path), float(strength)) if colon else (Path(text), 1.0)
-    except ValueError:
-        return Path(text), 1.0
 
 
 def main(argv: Sequence[str]) -> None:
@@ -108,10 +97,9 @@ def draw(args: argparse.Namespace, home: Path) -> None:
 
 def stack(args: argparse.Namespace, library: Library) -> list[dict[str, object]]:
     """The adapters that were named by their files."""
-    cards = {card.path: card for card in library.cards()}
     made: list[dict[str, object]] = []
     for path, strength in args.adapter:
-        card = cards[path.absolute()]
+        card = library.at(path)
         use = Use.of({"adapter": card.id, "weight": strength})
         print(f"{path}: {len(library.file(card.id).parts)} layers at {strength:g}")
         made.append(use.model_dump(exclude_none=True))

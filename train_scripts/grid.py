@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from imgadapt.atomic import atomically
-from imgadapt.cli import program
+from imgadapt.cli import adapter, program
 from imgadapt.errors import ConfigError, FormatError, ImgadaptError
 from imgadapt.playground.desk import Done, Failed, Progress, Ticket
 from imgadapt.playground.grids.grids import AXES, Grid, GridRequest, Grids
@@ -28,17 +28,6 @@ from imgadapt.playground.samplers import SAMPLERS
 from imgadapt.playground.session import Playground
 from imgadapt.playground.settings import Settings
 from imgadapt.progress import bar
-
-
-def adapter(text: str) -> tuple[Path, float]:
-    """`FILE` or `FILE:STRENGTH`; a colon inside the path itself is left alone."""
-    path, colon, strength = text.rpartition(":")
-    if Path(text).exists():
-        return Path(text), 1.0
-    try:
-        return (Path(path), float(strength)) if colon else (Path(text), 1.0)
-    except ValueError:
-        return Path(text), 1.0
 
 
 def main(argv: Sequence[str]) -> None:
@@ -95,8 +84,7 @@ def draw(args: argparse.Namespace, playground: Playground) -> None:
 
 
 def asked(args: argparse.Namespace, playground: Playground) -> GridRequest:
-    cards = {card.path: card.id for card in playground.library.cards()}
-    uses = [{"adapter": cards[path.absolute()], "weight": strength} for path, strength in args.adapter]
+    uses = [{"adapter": playground.library.at(path).id, "weight": strength} for path, strength in args.adapter]
     names = ("prompt", "negative", "seed", "steps", "guidance", "sampler", "width", "height")
     common = {name: value for name in names if (value := getattr(args, name)) is not None}
     common |= {"adapters": uses, "base": playground.bases.first.id}

@@ -121,6 +121,18 @@ class Library:
         hint = f"; close: {', '.join(shown)}" if shown else ""
         raise ConfigError(f"there is no adapter '{plain(name, 80)}' in the library{hint}")
 
+    def at(self, path: Path) -> Card:
+        """The card of a file, or of a folder of peft's, that the settings name.
+
+        Raises:
+            ConfigError: it is none.
+        """
+        found = next((card for card in self.cards() if card.path == path.expanduser().absolute()), None)
+        if found is None:
+            what = "a folder, and not one of peft's: name one of its files" if path.is_dir() else "no adapter"
+            raise ConfigError(f"{path} is {what}")
+        return found
+
     def file(self, id: str, *, strict: bool = True) -> AdapterFile:
         """Its contents. strict: as in `load`.
 
