@@ -149,7 +149,7 @@ def test_clients_get_their_own_pictures(served: Served) -> None:
     with served.http as http:
         for seed in (0, 17, 49):
             drawn[seed] = {_pixels(http, called(http, "generate", {**DRAWN, "seed": seed})[-1])}
-    lock, most, until = threading.Lock(), 0, time.monotonic() + 5
+    lock, most, until = threading.Lock(), 0, time.monotonic() + 3
 
     def click(seed: int) -> None:
         nonlocal most
