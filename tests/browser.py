@@ -43,7 +43,7 @@ SCREENSHOTS = os.environ.get("IMGADAPT_SCREENSHOTS")
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 PATIENCE = 30_000
 """Milliseconds that anything may take to appear."""
-LEAVING = ("AbortError: BodyStreamBuffer was aborted", "Unexpected error Connection errored out")
+LEAVING = ("AbortError: BodyStreamBuffer", "AbortError: signal is aborted", "Unexpected error Connection errored out")
 """What Gradio says of its own stream of events when a page is left."""
 expect.set_options(timeout=PATIENCE)
 

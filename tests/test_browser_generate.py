@@ -179,13 +179,15 @@ def test_a_hostile_files_metadata_is_shown_as_text(page: Page) -> None:
 
 def test_a_card_says_what_it_is_and_goes_into_the_stack(page: Page) -> None:
     tab(page, "Library")
-    page.fill("#search input, #search textarea", "warm")
+    page.fill("#search input, #search textarea", "duotone")
     expect(page.locator(".ia-card")).to_have_count(1)
     page.locator(".ia-card").click()
-    expect(page.locator("#details")).to_contain_text("rank 4")
+    expect(page.locator("#details")).to_contain_text("rank 2")
+    page.fill("#search input, #search textarea", "")
+    expect(page.locator(".ia-card", has_text="hostile")).to_be_visible()
     screenshot(page, "library")
     page.click("#add-to-stack")
-    expect(page.locator(".ia-use-name", has_text="warm")).to_be_visible()
+    expect(page.locator(".ia-use-name", has_text="duotone")).to_be_visible()
 
 
 def test_a_picture_of_the_history_gives_its_settings_and_goes_when_it_shall(page: Page) -> None:
@@ -267,7 +269,7 @@ def test_a_phone_sees_every_tab_whole_and_the_picture_below_its_button(
     context = chromium.new_context(viewport={"width": 390, "height": 844}, device_scale_factor=1.5)
     phone = context.new_page()
     watch.on(phone)
-    visit(phone, server, "?__theme=dark&prompt=a%20fox&steps=8&seed=7&tab=generate&adapter=ink")
+    visit(phone, server, "?__theme=dark&prompt=a%20fox&steps=12&seed=7&tab=generate&adapter=duotone")
     assert phone.evaluate("document.body.classList.contains('dark')")
     phone.click("#generate")
     _drawn(phone)
