@@ -190,6 +190,13 @@ def test_start_and_stop_are_steps_of_the_denoiser(studio: Studio) -> None:
     assert not same(first, last)
 
 
+def test_an_adapter_that_starts_after_the_last_step_is_said_to_do_nothing(studio: Studio) -> None:
+    for start, count in ((3, 0), (4, 1)):
+        notes = one(studio, adapters=(Use(adapter=FIRST, start=start),)).notes
+        assert len(notes) == count
+        assert all("starts at step 4, and the last is 3" in note for note in notes)
+
+
 def test_blocks_are_factors_of_layers_and_wrong_ones_are_refused(studio: Studio) -> None:
     drawn = one(studio, adapters=(Use(adapter=FIRST, weight=0.8, blocks="MIDD"),))
     assert not same(drawn, one(studio, adapters=(Use(adapter=FIRST, weight=0.8),)))

@@ -141,7 +141,7 @@ class Studio:
         by_sample = again.by_sample if again else differ([request.adapters for request in rows])
         began = time.monotonic()
         on.stack.bring(requests[0].adapters)
-        notes = [on.texts.notes(request) for request in requests]
+        notes = [[*on.texts.notes(request), *self._late(request)] for request in requests]
         begin = on.beginnings.of(requests[0], _size(requests[0]))
         latents = self._latents(on, rows, begin, watch, by_sample=by_sample)
         wanted = [again.row] if again else range(len(rows))
@@ -191,6 +191,15 @@ class Studio:
             pipeline.scheduler = on.scheduler
             on.stack.rest()
         return job.unpacked(made)
+
+    def _late(self, request: GenerateRequest) -> list[str]:
+        """Which adapters begin after the last step."""
+        last, late = steps_of(request), [use for use in request.adapters if use.start >= steps_of(request)]
+        return [
+            f"{self._library.get(use.adapter).name} does not act on the picture: it starts at step {use.start}, and "
+            f"the last is {last - 1} (the first is 0)"
+            for use in late
+        ]
 
     def _ready(self) -> _Loaded:
         if self._loaded is None:
