@@ -85,11 +85,6 @@ class Library:
         ]
         return sorted(chosen, key=lambda card: (bool(card.fault), card.folder.casefold(), card.name.casefold()))
 
-    def folders(self) -> list[str]:
-        """All that cards are in; "" is the home's own."""
-        with self._lock:
-            return sorted({card.folder for card in self._cards.values()}, key=str.casefold)
-
     def get(self, id: str) -> Card:
         """Raises ConfigError where there is none, or no longer."""
         with self._lock:

@@ -14,8 +14,6 @@ from imgadapt.playground.pictures.album import Album
 from imgadapt.playground.requests import GenerateRequest
 from imgadapt.playground.settings import Limits, Settings
 
-KEY = infotext.KEY
-parameters = infotext.parameters
 _HASHED = 2**30
 """Bytes of adapters that are read at most to find one by its hash."""
 
