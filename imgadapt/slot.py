@@ -168,7 +168,7 @@ class Slot(nn.Module):
     def _state(self, stamp: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> tuple[Any, ...] | None:
         """What the operands depend on, to keep them for the next forward; None while they are being trained."""
         tensors = [getattr(self, key) for key in self.keys]
-        if (self.dropout and self.training) or self.way.dense or any(t.requires_grad for t in tensors):
+        if (self.training and self.dropout) or self.way.dense or any(t.requires_grad for t in tensors):
             return None
         if any(t.is_inference() for t in tensors):
             return None  # they count no versions
