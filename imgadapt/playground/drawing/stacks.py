@@ -29,7 +29,7 @@ _BLOCKS = 64  # block settings that are remembered of an adapter
 
 @dataclass(eq=False)
 class _On:
-    """An adapter on the base. stamp: of its file when it was read. denoiser, text: its slots, by layer; words: its own."""
+    """An adapter on the base. stamp: of its file when it was read; denoiser, text: its slots, by layer."""
 
     stamp: Stamp
     layers: Sequence[str]
