@@ -27,10 +27,12 @@ check: .venv/dev
 	touch $@
 
 .venv/train: .venv/made pyproject.toml constraints.txt
+	@echo "installing imgadapt and what it needs into .venv: some minutes, once"
 	$(INSTALL) --editable '.[train]'
 	touch $@
 
 .venv/ui: .venv/made pyproject.toml constraints.txt
+	@echo "installing imgadapt and what it needs into .venv: some minutes, once"
 	$(INSTALL) --editable '.[ui]'
 	touch $@ .venv/train
 

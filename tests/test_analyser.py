@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from imgadapt.playground.grids.analyser import Analyser, AnalyseRequest, Analysis
 from PIL import Image
 
 from imgadapt import attach, collect, demo, detach, live, save
@@ -12,6 +11,7 @@ from imgadapt.combining.blocks import LISTS, expanded
 from imgadapt.errors import ConfigError
 from imgadapt.methods import LoRA
 from imgadapt.playground.desk import Done, Event, Failed, Made
+from imgadapt.playground.grids.analyser import Analyser, AnalyseRequest, Analysis
 from imgadapt.playground.pictures.comparing import difference
 from imgadapt.playground.requests import GenerateRequest
 from imgadapt.playground.session import Playground

@@ -177,8 +177,11 @@ def test_what_cannot_be_meant_is_an_error(entry: Entry, architecture: Architectu
 
 def test_layers_that_a_list_has_no_number_for_are_an_error_and_not_guessed() -> None:
     names = [layer("down_blocks.0.attentions.0"), "unet.down_blocks.0.downsamplers.0.conv"]
-    with pytest.raises(ConfigError, match=r"blocks 'INS' have no number for IN03, where it has layers; give 26 "):
-        factor_of(Entry("a", blocks="INS"), SD1, names)
+    seventeen = ",".join("1" * 17)
+    with pytest.raises(ConfigError, match=r"have no number for IN03, where it has layers; give 26 "):
+        factor_of(Entry("a", blocks=seventeen), SD1, names)
+    preset = factor_of(Entry("a", blocks="INS"), SD1, names)  # which names what it keeps
+    assert [preset(name) for name in names] == [1.0, 0.0]
     full = ",".join("1" if block == "IN03" else "0" for block in expanded(LISTS["sd1"][1]))
     factor = factor_of(Entry("a", blocks=full), SD1, names)
     assert [factor(name) for name in names] == [0.0, 1.0]

@@ -3,10 +3,10 @@
 from html.parser import HTMLParser
 from pathlib import Path
 
-from imgadapt.playground.grids.analyser import BlockEffect
 from imgadapt_ui import axes, grid_html, lab_html, train_html
 from PIL import Image
 
+from imgadapt.playground.grids.analyser import BlockEffect
 from imgadapt.playground.grids.grids import Cell, Grid, GridPlan, GridRequest
 from imgadapt.playground.merges.lab import LabReport
 from imgadapt.playground.pictures.album import Picture

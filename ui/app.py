@@ -38,7 +38,8 @@ def main(argv: Sequence[str]) -> None:
     known = accounts.found(file, os.environ.get("IMGADAPT_AUTH", "")) if not args.no_auth_i_know else None
     if known is None and not args.no_auth_i_know and (args.shared or not accounts.is_own(args.host)):
         raise ConfigError(
-            f"others could reach {args.host}, and nobody would be asked for a password: add someone with "
+            f"{'--shared' if accounts.is_own(args.host) else f'others could reach {args.host}'}, and nobody would be "
+            "asked for a password: add someone with "
             "`imgadapt ui --add-user NAME` (or set IMGADAPT_AUTH=NAME:PASSWORD), or say --no-auth-i-know"
         )
     settings = Settings(
@@ -109,6 +110,12 @@ def _folders(given: Sequence[Path], flag: str) -> tuple[Path, ...]:
     return tuple(folder.expanduser().absolute() for folder in given)
 
 
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text} is no port: a number from 0 to 65535")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -122,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--hub", action="store_true", help="bases named owner/name may be taken out of the hub's cache")
     add("--open", action="store_true", help="open it in the browser")
     add("--host", default="127.0.0.1", help="address to listen at [127.0.0.1: this machine only]")
-    add("--port", type=int, default=7860, help="0: any that is free [7860]")
+    add("--port", type=_port, default=7860, help="0: any that is free [7860]")
     add("--allow-host", nargs="+", default=[], metavar="NAME", help="names that others call this machine by")
     add("--shared", action="store_true", help="several people: each sees their own pictures only")
     add("--auth-file", type=Path, metavar="FILE", help="who may come in [HOME/users, if it is there]")

@@ -42,7 +42,7 @@ _SDXL = {
     "OUTALL": "BASE OUT00-05",
 }
 PRESETS: Mapping[str, Mapping[str, str]] = {"sd1": _SD1, "sd2": _SD1, "sdxl": _SDXL}
-"""Architecture -> preset -> the blocks that keep their weight; the others of the shortest list are 0."""
+"""Architecture -> preset -> the blocks that keep their weight; all others are 0 (`to26` of the same script)."""
 CONSTANT: Mapping[str, float] = {"NONE": 0.0, "ALL": 1.0, "FLUXALL": 1.0, "ALL0.5": 0.5}
 """Presets of all architectures: one number for every layer."""
 

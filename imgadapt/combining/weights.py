@@ -110,7 +110,7 @@ def _numbers(entry: Entry, said: str, name: str) -> Mapping[str, float]:
         )
     lists = {len(expanded(text)): text for text in LISTS[name]}
     if (kept := PRESETS.get(name, {}).get(said)) is not None:
-        return {block: float(block in expanded(kept)) for block in expanded(LISTS[name][0])}
+        return {block: float(block in expanded(kept)) for block in expanded(LISTS[name][-1])}
     words = [word.strip() for word in said.strip("[]").split(",")]
     values = [_number(word) for word in words]
     if len(words) == 1 and values[0] is None:

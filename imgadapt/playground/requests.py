@@ -46,6 +46,12 @@ def _whole(value: Any) -> Any:
     return int(value)
 
 
+def _sampler(value: Any) -> Any:
+    """Its own spelling, whatever the capitals."""
+    own = {name.lower(): name for name in SAMPLERS}
+    return own.get(value.lower(), value) if isinstance(value, str) else value
+
+
 Number = Annotated[float, BeforeValidator(_number)]
 Whole = Annotated[int, BeforeValidator(_whole)]
 Strength = Annotated[Number, Field(ge=-STRONGEST, le=STRONGEST)]
@@ -195,7 +201,7 @@ class GenerateRequest(Request):
     count: Annotated[Whole, Field(ge=1, le=Limits.pictures)] = 1
     steps: Annotated[Whole, Field(ge=1, le=Limits.steps)] = 20
     guidance: Annotated[Number, Field(ge=0, le=50)] | None = None
-    sampler: Literal[tuple(SAMPLERS)] = "base"  # pyright: ignore[reportInvalidTypeForm] # an allow-list that is a table
+    sampler: Annotated[Literal[tuple(SAMPLERS)], BeforeValidator(_sampler)] = "base"  # pyright: ignore[reportInvalidTypeForm] # an allow-list that is a table
     width: Annotated[Whole, Field(ge=8, le=Limits.side, multiple_of=8)] | None = None
     height: Annotated[Whole, Field(ge=8, le=Limits.side, multiple_of=8)] | None = None
     base: Id | None = None

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from imgadapt.errors import OutputError
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -52,7 +54,14 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
 
     def folder(self, name: str) -> Path:
-        """A folder of the home, made where it is not there yet."""
+        """A folder of the home, made where it is not there yet.
+
+        Raises:
+            OutputError: it cannot be made.
+        """
         made = self.home / name
-        made.mkdir(parents=True, exist_ok=True)
+        try:
+            made.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot make the folder {made}: {error.strerror}; choose another --home") from error
         return made

@@ -1,6 +1,8 @@
 """Server: the page and the API behind the guard, on an address."""
 
+import asyncio
 import contextlib
+import logging
 import os
 import socket
 from collections.abc import Callable, Mapping
@@ -100,11 +102,20 @@ def configured(app: ASGIApp, ready: Callable[[], None]) -> uvicorn.Server:
         access_log=False,
         server_header=False,
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=3,
+        timeout_graceful_shutdown=1,
         limit_concurrency=1000,
         h11_max_incomplete_event_size=64 * 2**10,
     )
+    logging.getLogger("uvicorn.error").addFilter(_Parting())
     return _Server(config, ready)
+
+
+class _Parting(logging.Filter):
+    """Leaves out what uvicorn says of pages that are open when the server ends: each would be a traceback."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        cut = record.exc_info is not None and isinstance(record.exc_info[1], asyncio.CancelledError)
+        return not cut and not str(record.msg).startswith("Cancel %s running task")
 
 
 def serve(app: ASGIApp, opened: socket.socket, ready: Callable[[], None]) -> None:

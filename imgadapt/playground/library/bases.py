@@ -49,6 +49,8 @@ class Bases:
         self._hub = settings.hub and not settings.shared
         self._models = settings.models
         self._lock = threading.RLock()
+        if settings.base in hub.NAMES:
+            hub.folder(settings.base)  # it is on this machine, or this is the time to say so
         self._first = _base(settings.base, _name(settings.base))
         self._asked: list[Base] = []  # out of the hub's cache
         self._found: list[Base] = []
