@@ -106,9 +106,6 @@ class Album:
         self._make_room(owner)
         return made
 
-    def get(self, id: str, owner: str | None = None) -> Picture:
-        """Raises ConfigError where there is none, or it is another owner's and `owner` is given."""
-        with self._lock:
     def lend(self, path: Path, *, owner: str = "") -> Picture:
         """A picture of this program's that lies elsewhere and stays there (a training's sample): it takes no room, is
         not among the recent ones, and its id is the same each time.
@@ -134,6 +131,9 @@ class Album:
                     self._forget(next(iter(self._lent)))
         return self.get(id, owner)
 
+    def get(self, id: str, owner: str | None = None) -> Picture:
+        """Raises ConfigError where there is none, or it is another owner's and `owner` is given."""
+        with self._lock:
             entry = self._mine(id, owner)
             if id in self._pictures:
                 self._pictures.move_to_end(id)
@@ -245,12 +245,12 @@ class Album:
 
     def _forget(self, id: str) -> None:
         self._index.pop(id, None)
+        self._lent.pop(id, None)
         self._pictures.pop(id, None)
         for key in [key for key in self._thumbnails if key[0] == id]:
             del self._thumbnails[key]
 
 
-        self._lent.pop(id, None)
 def _files(folder: Path, *, given: bool) -> Iterator[tuple[str, _Entry]]:
     for path in _within(folder):
         name = _FILE.fullmatch(path.name)
