@@ -110,7 +110,7 @@ _WORDS = {
     "literal_error": "must be one of {expected}",
     "tuple_type": "must be a list",
     "too_long": "has more than {max_length:,} entries",
-    "too_short": "has fewer than {min_length} entries",
+    "too_short": "lacks entries: it takes {min_length} or more",
     "model_type": "must be a table of settings",
     "model_attributes_type": "must be a table of settings",
     "dict_type": "must be a table",
@@ -190,8 +190,8 @@ class GenerateRequest(Request):
 
     prompt: may have `<lora:name:weight>` (see prompts.py), which join `adapters`. seed: of the first, the others
     count on from it; -1: any. width, height: pixels; None: the base's own. init: a picture to start from (image to
-    image), of which `denoise` is redrawn; mask: where it is (white), for inpainting. base: None: the one that is
-    loaded. layout: draw one picture again to the bit.
+    image), of which `denoise` is redrawn; mask: where it is (white), for inpainting. base: None: the one that was
+    asked for last. layout: draw one picture again to the bit.
     """
 
     prompt: Text = ""

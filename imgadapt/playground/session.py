@@ -31,6 +31,7 @@ class Playground:
         )
         self.studio = Studio(settings, self.library, self.album)
         self.desk = Desk(limits.waiting, limits.per_owner)
+        self._asked: str | None = None  # the base that was asked for last
 
     def generate(self, request: GenerateRequest, *, owner: str = "") -> Ticket[list[Picture]]:
         """Draw, each picture handed over as it is ready.
@@ -39,6 +40,7 @@ class Playground:
             ConfigError: it asks for too much, or for what is not there. Busy: the queue is full.
         """
         self.check(request, owner)
+        request = self.on_base(request)
 
         def work(ticket: Ticket[list[Picture]]) -> list[Picture]:
             return self.drawn(ticket, request)
@@ -78,12 +80,24 @@ class Playground:
         said = record.of(one.request, self.library, about, one.seconds, one.notes, self.album)
         return self.album.keep(one.image, {**said, **more}, owner=owner)
 
+    def on_base(self, request: GenerateRequest) -> GenerateRequest:
+        """The request with its base in it: one that names none means the one that was asked for last when it came, not
+        whichever is loaded when its turn comes.
+        """
+        id = request.base or self._asked or (self.studio.base or self.bases.first).id
+        self._asked = id
+        return request.model_copy(update={"base": id})
+
     def use_base(self, ticket: Ticket[Any], id: str | None) -> Base:
         """Load a base, or the first one where none is loaded yet and none is asked for."""
         wanted = self.bases.get(id) if id is not None else self.studio.base or self.bases.first
         if self.studio.base != wanted:
             ticket.progress(f"loading {wanted.name}", 0, 1)
-            self.studio.load(wanted)
+            try:
+                self.studio.load(wanted)
+            except BaseException:
+                self._asked = None
+                raise
         return wanted
 
     def check(self, request: GenerateRequest, owner: str = "") -> None:
@@ -123,7 +137,9 @@ class Playground:
     def switch(self, id: str, *, owner: str = "") -> Ticket[Base]:
         """Load a base."""
         self.bases.get(id)
-        return self.desk.submit(lambda ticket: self.use_base(ticket, id), owner=owner)
+        ticket = self.desk.submit(lambda ticket: self.use_base(ticket, id), owner=owner)
+        self._asked = id
+        return ticket
 
     def close(self) -> None:
         self.desk.close()

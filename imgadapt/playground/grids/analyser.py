@@ -89,6 +89,7 @@ class Analyser:
                 "the adapter to be analysed is not in the stack; put it there, at the weight that you use"
             )
         playground.check(common, owner)
+        common = playground.on_base(common)
         parts = self._parts(request.adapter)
         return playground.desk.submit(partial(self._analysed, common=common, request=request, parts=parts), owner=owner)
 

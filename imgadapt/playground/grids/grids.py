@@ -126,10 +126,7 @@ class Grids:
     def _checked(self, request: GridRequest, owner: str) -> tuple[Board, GridRequest]:
         """The grid laid out, and its request with the seed that was chosen for all."""
         playground = self.playground
-        if request.common.base is None and playground.studio.base is None:
-            request = request.model_copy(
-                update={"common": request.common.model_copy(update={"base": playground.bases.first.id})}
-            )
+        request = request.model_copy(update={"common": playground.on_base(request.common)})
         laid = board(request, playground.library, playground.settings.limits)
         unique = list(dict.fromkeys(cell.request for cell in laid.cells))
         for one in unique:
