@@ -129,8 +129,11 @@ def test_a_saved_merge_is_in_the_library_and_draws_what_the_live_stack_draws(pag
     expect(page.locator("#merge-saved")).to_contain_text("Saved as", timeout=LONG)
     link = page.locator("#merge-saved a").get_attribute("href")
     assert b"warm" in _got(server, str(link))[:200_000]
+    page.click("#merge-add")
+    expect(page.locator(".ia-use-name:visible")).to_have_text(["warm", "cold", "warm and cold"])
+    tab(page, "Merge")
     page.click("#merge-use")
-    expect(page.locator(".ia-use-name:visible")).to_have_count(1)
+    expect(page.locator(".ia-use-name:visible")).to_have_text(["warm and cold"])
     merged = _drawn(page, server, live)
     apart = np.abs(_pixels(server, merged) - _pixels(server, live))
     assert apart.max() <= 1  # sums in another order
@@ -163,7 +166,9 @@ def test_a_training_is_checked_watched_stopped_resumed_and_its_result_used(page:
     page.get_by_text("More", exact=True).click()
     _fill(page, "#train-sample-every", "5")
     page.click("#train-check")
-    expect(page.locator("#train-found pre")).to_contain_text("20 steps", timeout=LONG)
+    expect(page.locator("#train-found")).to_contain_text("20 steps", timeout=LONG)
+    plan = page.locator("#train-found .lab-scroll")
+    assert plan.evaluate("box => box.scrollWidth <= box.clientWidth")
     sheet = page.locator("#train-found .lab-sheet img")
     expect(sheet).to_have_count(1)
     assert _pixels(server, sheet.get_attribute("src")).shape[0] > 100
@@ -194,7 +199,7 @@ def test_a_training_is_checked_watched_stopped_resumed_and_its_result_used(page:
 
 
 def test_what_is_wrong_is_said_and_the_next_request_works(page: Page, server: Server) -> None:
-    visit(page, server, "?tab=compare&adapter=warm&prompt=a%20fox&steps=2")
+    visit(page, server, "?tab=compare&adapter=warm&prompt=a%20fox%20%3Clora:ink:0.8%3E&steps=2")
     _fill(page, "#axis-x-values", "0:1000:0.001")
     expect(page.locator("#grid-estimate .lab-bad")).to_be_visible()
     page.click("#grid-start")
@@ -202,11 +207,12 @@ def test_what_is_wrong_is_said_and_the_next_request_works(page: Page, server: Se
     _fill(page, "#axis-x-values", "1")
     _fill(page, "#axis-y-values", "1")
     expect(page.locator("#grid-estimate")).to_contain_text("2 cells")
+    expect(page.locator("#grid-common")).to_contain_text("“a fox” · warm 1, ink 0.8 · 2 steps")
     page.click("#grid-start")
     expect(page.locator(CELLS)).to_have_count(2, timeout=LONG)
     tab(page, "Merge")
     page.click("#merge-look")
-    expect(page.locator(".toast-wrap")).to_contain_text("choose adapters first")
+    expect(page.locator(".toast-wrap")).to_contain_text("choose two adapters or more")
 
 
 def test_a_phone_never_scrolls_sideways(server: Server, chromium: Browser, watch: Watch) -> None:

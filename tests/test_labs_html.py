@@ -1,5 +1,6 @@
 """What Compare, Merge and Train show: numbers as they are, and all text as text."""
 
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -104,6 +105,11 @@ def test_hostile_labels_are_text_in_a_grid() -> None:
     assert {attrs["src"] for attrs in parsed.all("img")} == {f"/pictures/picture{k:04}?side=256" for k in range(2)}
 
 
+def test_a_grid_says_what_its_numbers_are_once_it_has_some() -> None:
+    assert grid_html.LEGEND in read(grid_html.table(grid((["base", "1"], ["a"], []), 2))).said
+    assert grid_html.LEGEND not in grid_html.table(grid((["base", "1"], ["a"], []), 1))
+
+
 def test_a_cell_is_compared_with_the_base_of_its_own_row() -> None:
     found = grid((["base", "1"], ["a", "b"], []), 4)
     assert [getattr(grid_html.base_of(found, cell), "index", None) for cell in found.cells] == [None, 0, None, 2]
@@ -180,12 +186,24 @@ def test_a_run_shows_how_far_it_is_its_charts_and_samples() -> None:
     assert parsed.said.count(HOSTILE) == 2
 
 
+def test_a_run_of_one_step_says_its_numbers_and_draws_no_axes() -> None:
+    one = replace(run(), loss=[(1, 0.5, 1e-3)], evaluations=[{"step": 1.0, "held_out": 0.25, "seen": 0.125}])
+    parsed = read(train_html.charts(one))
+    assert not parsed.all("svg")
+    for said in ("0.5 at step 1", "held-out loss 0.25 at step 1", "training loss 0.125 at step 1", "0.001 at step 1"):
+        assert said in parsed.said
+
+
 def test_a_run_that_has_ended_has_no_time_left() -> None:
     assert "left" not in read(train_html.head(run("done"))).said
 
 
 def test_a_check_shows_findings_plan_and_sheet() -> None:
-    parsed = read(train_html.check(Check([("error", HOSTILE), ("warning", "blurry")], [HOSTILE], picture(7))))
+    plan = [("batch_size", "16", HOSTILE), ("steps", HOSTILE, "40 pictures, each seen 50 times")]
+    parsed = read(train_html.check(Check([("error", HOSTILE), ("warning", "blurry")], [HOSTILE], plan, picture(7))))
+    assert len(parsed.all("tr")) == 3
+    assert "batch size" in parsed.said
+    assert parsed.said.count(HOSTILE) == 4
     assert [len(parsed.all("p", look)) for look in ("lab-bad", "lab-warn")] == [1, 1]
     assert parsed.all("img")[0]["src"] == "/pictures/picture0007?side=1024"
 

@@ -70,6 +70,19 @@ def until(runs: Runs, id: str, ready: Callable[[Run], bool], seconds: float = 30
     return run
 
 
+@pytest.mark.parametrize(
+    ("data", "kind", "name"),
+    [
+        ("emoji style (embedded)", "style", "emoji-style"),
+        ("my cat", "character", "my-cat-character"),
+        ("(all)", "style", "training-style"),
+        ("Style", "style", "Style"),
+    ],
+)
+def test_a_training_without_a_name_is_called_plainly(data: str, kind: str, name: str) -> None:
+    assert launching.named_after(data, kind) == name
+
+
 def over(run: Run) -> bool:
     return run.state in ("done", "stopped", "failed")
 
@@ -143,9 +156,14 @@ def test_a_check_plans_and_shows_the_pictures_and_trains_nothing(playground: Pla
     data = runs.add_dataset("checked", files)
     check = runs.check(TrainRequest.of({**SMALL, "data": data.id})).result()
     assert any(level == "warning" and "copy.png" in text for level, text in check.findings)
-    assert check.plan[0] == "style: lora of rank 2, 20 steps of 2, 5 pictures"
-    assert any("learning_rate" not in line and "warmup_steps" in line for line in check.plan)
-    assert check.plan[-1].startswith("memory: 0.0")
+    assert check.summary[0] == "style: lora of rank 2, 20 steps of 2, 5 pictures"
+    assert check.summary[1].startswith("memory: 0.0")
+    planned = {name: (value, why) for name, value, why in check.plan}
+    assert "learning_rate" not in planned
+    assert planned["warmup_steps"] == ("5", "a twentieth, 5 at least")
+    assert planned["targets"][0] == "transformer, convolution"
+    assert planned["flip"] == ("yes", "a style has no sides")
+    assert not [why for _, why in planned.values() if "--" in why]
     assert check.sheet is not None
     assert playground.album.get(check.sheet.id).width > 300
     assert list((playground.settings.home / "runs").iterdir()) == []

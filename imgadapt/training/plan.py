@@ -77,11 +77,26 @@ class Plan:
         """The program that runs it."""
         return PROGRAMS[self.kind][0]
 
-    def __str__(self) -> str:
+    @property
+    def rows(self) -> list[tuple[str, str, str]]:
+        """(setting, value, reason) of what was planned, in words."""
         values = {"kind": self.kind, **self.config.model_dump()}
-        shown = [(name, str(values[name]), reason) for name, reason in self.why.items()]
+        return [(name, _in_words(values[name]), reason) for name, reason in self.why.items()]
+
+    def __str__(self) -> str:
+        shown = self.rows
         wide = [max((len(row[k]) for row in shown), default=0) for k in (0, 1)]
         return "\n".join(f"  {n:<{wide[0]}}  {v:<{min(wide[1], 40)}}  {reason}" for n, v, reason in shown)
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, cast("Sequence[object]", value)))
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {one}" for key, one in cast("Mapping[str, object]", value).items())
+    return str(value)
 
 
 def kind_of_base(base: str) -> str:
@@ -151,12 +166,12 @@ def _stand_in(given: Mapping[str, Any], kind: Kind | None) -> str | None:
 
 def _guess(given: Mapping[str, Any], examples: Sequence[Example]) -> tuple[Kind, str]:
     if "word" in given:
-        return "concept", "a --word is given"
+        return "concept", "a word is given"
     if "class_prompt" in given or "preservation" in given:
-        return "character", "it has a class; --kind style otherwise"
+        return "character", "it has a class; ask for kind style otherwise"
     if given.get("trigger") and len(examples) <= 60:
-        return "character", f"a trigger word and {len(examples)} pictures; --kind style otherwise"
-    return "style", "no trigger word; --kind character, with --trigger, for a subject"
+        return "character", f"a trigger word and {len(examples)} pictures; ask for kind style otherwise"
+    return "style", "no trigger word; a subject takes kind character and a trigger word"
 
 
 def _choices(
@@ -170,6 +185,7 @@ def _choices(
     batch = int(given.get("batch_size", usual.batch))
     samples = min(max(usual.passes[kind] * count, usual.least), usual.most)
     steps = max(20, -(-samples // batch))
+    taken = int(given.get("steps", steps))
     held_out = 0 if given.get("held_out") or count < 20 or kind == "concept" else min(4, count // 10)
     text = usual.text if kind == "character" and _takes_text(given) else None
     targets = ["transformer", *(["convolution"] if usual.convolutions else []), *(["text"] if text else [])]
@@ -179,10 +195,10 @@ def _choices(
         "targets": (targets, "attention and feed-forward layers" + (", convolutions" * usual.convolutions)
                     + (", the text encoder" if text else "")),
         "learning_rate": _rate(given, usual, named),
-        "batch_size": (batch, f"usual on {named}; --pieces computes it in parts if memory is short"),
+        "batch_size": (batch, f"usual on {named}; computed in pieces where memory is short"),
         "steps": (steps, f"{count} pictures, each seen {samples / count:.0f} times"),
-        "warmup_steps": (min(100, max(5, steps // 20)), "a twentieth"),
-        "checkpoint_every": (max(20, min(250, steps // 10)), "the last two are kept"),
+        "warmup_steps": (min(100, max(5, taken // 20)), "a twentieth, 5 at least"),
+        "checkpoint_every": (max(20, min(250, taken // 10)), "the last two are kept"),
         "precision": _precision(usual),
         "sample_prompts": _prompts(given, kind, examples),
         "flip": (kind == "style", "a style has no sides" if kind == "style" else "faces and writing have sides"),
@@ -240,7 +256,7 @@ def _precision(usual: Usual) -> tuple[str, str]:
 def _prompts(given: Mapping[str, Any], kind: Kind, examples: Sequence[Example]) -> tuple[list[str], str]:
     if kind == "style":
         spread = examples[:: max(1, len(examples) // 3)][:3]
-        return list(dict.fromkeys(example.captions[0] for example in spread)), "captions of yours; give others"
+        return list(dict.fromkeys(example.captions[0] for example in spread)), "captions of yours"
     name = str(given.get("word") or given.get("trigger") or "")
     other = str(given.get("class_prompt", ""))
     subject = f"{name} {other.removeprefix('a ').removeprefix('an ')}".strip() or examples[0].captions[0]

@@ -12,6 +12,8 @@ from imgadapt.playground.desk import public
 from imgadapt.playground.forms import number
 from imgadapt.playground.grids.grids import Grid, GridRequest
 from imgadapt.playground.house import House
+from imgadapt.playground.prompts import parse
+from imgadapt.playground.requests import GenerateRequest
 from imgadapt_ui import analysing, axes, boxes, grid_html
 from imgadapt_ui.axes import AxisForm
 from imgadapt_ui.grid_view import GridView
@@ -76,11 +78,13 @@ class Form:
         """What is taken from the Generate tab, in a line."""
         try:
             common = self.shared.asked(values[: len(self.shared.fields)])
+            prompt, stack = words_and_stack(self.shared.house, common)
         except ConfigError as error:
             return boxes.note(f"In the Generate tab: {public(str(error))}", "bad")
-        stack = ", ".join(f"{_name(self.shared.house, use.adapter)} {use.weight:g}" for use in common.adapters)
-        shown = common.prompt if len(common.prompt) < 80 else common.prompt[:77] + "..."
-        said = [f"“{shown}”" if shown else "no prompt", stack or "no adapters", f"{common.steps} steps", common.sampler]
+        shown = prompt if len(prompt) < 80 else prompt[:77] + "..."
+        sampler = "the base's own sampler" if common.sampler == "base" else common.sampler
+        steps = f"{common.steps} step{'s' * (common.steps != 1)}"
+        said = [f"“{shown}”" if shown else "no prompt", stack or "no adapters", steps, sampler]
         return boxes.note("From Generate: " + " · ".join(said))
 
     def estimated(self, *values: Any) -> str:
@@ -89,6 +93,18 @@ class Form:
             return boxes.note(grid_html.estimate(self.shared.house.grids.plan(self.asked(values))))
         except ImgadaptError as error:
             return boxes.note(public(str(error)), "bad")
+
+
+def words_and_stack(house: House, request: GenerateRequest) -> tuple[str, str]:
+    """A prompt without its tags, and all adapters with their weights, those of the tags too.
+
+    Raises:
+        ConfigError: a tag that cannot be read.
+    """
+    parsed = parse(request.prompt)
+    used = [(_name(house, use.adapter), use.weight) for use in request.adapters]
+    used += [(tag.name, tag.weight) for tag in parsed.tags]
+    return parsed.prompt, ", ".join(f"{name} {weight:g}" for name, weight in used)
 
 
 def _name(house: House, id: str) -> str:

@@ -14,6 +14,7 @@ from imgadapt_ui.parts import duration, text
 
 LARGEST = 768
 """Pixels of the longer side of a difference map in the page."""
+LEGEND = "Δ: mean difference to the base, in levels of 255. Press a picture to see where they differ."
 
 
 def table(grid: Grid, chosen: int | None = None, *, drawing: bool = False) -> str:
@@ -38,6 +39,8 @@ def table(grid: Grid, chosen: int | None = None, *, drawing: bool = False) -> st
         inner = boxes.table("lab-grid", f"<td></td>{boxes.heads(columns)}", rows)
         head = f"<h4>{text(sheet)}</h4>" if sheet else ""
         parts.append(head + boxes.scroll(f"grid {grid.request.name} {sheet}".strip(), inner))
+    if any(cell.difference is not None and cell.difference.changed for cell in grid.cells):
+        parts.append(f'<p class="lab-legend">{text(LEGEND)}</p>')
     return "".join(parts)
 
 

@@ -1,7 +1,7 @@
 """The Merge tab: a stack as one file, after looking at what that would be."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -9,11 +9,12 @@ import gradio as gr
 
 from imgadapt.playground.desk import Done, Failed, Ticket
 from imgadapt.playground.library.library import Card
-from imgadapt.playground.requests import GenerateRequest, Use
+from imgadapt.playground.requests import Use
 from imgadapt_ui import boxes, lab_html
 from imgadapt_ui.following import follow
 from imgadapt_ui.merge_form import MergeForm
 from imgadapt_ui.parts import QUIET, Shared, adapters, bar, counted, empty, link
+from imgadapt_ui.stack import added
 from imgadapt_ui.telling import LIVE, told
 from imgadapt_ui.who import owner
 
@@ -130,21 +131,13 @@ def _wire_work(
             return shared.fill_stack([Use(adapter=shared.house.playground.library.get(id).id)])
 
     def beside(id: str, *values: Any) -> list[Any]:
-        with told():
-            found = shared.house.playground.library.get(id)
-            return shared.fill_stack(joined(shared.asked(values), found))
+        return added(shared, id, values, "generate")
 
     look.click(looked, form.inputs, [progress, report, stop], **LIVE)
     save.click(kept, form.inputs, [progress, saved, further, merged, shared.library_changed, stop], **LIVE)
     stop.click(halt, None, None, **QUIET)
     uses[0].click(instead, merged, shared.filled, **QUIET)
-    uses[1].click(beside, [merged, *shared.fields], shared.filled, **QUIET)
-
-
-def joined(request: GenerateRequest, card: Card) -> Sequence[Use]:
-    """A stack with one more adapter."""
-    there = any(use.adapter == card.id for use in request.adapters)
-    return request.adapters if there else (*request.adapters, Use(adapter=card.id))
+    uses[1].click(beside, [merged, *shared.fields[:-1]], shared.filled, **QUIET)
 
 
 def card(made: Card) -> str:

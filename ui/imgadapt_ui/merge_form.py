@@ -55,19 +55,21 @@ class MergeForm:
             self.options = [_component(name, option) for name, option in _OPTIONS.items()]
         with gr.Row():
             sizes = [(said, name) for name, said in SIZES.items()]
-            self.kind = gr.Dropdown(sizes, value="", label="Size of the result", min_width=140, elem_id="merge-kind")
+            self.kind = gr.Dropdown(
+                sizes, value="", label="Size of the result", min_width=180, scale=3, elem_id="merge-kind"
+            )
             self.much = open_number("How much", "", "merge-much", visible=False)
-            self.space = gr.Dropdown(["delta", "core"], value="delta", label="Space", min_width=100)
-            self.seed = gr.Number(0, label="Seed of chance", precision=0, min_width=100)
+            self.space = gr.Dropdown(["delta", "core"], value="delta", label="Space", min_width=100, scale=2)
+            self.seed = gr.Number(0, label="Seed of chance", precision=0, min_width=100, scale=2)
         with gr.Row():
             formats: list[tuple[str, str]] = [("as the inputs", "")]
             formats += [(f"{name} ({tools})" if tools else name, name) for name, tools in house.converter.formats()]
-            self.format = gr.Dropdown(formats, value="", label="Format", min_width=140)
+            self.format = gr.Dropdown(formats, value="", label="Format", min_width=180)
             dtypes = [("as the inputs", ""), *((name, name) for name in ("fp32", "fp16", "bf16"))]
-            self.dtype = gr.Dropdown(dtypes, value="", label="Precision", min_width=110)
-            self.name = gr.Textbox(
-                "", label="Name", placeholder="made of the inputs'", max_length=200, elem_id="merge-name"
-            )
+            self.dtype = gr.Dropdown(dtypes, value="", label="Precision", min_width=180)
+        self.name = gr.Textbox(
+            "", label="Name", placeholder="made of the inputs'", max_length=200, elem_id="merge-name"
+        )
 
     @property
     def inputs(self) -> list[Any]:
@@ -138,9 +140,10 @@ class MergeForm:
             if adapter:
                 use = {"adapter": adapter, "weight": weight, "text": number(text), "blocks": blocks}
                 uses.append({name: value for name, value in use.items() if value not in (None, "")})
-        if not uses:
-            raise ConfigError("choose adapters first, or take those of the Generate tab")
         rule, *rest = values[4 * ROWS :]
+        if not uses:
+            many = "two adapters" if rule in _RULES and _RULES[rule].most == 2 else "two adapters or more"
+            raise ConfigError(f"choose {many}, or take those of the Generate tab")
         options = dict(zip(_OPTIONS, rest, strict=False))
         kind, much, space, seed, format, dtype, name = rest[len(_OPTIONS) :]
         own = _RULES[rule].options if rule in _RULES else {}

@@ -13,8 +13,8 @@ from imgadapt.playground.desk import Done
 from imgadapt.playground.trainings.runs import Run
 from imgadapt_ui import boxes, train_html
 from imgadapt_ui.following import follow
-from imgadapt_ui.merge import joined
 from imgadapt_ui.parts import QUIET, Shared, bar, counted, empty, error_box
+from imgadapt_ui.stack import added
 from imgadapt_ui.telling import LIVE, told
 from imgadapt_ui.train_form import TrainForm, asked, sets
 from imgadapt_ui.train_html import ACTIVE
@@ -39,7 +39,9 @@ class Watch:
             self.stop = gr.Button("Stop (it saves)", variant="stop", min_width=100, visible=False, elem_id="train-stop")
             self.resume = gr.Button("Resume", min_width=90, visible=False, elem_id="train-resume")
         with gr.Row(visible=False) as self.results:
-            self.cards = gr.Dropdown([], value=None, label="Adapters it wrote", min_width=160, elem_id="train-cards")
+            self.cards = gr.Dropdown(
+                [], value=None, label="Adapters it wrote", min_width=260, scale=2, elem_id="train-cards"
+            )
             self.use = gr.Button("Use the result", size="sm", min_width=110, elem_id="train-use")
             self.compare = gr.Button("Compare checkpoints", size="sm", min_width=130, elem_id="train-compare")
         self.timer = gr.Timer(EVERY, active=False)
@@ -100,16 +102,14 @@ class Watch:
                 return self.show(self.runs_of.resume(id or "", owner(request)))
 
         def use(card: str | None, *values: Any) -> list[Any]:
-            with told():
-                found = shared.house.playground.library.get(card or "")
-                return shared.fill_stack(joined(shared.asked(values), found))
+            return added(shared, card or "", values, "generate")
 
         self.timer.tick(tick, self.runs, [*self.shown, self.runs, shared.library_changed], **QUIET)
         self.runs.input(self.get, self.runs, self.shown, **QUIET)
         gr.on([shared.tabs.change, shared.page_loaded.change], enter, self.runs, [self.runs, *self.shown], **QUIET)
         self.stop.click(halt, self.runs, None, **QUIET)
         self.resume.click(go_on, self.runs, self.shown, **QUIET)
-        self.use.click(use, [self.cards, *shared.fields], shared.filled, **QUIET)
+        self.use.click(use, [self.cards, *shared.fields[:-1]], shared.filled, **QUIET)
         axis = shared.further["compare"]
 
         def compare(card: str | None, request: gr.Request) -> list[Any]:

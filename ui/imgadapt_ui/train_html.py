@@ -18,12 +18,23 @@ def check(found: Check) -> str:
     """What a check found, the plan with its reasons, and the contact sheet."""
     rows = "".join(boxes.note(f"{level}: {said}", _LOOKS.get(level, "note")) for level, said in found.findings)
     findings = rows or boxes.note("The pictures have no faults that it knows.", "good")
-    plan = "\n".join(found.plan)
     sheet = ""
     if found.sheet is not None:
         shown = thumb(found.sheet.id, "contact sheet of the pictures as they are trained on", 1024)
         sheet = boxes.figure("What the trainer will see", _linked(found.sheet.id, shown), "lab-sheet")
-    return findings + boxes.more("The plan, and why", f"<pre>{text(plan)}</pre>", shut=False) + sheet
+    return findings + boxes.more("The plan, and why", plan(found), shut=False) + sheet
+
+
+def plan(found: Check) -> str:
+    """What would be done: in a line or two, and as a table of settings, their values and reasons."""
+    lines = "".join(boxes.note(line) for line in found.summary)
+    rows = [
+        boxes.row(name.replace("_", " "), f"<td>{text(value)}</td><td>{text(why)}</td>")
+        for name, value, why in found.plan
+    ]
+    return lines + boxes.scroll(
+        "the plan", boxes.table("lab-plan", boxes.heads(["setting", "planned", "because"]), rows)
+    )
 
 
 def _linked(id: str, inner: str) -> str:
@@ -62,14 +73,25 @@ def charts(one: Run) -> str:
     steps, losses, rates = ([float(row[k]) for row in one.loss] for k in range(3))
     raw = (steps, losses)
     line = Line("smoothed", steps, smooth(losses, window(len(losses))), look=2)
-    drawn = [boxes.figure("Loss", svg(Chart("loss by step", lines=[line], dots=raw, size=(520, 220))))]
+    drawn = [_chart("Loss", Chart("loss by step", lines=[line], dots=raw, size=(520, 220)))]
     watched = _watched(one)
     if watched:
         chart = Chart("loss on watched pictures by step", lines=watched, size=(520, 220))
-        drawn.append(boxes.figure("Loss on pictures that are watched", svg(chart)))
+        drawn.append(_chart("Loss on pictures that are watched", chart))
     chart = Chart("learning rate by step", lines=[Line("", steps, rates, look=3)], size=(520, 220))
-    drawn.append(boxes.figure("Learning rate", svg(chart)))
+    drawn.append(_chart("Learning rate", chart))
     return boxes.side(drawn)
+
+
+def _chart(title: str, chart: Chart) -> str:
+    """A chart under its title; of one step there is nothing to draw, so its numbers are said."""
+    if len({x for line in chart.lines for x in line.x}) > 1:
+        return boxes.figure(title, svg(chart))
+    lines = [
+        f"{line.name + ' ' if len(chart.lines) > 1 else ''}{number(line.y[0])} at step {line.x[0]:,.0f}"
+        for line in chart.lines
+    ]
+    return boxes.figure(title, "".join(f'<p class="lab-number">{text(said)}</p>' for said in lines))
 
 
 def _watched(one: Run) -> list[Line]:

@@ -15,10 +15,13 @@ from imgadapt.training.plan import Kind
 
 @dataclass(frozen=True)
 class Check:
-    """findings: (level, text); plan: settings with their reasons, as lines; sheet: what the trainer will see."""
+    """findings: (level, text). summary: what would be done and what it takes, in lines; plan: (setting, value, reason).
+    sheet: what the trainer will see.
+    """
 
     findings: Sequence[tuple[str, str]]
-    plan: Sequence[str]
+    summary: Sequence[str]
+    plan: Sequence[tuple[str, str, str]]
     sheet: Picture | None
 
 
@@ -48,4 +51,5 @@ def check(ticket: Ticket[Check], given: Mapping[str, Any], kind: Kind | None, al
     if least > room:
         told = [("error", f"{memory}: it does not fit"), *told]
     picture = album.accept(pictures.png(sheet), owner=ticket.owner)
-    return Check(told, [head, *public(str(made)).splitlines(), memory], picture)
+    rows = [(name, public(value), public(why)) for name, value, why in made.rows]
+    return Check(told, [head, memory], rows, picture)

@@ -1,6 +1,7 @@
 """Launching: `imgadapt train` in a process of its own, found again and stopped, also by a later playground."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import imgadapt
 from imgadapt.errors import OutputError
+from imgadapt.playground import filenames
 
 CONSOLE = "console.log"
 """What the process says, in the run's folder; of its last start only."""
@@ -41,6 +43,13 @@ def command(given: Mapping[str, Any], kind: str | None, output: Path) -> list[st
         *report,
         "--log-with",
     ]
+
+
+def named_after(data: str, kind: str) -> str:
+    """A training's name, of its data set's: without blanks, what is in brackets, or the kind twice."""
+    plain = "-".join(re.sub(r"\([^()]*\)", " ", data).split())
+    name = filenames.cleaned(plain, "training")
+    return name if name.casefold().endswith(kind) else f"{name}-{kind}"
 
 
 def _text(value: Any) -> str:
