@@ -225,6 +225,8 @@ def test_bad_input_is_answered_with_the_way_out(run: Run, folder: Path, tmp_path
         run("style", [str(folder), "--targets", "to_x", *out])
     with pytest.raises(FormatError, match="no such file"):
         run("generate", ["a fox", "--adapter", str(tmp_path / "none.safetensors")])
+    with pytest.raises(FormatError, match=r"ink: no such file; of the library, write <lora:ink:0\.8> in the prompt"):
+        run("generate", ["a fox", "--adapter", "ink:0.8"])
     (tmp_path / "text.safetensors").write_text("<html>404</html>")
     for name, arguments in (("show", []), ("convert", [str(tmp_path / "y"), "--to", "kohya"])):
         with pytest.raises(FormatError, match="not a whole safetensors file"):

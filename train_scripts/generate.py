@@ -44,7 +44,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a row each; -1: any [0]")
     parser.add_argument("--steps", type=int, default=20, help="sampler steps [20]")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance [the base's own]")
-    parser.add_argument("--sampler", default="base", help=f"{', '.join(SAMPLERS)} [base: its own]")
+    parser.add_argument(
+        "--sampler", default="base", help=f"{', '.join(SAMPLERS)} (those that the base takes) [base: its own]"
+    )
     parser.add_argument("--width", type=int, help="pixels [the base's own]")
     parser.add_argument("--height", type=int, help="pixels [the base's own]")
     parser.add_argument("--init", type=Path, metavar="PICTURE", help="a picture to start from")
@@ -52,11 +54,25 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--denoise", type=float, default=0.75, help="how much of it is redrawn, 0 to 1 [0.75]")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the base [fp32]")
     args = parser.parse_args(argv)
-    for path in (*(path for path, _ in args.adapter), *args.adapters):
+    for path in args.adapters:
         if not path.exists():
-            raise FormatError(f"{path}: no such file")
+            raise FormatError(f"{path}: no such folder")
     with tempfile.TemporaryDirectory() as home:
+        for path, strength in args.adapter:
+            if not path.exists():
+                tag = in_library(path, strength, Settings(Path(home), adapters=tuple(args.adapters), base=args.base))
+                raise FormatError(
+                    f"{path}: no such file{f'; of the library, write {tag} in the prompt' if tag else ''}"
+                )
         draw(args, Path(home))
+
+
+def in_library(path: Path, strength: float, settings: Settings) -> str:
+    """The tag for what was taken for a file, where an adapter is called so; "" where none is."""
+    try:
+        return f"<lora:{Library(settings).named(str(path)).name}:{strength:g}>"
+    except ConfigError:
+        return ""
 
 
 def draw(args: argparse.Namespace, home: Path) -> None:
@@ -78,6 +94,8 @@ def draw(args: argparse.Namespace, home: Path) -> None:
 
     studio = Studio(settings, library, album)
     studio.load(base := Bases(settings).first)
+    many = f"{len(requests)} picture{'s' * (len(requests) != 1)}"
+    print(f"drawing {many} in {args.steps} steps on {settings.device}", flush=True)
     drawn = all_of([studio.settle(request) for request in requests], studio, limits.drawn_together)
     about = record.about(base, settings)
     records = [record.of(one.request, library, about, one.seconds, one.notes, album) for one in drawn]

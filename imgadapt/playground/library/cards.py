@@ -23,6 +23,7 @@ from imgadapt.summary import misfits, summary, trigger_words
 LONGEST = 200
 """Characters of a trigger word, a token."""
 _HEADER = 32 * 2**20  # bytes; the largest of real files are metadata of 5 MB
+_SAID = 2**32  # bytes of a header; beyond, it is text or noise that is taken for a number
 _KEYS = 50_000
 _WORDS = 64  # tensors of a file of embeddings
 _DESCRIPTIVE = ("ss_", "sshs_", "modelspec.", "imgadapt_")  # metadata that no format is told by, save these:
@@ -208,10 +209,8 @@ def _parsed(file: BinaryIO) -> tuple[dict[str, str], dict[str, Any], int]:
     (length,) = struct.unpack("<Q", head)
     if length > _HEADER:
         pickle = head[:2] == b"PK" or head[:1] == b"\x80"
-        raise FormatError(
-            "a pickle, which may run code, under another name" if pickle
-            else f"not safetensors: its header would be {length:,} bytes"
-        )  # fmt: skip
+        huge = f"a header of {length:,} bytes, which no adapter has" if length < _SAID else "not a safetensors file"
+        raise FormatError("a pickle, which may run code, under another name" if pickle else huge)
     text = file.read(length)
     if len(text) < length:
         raise FormatError("not whole: it ends within its header")
