@@ -133,7 +133,7 @@ class Runs:
         given = self._given(request, owner)
         planned = plan.of(given, request.kind)
         data = next(one.name for one in self.datasets(owner) if one.id == request.data)
-        name = filenames.cleaned(request.name, filenames.cleaned(f"{data}-{planned.kind}", "training"))
+        name = filenames.cleaned(request.name, launching.named_after(data, planned.kind))
         with self._starting(owner):
             folder = filenames.made(self._root, name)
             values = request.model_dump(mode="json")
