@@ -283,6 +283,14 @@ def test_a_converted_file_draws_the_same(playground: Playground, adapter: Adapte
         assert all(torch.equal(back.parts[name].tensors[key], tensor) for key, tensor in part.tensors.items())
 
 
+def test_the_format_that_is_offered_can_hold_the_adapter(playground: Playground) -> None:
+    converter, lokr, lora = Converter(playground), card(playground, "ink"), card(playground, "style")
+    assert converter.plan(ConvertRequest.of({"adapter": lokr, "format": "kohya"})).possible
+    assert converter.fitting(lokr, "kohya") == "lycoris"
+    assert (converter.fitting(lora, "kohya"), converter.fitting(lora, "peft")) == ("kohya", "peft")
+    assert not converter.plan(ConvertRequest.of({"adapter": lokr, "format": "lycoris"})).possible
+
+
 def test_a_dtype_is_written(playground: Playground) -> None:
     made = converted(playground, Converter(playground), adapter=card(playground, "style"), format="kohya", dtype="fp16")
     tensors, _ = read_tensors(made.path)

@@ -78,6 +78,17 @@ class Converter:
         self._check(request)
         return _planned(self._playground.library.file(request.adapter), request)
 
+    def fitting(self, adapter: str, wanted: str = "") -> str:
+        """The format to offer for an adapter: `wanted`, where it can hold it, else the first that can.
+
+        Raises:
+            ConfigError: no such adapter. FormatError: see `Library.file`.
+        """
+        file, names = self._playground.library.file(adapter), [form.name for form in FORMATS]
+        order = [wanted, *names] if wanted in names else names
+        asked = (ConvertRequest(adapter=adapter, format=name) for name in order)
+        return next((one.format for one in asked if not _planned(file, one).possible), order[0])
+
     def convert(self, request: ConvertRequest, *, owner: str = "") -> Ticket[Converted]:
         """Write it; it is read back before it is handed over.
 

@@ -28,7 +28,7 @@ def build(shared: Shared) -> None:
             file = gr.File(
                 label="Bring a .safetensors file into the library",
                 file_types=[".safetensors"],
-                height=130,
+                height=150,
                 elem_id="bring",
                 visible=not house.playground.settings.shared,
             )
@@ -54,6 +54,13 @@ def build(shared: Shared) -> None:
             return _plan(house.converter.plan(asked(id, format, dtype)))
         except ImgadaptError as error:
             return error_box(error)
+
+    def chosen(id: str | None, before: str) -> Any:
+        """The format that was chosen, or the first other one that can hold the adapter."""
+        try:
+            return house.converter.fitting(id, before) if id else gr.skip()
+        except ImgadaptError:  # `planned` says so
+            return gr.skip()
 
     def looked(id: str | None) -> str:
         return library.details(house, id) if id else NOTHING
@@ -85,6 +92,7 @@ def build(shared: Shared) -> None:
 
     options = [adapter, format, dtype]
     gr.on([adapter.change, format.change, dtype.change], planned, options, plan, **QUIET, trigger_mode="always_last")
+    adapter.change(chosen, [adapter, format], format, **QUIET)
     adapter.change(looked, adapter, about, **QUIET)
     shared.base_changed.change(looked, adapter, about, **QUIET)
     go.click(convert, options, made, **QUIET, concurrency_limit=None)
