@@ -173,6 +173,18 @@ def test_another_machine_or_version_is_not_promised_the_same_bits(
 ) -> None:
     back = ground.restore(changed(drawn[0].path, change))
     assert (back.lacks, back.exact) == ((), False)
+    name, was = next(iter(change.items()))
+    wanted = {
+        "threads": f"threads: {was!r} there, {torch.get_num_threads()} here",
+        "dtype": "numbers: bf16 there, fp32 here",
+    }
+    if name == "versions":
+        assert f"torch: 1.0 there, {torch.__version__} here" in back.differs
+        assert "imgadapt: not said there, " in "; ".join(back.differs)
+    elif name == "device":
+        assert [line.partition(" there, cpu ")[0] for line in back.differs] == ["device: cuda H"]
+    else:
+        assert back.differs == (wanted[name],)
 
 
 def test_a_base_that_changed_or_is_not_here_is_said(ground: Playground, drawn: Any) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from imgadapt import demo
 
@@ -43,6 +44,28 @@ def threads() -> int:
     import torch
 
     return torch.get_num_threads()
+
+
+def differences(record: Mapping[str, Any], device: str, dtype: str) -> tuple[str, ...]:
+    """What of versions and machine a picture's record has otherwise than they are here, in words; () for nothing."""
+    told: object = record.get("versions")
+    then = {str(name): said for name, said in told.items()} if isinstance(told, Mapping) else {}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType] # JSON
+    pairs = [
+        *((name, then.get(name), here) for name, here in versions().items()),
+        ("device", record.get("device"), machine(device)),
+        ("numbers", record.get("dtype"), dtype),
+        ("threads", record.get("threads"), threads()),
+    ]
+    more = [f"{name[:40]} is none of those that are known here" for name in sorted(then.keys() - versions().keys())[:4]]
+    return (*(f"{name}: {_brief(was)} there, {_brief(here)} here" for name, was, here in pairs if was != here), *more)
+
+
+def _brief(said: object) -> str:
+    return (
+        "not said"
+        if said in (None, "")
+        else (repr(said) if isinstance(said, str) and said.isdigit() else str(said))[:60]
+    )
 
 
 def fingerprint(place: str) -> str:

@@ -22,11 +22,13 @@ _HASHED = 2**30
 class Restored:
     """request: what the picture's settings are here. lacks: what is not here or was left out, a line each. exact:
     whether drawing it gives the same picture to the bit, as far as that can be known (versions, device, files).
+    differs: what of versions and machine is another here than there, a line each.
     """
 
     request: GenerateRequest
     lacks: Sequence[str]
     exact: bool
+    differs: Sequence[str] = ()
 
 
 def about(base: Base, settings: Settings) -> dict[str, str]:
@@ -114,9 +116,8 @@ def restore(
     if record.get("version") != infotext.VERSION:
         back.lacks.append("it was written by another version of the playground; what is not known here is left out")
     request = gently(values, back.lacks)
-    here = (provenance.versions(), provenance.machine(settings.device), settings.dtype, provenance.threads())
-    then = (record.get("versions"), record.get("device"), record.get("dtype"), record.get("threads"))
-    return Restored(request, tuple(back.lacks), not back.lacks and same_base and here == then)
+    differs = provenance.differences(record, settings.device, settings.dtype)
+    return Restored(request, tuple(back.lacks), not back.lacks and same_base and not differs, differs)
 
 
 def gently(values: Mapping[str, Any], lacks: list[str]) -> GenerateRequest:
@@ -156,7 +157,7 @@ def _foreign(said: foreign.Said, library: Library, bases: Bases) -> Restored:
     if said.model and base is None:
         back.lacks.append(f"the base {said.model[:80]!r} is not here")
     found = {**said.values, "adapters": uses, "base": base.id if base else None}
-    return Restored(gently(found, back.lacks), tuple(back.lacks), exact=False)
+    return Restored(gently(found, back.lacks), tuple(back.lacks), False, ("another tool drew it",))
 
 
 @dataclass(frozen=True)
