@@ -110,7 +110,10 @@ class Library:
         if len(alike) == 1:
             return alike[0]
         if alike:
-            raise ConfigError(f"'{plain(name, 80)}' may be {first_few([c.name for c in alike])}: say which")
+            names = [card.name for card in alike]
+            raise ConfigError(
+                f"'{plain(name, 80)}' may be {first_few(names)}; write the whole name, as in <lora:{names[0]}:1>"
+            )
         near = get_close_matches(wanted, {card.name.casefold(): card for card in cards}, 3, 0.5)
         shown = [card.name for close in near for card in cards if card.name.casefold() == close]
         hint = f"; close: {', '.join(shown)}" if shown else ""
