@@ -6,8 +6,10 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
+from safetensors.torch import save_file
 
 from imgadapt.playground.pictures.infotext import ours
 from tests.browser import (
@@ -26,6 +28,7 @@ from tests.browser import (
 )
 
 __all__ = ["chromium", "context", "page", "server", "watch"]  # fixtures
+SDXL = "lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_q"
 TABS = ("Library", "Generate", "Compare", "Merge", "Train", "Inspect / Convert", "History")
 
 
@@ -89,13 +92,39 @@ def test_a_drawing_is_stopped_within_its_steps_and_the_next_one_works(page: Page
     page.click("#generate")
     expect(page.locator("#progress")).to_contain_text(re.compile(r"\d+/200"))
     expect(page.locator("#progress .ia-progress")).to_be_visible()
-    expect(page.locator("#progress .ia-preview img")).to_be_visible()
+    expect(page.locator("#big .ia-preview img")).to_be_visible()
+    expect(page.locator("#big")).not_to_contain_text("Nothing drawn yet")
     page.keyboard.press("Escape")
     expect(page.locator("#stop")).to_be_disabled(timeout=10_000)
     expect(page.locator("#big figure")).to_have_count(0)
+    expect(page.locator("#big")).to_contain_text("a house on a purple background")
     _say(page, "a rocket")
     page.click("#generate")
     assert _drawn(page)
+
+
+def test_the_picture_drawn_last_is_there_again_after_a_stop_and_after_a_reload(page: Page, server: Server) -> None:
+    _say(page, "a fox")
+    page.click("#generate")
+    first = _drawn(page)
+    _say(page, "a red apple")
+    page.click("#generate")
+    second = _drawn(page, first)
+    _say(page, "a red apple", steps=200)
+    page.click("#generate")
+    expect(page.locator("#big .ia-preview img")).to_be_visible()
+    page.click("#stop")
+    assert _drawn(page) == second
+    visit(page, server)
+    assert _drawn(page) == second
+    expect(page.locator("#big")).to_contain_text("a red apple")
+    tiles = page.locator("#strip button")
+    assert tiles.evaluate_all("all => all.map(one => one.dataset.id)") == [second, first]
+    tiles.nth(1).click()
+    assert _drawn(page, second) == first
+    page.fill("#seed input", "-1")
+    page.click("#last-seed")
+    expect(page.locator("#seed input")).to_have_value("7")
 
 
 def test_a_picture_that_is_dropped_in_restores_all_settings_and_is_drawn_again_to_the_bit(
@@ -177,6 +206,27 @@ def test_a_hostile_files_metadata_is_shown_as_text(page: Page) -> None:
     assert page.title() != "broken into"
 
 
+def test_what_cannot_be_used_on_the_base_is_not_offered_to_the_stack(page: Page, server: Server) -> None:
+    folder = server.home / "adapters"
+    (folder / "pickled.safetensors").write_bytes(b"\x80\x04 no safetensors")
+    other = {f"{SDXL}.lora_down.weight": torch.ones(2, 640), f"{SDXL}.lora_up.weight": torch.ones(640, 2)}
+    save_file(other, folder / "elsewhere.safetensors")
+    _say(page, "a fox")
+    page.click("#generate")
+    _drawn(page)  # a base is loaded
+    tab(page, "Library")
+    page.click("#rescan")
+    for name, offered in (("warm", True), ("pickled", False), ("cold", True), ("elsewhere", False)):
+        page.locator(".ia-card", has_text=name).click()
+        expect(page.locator("#details .ia-title")).to_have_text(name)
+        expect(page.locator("#add-to-stack")).to_be_visible(visible=offered)
+    expect(page.locator("#details .ia-error")).to_contain_text("Nothing of it goes on demo")
+    for name in ("pickled", "elsewhere"):
+        (folder / f"{name}.safetensors").unlink()
+    page.click("#rescan")
+    expect(page.locator(".ia-card", has_text="pickled")).to_have_count(0)
+
+
 def test_a_card_says_what_it_is_and_goes_into_the_stack(page: Page) -> None:
     tab(page, "Library")
     page.fill("#search input, #search textarea", "duotone")
@@ -244,6 +294,14 @@ def test_what_is_wrong_is_said_where_it_is(page: Page, server: Server, tmp_path:
     page.fill("#guidance input, #guidance textarea", "much")
     page.click("#generate")
     expect(said).to_have_text("guidance: must be a number (it is 'much')")
+    page.fill("#guidance input, #guidance textarea", "")
+    page.fill("#count input", "1000")
+    page.click("#generate")
+    expect(said).to_have_text("count: must be 32 or less (it is 1000)")
+    button, box = page.locator("#generate").bounding_box(), said.bounding_box()
+    assert button is not None
+    assert box is not None
+    assert abs(button["y"] - box["y"]) < 400
     expect(page.locator("#use-settings")).to_be_hidden()
     expect(page.locator("#last-seed")).to_be_disabled()
     bad = tmp_path / "bad.png"
@@ -257,10 +315,20 @@ def test_what_is_wrong_is_said_where_it_is(page: Page, server: Server, tmp_path:
     tab(page, "Inspect / Convert")
     page.click("#convert")
     expect(page.locator("#converted .ia-error")).to_be_visible()
+    page.locator("#convert-adapter input").click()
+    page.get_by_role("option", name="ink", exact=True).click()
+    expect(page.locator("#convert-format input")).to_have_value(re.compile("^lycoris"))
+    page.locator("#convert-format input").click()
+    page.get_by_role("option", name=re.compile("^kohya: ")).click()
+    expect(page.locator("#convert-plan .ia-error")).to_contain_text("no word for lokr")
+    expect(page.locator("#convert-plan .ia-error")).to_be_visible()
+    page.click("#convert")
+    expect(page.locator("#converted .ia-error")).to_contain_text("ink cannot be written as kohya")
+    expect(page.locator("#converted .ia-error")).to_be_visible()
     wrong = tmp_path / "bad.safetensors"
     wrong.write_bytes(b"nothing of this kind")
     page.set_input_files("#bring input[type=file]", wrong)
-    expect(page.locator("#brought .ia-error")).to_contain_text("bad.safetensors: not safetensors")
+    expect(page.locator("#brought .ia-error")).to_contain_text("bad.safetensors: not a safetensors file")
 
 
 def test_a_phone_sees_every_tab_whole_and_the_picture_below_its_button(

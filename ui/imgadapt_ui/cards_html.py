@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from imgadapt.playground.inspecting import Details, Match
 from imgadapt.playground.library.library import Card
 from imgadapt_ui.parts import empty, link, text
-from imgadapt_ui.stack import kinds
+from imgadapt_ui.stack import called, kinds
 
 MOST = 500
 """Cards that are shown at once."""
@@ -30,7 +30,7 @@ def _card(card: Card, pressed: bool) -> str:
     picture = (
         f'<img src="/cards/{text(card.id)}/preview" alt="" loading="lazy" decoding="async">'
         if card.preview is not None
-        else f'<span class="ia-initial" aria-hidden="true">{text(card.name[:1].upper())}</span>'
+        else f'<span class="ia-initial" aria-hidden="true">{text(card.name.rpartition("/")[2][:1].upper())}</span>'
     )
     about = "cannot be used" if card.fault else " · ".join(filter(None, (kinds(card), card.architecture)))
     kind = " ia-faulty" if card.fault else ""
@@ -87,7 +87,7 @@ def _facts(card: Card, sha256: str) -> str:
         ("Format", card.format),
         *(
             (
-                kind.method,
+                called(kind.method),
                 ", ".join(filter(None, (_of("rank", kind.rank), _of("alpha", kind.alpha), _layers(kind.layers)))),
             )
             for kind in card.kinds
@@ -137,7 +137,8 @@ def _bars(norms: Mapping[str, float]) -> str:
         return ""
     most = max(norms.values()) or 1.0
     rows = "".join(
-        f'<li><code>{text(name)}</code><i style="width:{max(value / most, 0) * 100:.1f}%"></i><b>{value:.3g}</b></li>'
+        f"<li><code>{text(name).replace('.', '.<wbr>')}</code>"
+        f'<i style="width:{max(value / most, 0) * 100:.1f}%"></i><b>{value:.3g}</b></li>'
         for name, value in norms.items()
     )
     return f'<h4>Strength by block (norm of the change)</h4><ul class="ia-bars">{rows}</ul>'

@@ -14,6 +14,7 @@ from imgadapt_ui.parts import QUIET, Shared, error_box, samplers
 from imgadapt_ui.stack import Stack
 from imgadapt_ui.who import owner
 
+_LOST = "The playground was started anew while it drew: that drawing is lost. Press Generate to draw it again."
 SIZES = {"Base's own": "", "512 x 512": "512", "768 x 768": "768", "1024 x 1024": "1024"}
 
 
@@ -72,18 +73,14 @@ class Generate:
                     buttons=[],
                 )
             with gr.Row():
-                form["seed"] = gr.Number(
-                    RANDOM, label="Seed (-1: any)", precision=0, min_width=150, elem_id="seed", minimum=RANDOM
-                )
+                form["seed"] = gr.Number(RANDOM, label="Seed (-1: any)", precision=0, min_width=150, elem_id="seed")
                 form["count"] = gr.Number(
                     1,
                     label="Pictures",
                     precision=0,
-                    minimum=1,
-                    maximum=self.house.playground.settings.limits.pictures,
                     min_width=90,
                     elem_id="count",
-                )
+                )  # (what is out of range, requests.py says, with the field's name)
                 form["guidance"] = gr.Textbox(
                     "", label="Guidance", placeholder="auto", min_width=90, max_length=20, elem_id="guidance"
                 )
@@ -117,26 +114,48 @@ class Generate:
             [form["width"], form["height"]],
             **QUIET,
         )
-        shown = [self.results.progress, self.results.big, self.results.strip, self.go, self.stop, shared.latest]
+        drawing = gr.Textbox(visible=False)
+        shown = [
+            self.results.progress,
+            self.results.big,
+            self.results.strip,
+            self.go,
+            self.stop,
+            shared.latest,
+            drawing,
+        ]
 
-        async def draw(request: gr.Request, *values: Any) -> AsyncGenerator[list[Any], None]:
+        async def draw(request: gr.Request, before: str, *values: Any) -> AsyncGenerator[list[Any], None]:
             try:
                 asked = shared.asked(values)
                 job = self.jobs.add(self.house.playground.generate(asked, owner=owner(request)))
             except ImgadaptError as error:
                 yield [error_box(error), *(gr.skip() for _ in shown[1:])]
                 return
-            async for update in self._followed(job):
+            async for update in self._followed(job, before):
                 yield update
 
-        async def rejoin(request: gr.Request) -> AsyncGenerator[list[Any], None]:
-            yield [gr.skip() for _ in shown]  # (of nothing at all Gradio would make empty values)
-            if job := self.jobs.running(owner(request)):
-                async for update in self._followed(job):
+        async def rejoin(drawn: str, request: gr.Request) -> AsyncGenerator[list[Any], None]:
+            last = results.recent(self.house, owner(request))
+            before = last[0].id if last else ""
+            job = self.jobs.running(owner(request))
+            lost = drawn and job is None and not self.jobs.knows(drawn)
+            yield [
+                error_box(_LOST) if lost else gr.skip(),  # (of nothing at all Gradio would make empty values)
+                results.big(self.house, before) if before else gr.skip(),
+                results.strip(last) if before else gr.skip(),
+                gr.skip(),
+                gr.skip(),
+                before or gr.skip(),
+                "",
+            ]
+            if job is not None:
+                async for update in self._followed(job, before):
                     yield update
 
         for trigger in (self.go.click, form["prompt"].submit):
-            trigger(draw, shared.fields, shown, **QUIET, concurrency_limit=None)
+            trigger(draw, [shared.latest, *shared.fields], shown, **QUIET, concurrency_limit=None)
+        drawing.change(None, drawing, None, js="(id) => window.iaDrawing(id)", **QUIET)
         self.stop.click(self._stop, None, None, **QUIET, queue=False)
         shared.latest.change(lambda id: gr.Button(interactive=bool(id)), shared.latest, self.same_seed, **QUIET)
         gr.on(
@@ -146,10 +165,10 @@ class Generate:
             form["sampler"],
             **QUIET,
         )
-        self.rejoin = (rejoin, shown)
+        self.rejoin = (rejoin, drawing, shown)
 
-    async def _followed(self, job: Job) -> AsyncGenerator[list[Any], None]:
-        """Updates of what the tab shows, while a job runs and when it has ended."""
+    async def _followed(self, job: Job, before: str) -> AsyncGenerator[list[Any], None]:
+        """Updates of what the tab shows, while a job runs and when it has ended. before: the picture it showed."""
         many = 0
         async for state in job.follow():
             ended = state.ended is not None
@@ -158,12 +177,19 @@ class Generate:
             newest = state.items[-1].id if state.items else None
             yield [
                 results.now(state),
-                results.big(self.house, newest) if newest and fresh else gr.skip(),
-                results.strip(state.items) if fresh and many else gr.skip(),
+                results.shown(self.house, state, fresh, before) or gr.skip(),
+                self._strip(state) if fresh and many else gr.skip(),
                 gr.Button(interactive=ended),
                 gr.Button(interactive=not ended),
                 newest if newest and fresh else gr.skip(),
+                "" if ended else job.id,
             ]
+
+    def _strip(self, job: Job) -> str:
+        """The job's pictures, and what was drawn before where there is room."""
+        ids = {one.id for one in job.items}
+        older = [one for one in results.recent(self.house, job.owner) if one.id not in ids]
+        return results.strip([*job.items, *older[: max(results.SHOWN - len(ids), 0)]])
 
     def _offered(self, chosen: str) -> Any:
         """The samplers of the loaded base; one of another base's gives way, and that is said."""

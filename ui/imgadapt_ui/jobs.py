@@ -85,6 +85,11 @@ class Jobs:
             job = self._jobs.get(owner)
         return job if job is not None and not job.ticket.ended.is_set() else None
 
+    def knows(self, id: str) -> bool:
+        """Whether a job was one of this process, and somebody's newest."""
+        with self._lock:
+            return any(job.id == id for job in self._jobs.values())
+
     def cancel(self, owner: str) -> bool:
         """Stop the owner's newest job; whether one ran."""
         job = self.running(owner)

@@ -49,8 +49,8 @@ def build(shared: Shared) -> None:
     def choose(words: str, kind: str, where: str, event: gr.EventData) -> list[Any]:
         id = chosen(event)
         card = known(shared.house, id)
-        usable = gr.Row(visible=card is not None and not card.fault)
-        return [id, details(shared.house, id), usable, show(words, kind, where, id)]
+        there = gr.Row(visible=card is not None and not card.fault)
+        return [id, *again(id), there, show(words, kind, where, id)]
 
     def scan() -> int:
         library.scan()
@@ -59,16 +59,20 @@ def build(shared: Shared) -> None:
     def stacked(id: str, *values: Any) -> list[Any]:
         return added(shared, id, values, "generate")
 
-    def again(id: str) -> Any:
-        return details(shared.house, id) if id else gr.skip()
+    def again(id: str) -> list[Any]:
+        """All about it, and whether it can be added: nothing of some goes on the loaded base."""
+        if not id:
+            return [gr.skip(), gr.skip()]
+        said, goes = looked(shared.house, id)
+        return [said, gr.Button(visible=goes)]
 
     wanted = [search, family, folder, current]
     for field in (search, family, folder):
         field.change(show, wanted, grid, **QUIET, trigger_mode="always_last")
-    grid.select(choose, [search, family, folder], [current, about, buttons, grid], **QUIET)
+    grid.select(choose, [search, family, folder], [current, about, add, buttons, grid], **QUIET)
     rescan.click(scan, None, shared.library_changed, **QUIET)
     shared.library_changed.change(filters, None, [family, folder], **QUIET).then(show, wanted, grid, **QUIET)
-    shared.base_changed.change(again, current, about, **QUIET)
+    shared.base_changed.change(again, current, [about, add], **QUIET)
     add.click(stacked, [current, *(shared.form[name] for name in forms.FIELDS)], shared.filled, **QUIET)
     picture.click(_preview(shared), [current, shared.latest], shared.library_changed, **QUIET)
 
@@ -88,10 +92,18 @@ def _preview(shared: Shared) -> Any:
     return use
 
 
-def details(house: House, id: str) -> str:
-    """All about an adapter, as HTML."""
+def looked(house: House, id: str) -> tuple[str, bool]:
+    """All about an adapter, as HTML, and whether something of it goes on the loaded base, where one is."""
     try:
         card = house.playground.library.get(id)
-        return cards_html.fault(card) if card.fault else cards_html.details(house.inspector.look(id))
+        if card.fault:
+            return cards_html.fault(card), False
+        found = house.inspector.look(id)
     except ImgadaptError as error:
-        return f'<div class="ia-error" role="alert">{text(error)}</div>'
+        return f'<div class="ia-error" role="alert">{text(error)}</div>', False
+    return cards_html.details(found), found.match is None or found.match.verdict != "none"
+
+
+def details(house: House, id: str) -> str:
+    """All about an adapter, as HTML."""
+    return looked(house, id)[0]

@@ -49,8 +49,8 @@ def wire(page: gr.Blocks, shared: Shared, places: Mapping[str, gr.Tab], generate
     outputs = [*shared.filled, shared.library_changed, shared.page_loaded]
     loaded = page.load(load, [kept, tab], outputs, **QUIET)
     loaded.then(None, js="() => window.iaReady()", **QUIET)
-    again, shown = generate.rejoin
-    page.load(again, None, shown, **QUIET, concurrency_limit=None)
+    again, drawing, shown = generate.rejoin
+    page.load(again, drawing, shown, js="() => window.iaDrawn()", **QUIET, concurrency_limit=None)
 
 
 def remembered(kept: Mapping[str, Any]) -> GenerateRequest | None:

@@ -23,6 +23,14 @@
     return kept;
   };
 
+  // what was being drawn, to be told of when the server was started anew meanwhile
+  window.iaDrawing = (id) => { sessionStorage.setItem('imgadapt-drawing', id || ''); };
+  window.iaDrawn = () => {
+    const id = sessionStorage.getItem('imgadapt-drawing') || '';
+    sessionStorage.removeItem('imgadapt-drawing');
+    return id;
+  };
+
   window.iaTab = (chosen, before) => ready ? chosen : before;  // (the first tab is chosen by Gradio, not by anyone)
 
   document.addEventListener('keydown', (event) => {

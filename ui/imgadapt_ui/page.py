@@ -43,7 +43,7 @@ def build(house: House) -> gr.Blocks:
                 scale=0,
                 filterable=False,
             )
-            status = gr.HTML(_load(house), elem_id="load", apply_default_css=False)
+            status = gr.HTML(_load(house, ""), elem_id="load", apply_default_css=False)
             dark = gr.Button("Dark / light", size="sm", min_width=60, scale=0, elem_id="dark")
         with gr.Tabs(selected="generate", elem_id="tabs") as tabs:
             places = {
@@ -99,20 +99,28 @@ def _header(shared: Shared, status: gr.HTML, dark: gr.Button) -> None:
         async for event in follow(ticket):
             if isinstance(event, Failed):
                 gr.Warning(event.message, title="Base not loaded")
-                yield [_load(house), counted()]
+                yield [_load(house, owner(request)), counted()]
             elif isinstance(event, Done):
                 yield [_said(f"{event.result.name} is loaded"), counted()]
             elif isinstance(event, Progress | Waiting):
                 yield [_said(event.what if isinstance(event, Progress) else "waiting to load"), gr.skip()]
 
     shared.base.input(switch, shared.base, [status, shared.base_changed], **QUIET, concurrency_limit=None)
-    gr.Timer(4).tick(lambda: _load(house), None, status, **QUIET, queue=False)
+
+    def load(request: gr.Request) -> str:
+        return _load(house, owner(request))
+
+    gr.Timer(4).tick(load, None, status, **QUIET, queue=False)
     dark.click(None, js="() => window.iaColours()")
 
 
-def _load(house: House) -> str:
-    count = house.playground.desk.load
-    return _said("idle" if not count else f"{count} in the queue")
+def _load(house: House, owner: str) -> str:
+    count, run = house.playground.desk.load, house.runs.running()
+    said = [f"{count} in the queue"] if count else []
+    if run is not None:
+        own = house.playground.whose(owner) in (None, run.owner)
+        said.append(f"training {run.name} {run.step}/{run.steps}" if own else "a training of someone else's")
+    return _said(", ".join(said) or "idle")
 
 
 def _said(what: str) -> str:

@@ -136,7 +136,9 @@ def thumb(id: str, alt: str, side: int = 256) -> str:
 def preview(webp: bytes) -> str:
     """An <img> of a picture that is still being drawn."""
     data = base64.b64encode(webp).decode()
-    return f'<div class="ia-preview"><img src="data:image/webp;base64,{data}" alt="The picture so far"></div>'
+    return (
+        f'<figure class="ia-big ia-preview"><img src="data:image/webp;base64,{data}" alt="The picture so far"></figure>'
+    )
 
 
 def error_box(message: object) -> str:

@@ -12,11 +12,18 @@ from imgadapt.playground.pictures import record
 from imgadapt.playground.pictures.album import Picture
 from imgadapt.playground.requests import GenerateRequest
 from imgadapt_ui.jobs import Job
-from imgadapt_ui.parts import QUIET, Shared, bar, chosen, duration, empty, error_box, link, preview, text, thumb, tiles
+from imgadapt_ui.parts import QUIET, Shared, bar, chosen, empty, error_box, link, preview, text, thumb, tiles
 from imgadapt_ui.start_picture import StartPicture
 from imgadapt_ui.who import owner
 
 NOTHING = empty("Nothing drawn yet", "Write a prompt and press Generate (Ctrl + Enter). Esc stops.")
+_DEMO = empty(
+    "Nothing drawn yet",
+    "Write a prompt and press Generate (Ctrl + Enter). The embedded base draws emoji: "
+    "a fox, a red apple, a house on a purple background.",
+)
+SHOWN = 8
+"""Of the last pictures, in the strip."""
 
 
 class Results:
@@ -25,7 +32,7 @@ class Results:
     def __init__(self, house: House) -> None:
         self.house = house
         self.progress = gr.HTML("", elem_id="progress", apply_default_css=False)
-        self.big = gr.HTML(NOTHING, elem_id="big", apply_default_css=False)
+        self.big = gr.HTML(nothing(house), elem_id="big", apply_default_css=False)
         self.strip = tiles("", "strip")
         with gr.Row(visible=False, elem_classes="ia-buttons") as self.buttons:
             self.again = gr.Button("Use these settings", size="sm", min_width=100, elem_id="use-settings")
@@ -67,7 +74,7 @@ class Restore:
                 type="binary",
                 file_types=["image"],
                 elem_id="restore",
-                height=130,
+                height=150,
             )
             self.said = gr.HTML("", elem_id="restored", apply_default_css=False)
 
@@ -86,20 +93,42 @@ class Restore:
 
 def _restored(found: record.Restored) -> str:
     lines = "".join(f"<li>{text(line)}</li>" for line in found.lacks)
+    lines += "".join(f"<li>{text(line)}</li>" for line in found.differs)
     exact = (
         "All settings restored; drawn again, it is the same to the bit."
         if found.exact
-        else "Settings restored; drawn again, it may differ."
+        else "Settings restored; drawn again, it may differ, for:"
     )
     return f'<div class="ia-note" role="status">{text(exact)}{f"<ul>{lines}</ul>" if lines else ""}</div>'
 
 
 def now(job: Job) -> str:
-    """Where a job is: its bar, and the picture that is being drawn."""
+    """Where a job is: its bar, or why it failed."""
     if job.ended is not None:
         return "" if isinstance(job.ended, Done) else bar(job.ended)
-    shown = preview(job.now.preview) if isinstance(job.now, Progress) and job.now.preview else ""
-    return bar(job.now) + shown
+    return bar(job.now)
+
+
+def nothing(house: House) -> str:
+    """What stands where no picture is yet."""
+    playground = house.playground
+    return _DEMO if (playground.studio.base or playground.bases.first).kind == "demo" else NOTHING
+
+
+def shown(house: House, job: Job, fresh: bool, before: str) -> str | None:
+    """What stands in the picture's place while a job runs: the one that is being drawn, the newest, or, where the job
+    ended without one, that of `before`. None: what is there stays. fresh: whether the newest came just now.
+    """
+    if job.items and fresh:
+        return big(house, job.items[-1].id)
+    if job.ended is not None:
+        return big(house, before, job.owner) if before else nothing(house)
+    return preview(job.now.preview) if isinstance(job.now, Progress) and job.now.preview else None
+
+
+def recent(house: House, owner: str, count: int = SHOWN) -> list[Picture]:
+    """The owner's last pictures, the newest first."""
+    return house.playground.album.recent(count, owner)
 
 
 def strip(pictures: Sequence[Picture]) -> str:
@@ -143,7 +172,7 @@ def facts(made: Mapping[str, Any]) -> str:
     if made.get("base", {}).get("name"):
         few.append(str(made["base"]["name"]))
     if isinstance(made.get("seconds"), int | float):
-        few.append("in " + (duration(made["seconds"]) if made["seconds"] >= 10 else f"{made['seconds']:.1f} s"))
+        few.append(f"drawn in {_took(made['seconds'])}")
     stack = [
         f"{adapters.get(use['adapter'], {}).get('name', use['adapter'])} {use.get('weight', 1):g}"
         for use in request.get("adapters", ())
@@ -153,6 +182,13 @@ def facts(made: Mapping[str, Any]) -> str:
         rows.append(f'<p class="ia-prompt">{text(request["prompt"])}</p>')
     rows += [f'<p class="ia-note">{text(note)}</p>' for note in made.get("notes", ())]
     return "".join(rows)
+
+
+def _took(seconds: float) -> str:
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def alt(picture: Picture) -> str:

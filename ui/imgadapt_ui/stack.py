@@ -1,18 +1,20 @@
 """Stack: the adapters of the Generate tab, a row each."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import gradio as gr
 
 from imgadapt.combining.blocks import CONSTANT, PRESETS
 from imgadapt.errors import ConfigError
+from imgadapt.methods import METHODS
 from imgadapt.playground import forms
 from imgadapt.playground.house import House
 from imgadapt.playground.library.library import Card
 from imgadapt.playground.requests import Use
 from imgadapt_ui.parts import QUIET, Shared, adapters, text
 
+_CALLED = {method.name: method.__name__ for method in METHODS}
 _PRESETS = ["", *dict.fromkeys([*(name for table in PRESETS.values() for name in table), *CONSTANT])]
 
 
@@ -57,9 +59,7 @@ class Stack:
                         _PRESETS, value="", label="Blocks: preset or list", min_width=130, allow_custom_value=True
                     )
                 with gr.Row():
-                    form[name("start", row)] = gr.Number(
-                        0, label="From step", precision=0, minimum=0, min_width=130, step=1
-                    )
+                    form[name("start", row)] = gr.Number(0, label="From step", precision=0, min_width=130, step=1)
                     form[name("stop", row)] = gr.Textbox(
                         "", label="Up to step", placeholder="the end", min_width=130, max_length=20
                     )
@@ -130,11 +130,25 @@ def head(card: Card | None) -> str:
     return f'<span class="ia-use-name">{text(card.name)}</span> <span class="ia-dim">{text(kinds(card))}</span>'
 
 
+def called(method: str) -> str:
+    """A method as people write it."""
+    return _CALLED.get(method, method)
+
+
 def kinds(card: Card) -> str:
     """Method and rank, in a few words."""
-    said = dict.fromkeys(f"{kind.method} {kind.rank}" if kind.rank else kind.method for kind in card.kinds)
-    names = list(said)
-    return ", ".join(names[:2]) + (f" + {len(names) - 2}" if len(names) > 2 else "")
+    ranks: dict[str, set[int]] = {}
+    for kind in card.kinds:
+        ranks.setdefault(kind.method, set()).update([kind.rank] if kind.rank else [])
+    names = [_ranked(called(name), ranks[name]) for name in ranks]
+    return " + ".join(names[:2]) + (f" + {len(names) - 2} more" if len(names) > 2 else "")
+
+
+def _ranked(method: str, ranks: Collection[int]) -> str:
+    if not ranks:
+        return method
+    least, most = min(ranks), max(ranks)
+    return f"{method}, rank {least}" + (f" to {most}" if most > least else "")
 
 
 def added(shared: Shared, id: str, values: Any, tab: str | None = None) -> list[Any]:

@@ -32,7 +32,7 @@ class StartPicture:
                 type="binary",
                 file_types=["image"],
                 elem_id="start-file",
-                height=130,
+                height=150,
             )
             self.said = gr.HTML("", apply_default_css=False, elem_id="start-said")
             with gr.Column(visible=False) as self.used:

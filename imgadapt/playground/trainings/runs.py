@@ -84,6 +84,16 @@ class Run:
     owner: str = ""
 
 
+@dataclass(frozen=True)
+class Running:
+    """How far a training is, in short."""
+
+    name: str
+    owner: str
+    step: int
+    steps: int
+
+
 class Runs:
     """One training at a time. A base that is loaded on a GPU keeps its memory meanwhile.
 
@@ -232,6 +242,15 @@ class Runs:
         whose = self.playground.whose(owner)
         found = [own for own in self._all() if whose in (None, own.record.owner)]
         return [self._run(own) for own in sorted(found, key=lambda own: -own.record.began)]
+
+    def running(self) -> Running | None:
+        """The training that runs now, whoever's, at the cost of a look at its status."""
+        with self._lock:
+            own = next((own for own in self._own.values() if own.alive), None)
+        if own is None:
+            return None
+        status, record = own.watch.status(), own.record
+        return Running(record.name, record.owner, int(status.get("step", 0)), int(status.get("steps", record.steps)))
 
     def _get(self, id: str, owner: str) -> Training:
         whose = self.playground.whose(owner)
