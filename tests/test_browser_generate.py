@@ -180,6 +180,27 @@ def test_a_drawing_that_runs_is_found_again_after_a_reload(page: Page, server: S
     expect(page.locator("#stop")).to_be_disabled(timeout=10_000)
 
 
+def test_a_drawing_that_went_with_its_server_is_told_once(page: Page, server: Server) -> None:
+    _say(page, "a bee", steps=200)
+    page.click("#generate")
+    expect(page.locator("#big .ia-preview img")).to_be_visible()
+    kept = page.evaluate("sessionStorage.getItem('imgadapt-drawing')")
+    assert re.fullmatch("[0-9a-f]{16}", kept)
+    page.click("#stop")
+    expect(page.locator("#stop")).to_be_disabled(timeout=10_000)
+    page.wait_for_function("sessionStorage.getItem('imgadapt-drawing') === ''")
+    for of, said in ((kept, False), ("0" * 16, True)):  # one of this server's, and one of a server's before it
+        page.evaluate(f"sessionStorage.setItem('imgadapt-drawing', '{of}')")
+        visit(page, server)
+        expect(page.locator("#big")).to_contain_text("Nothing drawn yet")
+        if said:
+            expect(page.locator("#progress .ia-error")).to_contain_text("that drawing is lost")
+        else:
+            expect(page.locator("#progress")).to_be_empty()
+    visit(page, server)
+    expect(page.locator("#progress")).to_be_empty()
+
+
 def test_a_link_brings_an_adapter_and_a_prompt_and_says_what_is_not_here(page: Page, server: Server) -> None:
     visit(page, server, "?adapter=warm:0.5&adapter=nobody&prompt=a%20fox&steps=wrong")
     expect(page.locator("#prompt textarea")).to_have_value("a fox")

@@ -101,10 +101,15 @@ def test_a_training_is_stopped_resumed_after_a_restart_and_its_adapters_are_card
         with pytest.raises(Busy, match="things is being trained"):
             again()
     until(runs, run.id, lambda run: run.step >= 5 or over(run))
+    told = runs.running()
+    assert told is not None
+    assert (told.name, told.steps) == ("things", 20)
+    assert told.step >= 5
     runs.stop(run.id)
     runs.stop(run.id)  # a second signal would end it without saving
     stopped = until(runs, run.id, over)
     assert stopped.state == "stopped"
+    assert runs.running() is None
     assert 5 <= stopped.step < 20
     assert [step for step, _, _ in stopped.loss] == list(range(1, stopped.step + 1))
 
