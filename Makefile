@@ -12,7 +12,7 @@ ui: .venv/ui
 	$(BIN)/imgadapt ui --open
 
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 check: .venv/dev
 	$(BIN)/ruff check .
