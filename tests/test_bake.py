@@ -7,7 +7,6 @@ import os
 import runpy
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
