@@ -45,6 +45,10 @@ PATIENCE = 30_000
 """Milliseconds that anything may take to appear."""
 LEAVING = ("AbortError: BodyStreamBuffer", "AbortError: signal is aborted", "Unexpected error Connection errored out")
 """What Gradio says of its own stream of events when a page is left."""
+FORGOTTEN = "Unexpected error 404: Not Found"
+"""What it says when the server has forgotten a page that is just being left; anywhere else it is a fault."""
+NEAR = 5.0
+"""Seconds between that and the leaving, at most."""
 expect.set_options(timeout=PATIENCE)
 
 
@@ -179,15 +183,20 @@ class Watch:
     url: str
     wrong: list[str] = field(default_factory=list[str])
     allowed: list[str] = field(default_factory=list[str])
+    forgotten: list[float] = field(default_factory=list[float])
+    left: list[float] = field(default_factory=list[float])
 
     def on(self, page: Page) -> None:
+        page.on("framenavigated", lambda _: self.left.append(time.monotonic()))
         page.on("console", self._console)
         page.on("pageerror", lambda error: self.wrong.append(f"error on the page: {error}"))
         page.on("request", self._request)
         page.on("response", self._response)
 
     def _console(self, message: ConsoleMessage) -> None:
-        if message.type == "error" and not any(part in message.text for part in LEAVING):
+        if message.type == "error" and FORGOTTEN in message.text:
+            self.forgotten.append(time.monotonic())
+        elif message.type == "error" and not any(part in message.text for part in LEAVING):
             self.wrong.append(f"console: {message.text} ({message.location.get('url', '')})")
 
     def _request(self, request: Request) -> None:
@@ -200,6 +209,7 @@ class Watch:
 
     def check(self) -> None:
         bad = [one for one in self.wrong if not any(part in one for part in self.allowed)]
+        bad += [FORGOTTEN for then in self.forgotten if not any(abs(then - left) < NEAR for left in self.left)]
         assert not bad, "\n".join(bad)
 
 

@@ -6,6 +6,7 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
@@ -28,6 +29,7 @@ from tests.browser import (
 )
 
 __all__ = ["chromium", "context", "page", "server", "watch"]  # fixtures
+pytestmark = pytest.mark.flaky(reruns=1)  # a browser on a busy machine; what was run again is said at the end
 SDXL = "lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_q"
 TABS = ("Library", "Generate", "Compare", "Merge", "Train", "Inspect / Convert", "History")
 

@@ -14,6 +14,7 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect
 from tests.browser import Server, Watch, chromium, context, fits, fresh, screenshot, server, tab, visit, watch
 
 __all__ = ["chromium", "context", "server", "watch"]  # fixtures
+pytestmark = pytest.mark.flaky(reruns=1)  # a browser on a busy machine; what was run again is said at the end
 LONG = 60_000
 """Milliseconds for what is drawn, merged or trained."""
 CELLS = ".lab-cell"
