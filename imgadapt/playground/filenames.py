@@ -3,6 +3,7 @@
 import os
 import re
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 
 from imgadapt.errors import OutputError
@@ -28,15 +29,9 @@ def reserved(folder: Path, name: str, suffix: str) -> Path:
     Raises:
         OutputError: the folder cannot be written.
     """
-    for path in _candidates(folder, name, suffix):
-        try:
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise OutputError(f"cannot write to {folder}: {error.strerror or error}") from error
-        return path
-    raise OutputError(f"there are too many files called {name} in {folder.name}; choose another name")
+    return _first(
+        folder, name, suffix, lambda path: os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    )
 
 
 def made(folder: Path, name: str) -> Path:
@@ -45,15 +40,20 @@ def made(folder: Path, name: str) -> Path:
     Raises:
         OutputError: it cannot be made.
     """
-    for path in _candidates(folder, name, ""):
+    return _first(folder, name, "", lambda path: path.mkdir(parents=True))
+
+
+def _first(folder: Path, name: str, suffix: str, make: Callable[[Path], None]) -> Path:
+    """The first of the names that is free, made."""
+    for path in _candidates(folder, name, suffix):
         try:
-            path.mkdir(parents=True)
+            make(path)
         except FileExistsError:
             continue
         except OSError as error:
             raise OutputError(f"cannot write to {folder}: {error.strerror or error}") from error
         return path
-    raise OutputError(f"there are too many folders called {name} in {folder.name}; choose another name")
+    raise OutputError(f"{name} is taken too often in {folder.name}; choose another name")
 
 
 def _candidates(folder: Path, name: str, suffix: str) -> list[Path]:
