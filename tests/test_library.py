@@ -408,9 +408,9 @@ def test_each_of_many_long_names_means_its_own_adapter(home: Path) -> None:
 
 def test_names_of_thousands_alike_are_found_in_one_pass() -> None:
     rows = [Row(str(k), "n" * 130, "", Found(Path(str(k)), "", 0, 0)) for k in range(20_000)]
-    began = time.monotonic()
+    began = time.thread_time()
     assert len(set(names(rows))) == 20_000
-    assert time.monotonic() - began < 10  # trying all numbers again for each took minutes
+    assert time.thread_time() - began < 10  # trying all numbers again for each took minutes
 
 
 def test_a_name_that_is_not_there_gets_the_closest(home: Path) -> None:

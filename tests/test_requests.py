@@ -16,10 +16,10 @@ A, B = "a" * 16, "b" * 16
 
 def refusal(values: Any) -> str:
     """What a request is told; it takes no time, is a line, and has no words of pydantic."""
-    began = time.monotonic()
+    began = time.thread_time()
     with pytest.raises(ConfigError) as caught:
         GenerateRequest.of(values)
-    assert time.monotonic() - began < 0.5
+    assert time.thread_time() - began < 2
     said = str(caught.value)
     assert len(said) < 300
     assert "\n" not in said
@@ -195,12 +195,12 @@ def test_tags_that_cannot_be_meant_are_refused(text: str, said: str) -> None:
 
 
 def test_prompts_are_read_in_one_pass() -> None:
-    began = time.monotonic()
+    began = time.thread_time()
     assert prompts.parse("(" * 10**6 + "<" * 10**6).tags == ()
     for text in ("<lora:" * 10**5, "<lora:x" + " " * 10**6, "<lora:" + "a" * 10**6 + ">", "<lora:x:1>" * 10**5):
         with pytest.raises(ConfigError, match=r"^.{1,120}$"):
             prompts.parse(text)
-    assert time.monotonic() - began < 0.5
+    assert time.thread_time() - began < 2
 
 
 def test_what_is_spelled_is_read_as_the_same_in_either_order_of_numbers() -> None:
