@@ -45,7 +45,7 @@ CHILD = """
     from pathlib import Path
     import torch
     from imgadapt import load, save
-    from imgadapt.file import read_tensors
+    from imgadapt.tensors import read_tensors
     path, out = sys.argv[1:]
     def resident(field):
         lines = Path("/proc/self/status").read_text().splitlines()

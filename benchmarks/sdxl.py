@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 import imgadapt
 from imgadapt.cli import program
-from imgadapt.file import write_tensors
+from imgadapt.tensors import write_tensors
 
 CONFIG: dict[str, Any] = {  # stabilityai/stable-diffusion-xl-base-1.0, unet/config.json
     "sample_size": 128, "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048,

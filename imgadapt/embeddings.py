@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from imgadapt.errors import FormatError, MissingExtra, first_few
+from imgadapt.tensors import read_tensors
 
 Form = Literal["a1111", "diffusers", "kohya", "pair", "bundled"]
 KINDS = ("clip_l", "clip_g", "t5", "llama", "gemma")
@@ -24,7 +24,7 @@ _NAMES = {f"{name}{end}": f"{kind}{end}" for end in ("", "_out") for name, kind 
 _LAYER = re.compile(r"\w+:\d+:\w+|\d+")  # cloneofsimo's, and the numbers of a list
 _UNREADABLE = (
     *(pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, OSError),
-    *(IndexError, MemoryError, RecursionError, OverflowError, SafetensorError),
+    *(IndexError, MemoryError, RecursionError, OverflowError),
 )
 
 
@@ -186,7 +186,7 @@ def read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with path.open("rb") as file:
             start = file.read(9)
         if start[8:9] == b"{":  # safetensors begins with the length of its JSON
-            return _renamed(path)
+            return read_tensors(path)  # by another name
         content: Any = _in_picture(path) if start[:4] in (b"\x89PNG", b"RIFF") else _pickled(path)
         for key, value in _flat({_ONE[0]: content} if isinstance(content, Tensor) else content, ""):
             key = key.removeprefix("state_dict.")
@@ -215,12 +215,6 @@ def _wish(error: BaseException) -> str:
         return f"it wants to run {match[1]}"
     said = text.partition("WeightsUnpickler error:")[2].strip() or text or repr(error)
     return said.splitlines()[0]
-
-
-def _renamed(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A safetensors file by another name."""
-    with safe_open(path, framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
 
 def _whole(key: str, tensor: Tensor) -> Tensor:

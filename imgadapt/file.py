@@ -2,16 +2,12 @@
 
 import hashlib
 import json
-import mmap
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from imgadapt.arch import Architecture, architectures
@@ -22,6 +18,7 @@ from imgadapt.errors import ConfigError, FormatError, OutputError, first_few
 from imgadapt.formats import DIFFUSERS, FORMATS, Format, Parts, Step, Writer, architecture_of, exact_alpha, read, write
 from imgadapt.formats.kohya import HASHES
 from imgadapt.formats.peft_config import PEFT_KEY
+from imgadapt.tensors import DTYPES, bytes_of, header_bytes, read_tensors, write_tensors
 
 
 @dataclass(frozen=True)
@@ -129,7 +126,7 @@ def save(
         raise ConfigError(f"{path}: only safetensors is written; other tools would take this name for a pickle")
     architecture = _architecture(file)
     form = _default(file, architecture) if format is None else _format(format)
-    if dtype is not None and not (dtype in _DTYPES and dtype.is_floating_point):
+    if dtype is not None and not (dtype in DTYPES and dtype.is_floating_point):
         raise ConfigError(f"an adapter cannot be written as {dtype}; wanted a floating-point dtype of safetensors")
     mine = {*form.own_metadata} if form.name == file.format else set[str]()
     others = {key for f in FORMATS for key in f.own_metadata} - mine
@@ -198,122 +195,14 @@ def _finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor.float()).all())
 
 
-def read_tensors(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors (on the CPU) and the metadata of a safetensors file. The tensors are the file's own pages, read when
-    they are used; what is written into one stays in this process.
-
-    Raises:
-        FormatError: there is no such file, or it is not safetensors.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FormatError(f"{path}: no such file" + (", only a folder" if path.is_dir() else ""))
-    try:
-        with safe_open(path, framework="pt") as file:  # it checks the header
-            metadata = dict(file.metadata() or {})
-            tensors = _mapped(path)
-            if tensors is None:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise FormatError(f"{path}: not a whole safetensors file ({error})") from error
-    if strange := [key for key, tensor in tensors.items() if tensor.dtype not in _DTYPES]:
-        raise FormatError(f"{path}: {first_few(strange)} of type {tensors[strange[0]].dtype}, which no adapter has")
-    return tensors, metadata
-
-
-def _mapped(path: Path) -> dict[str, Tensor] | None:
-    """The tensors as views of the file's pages; None where it has some that the package must read (other dtypes, none
-    of a whole number of elements from the start).
-    """
-    dtypes = {name: dtype for dtype, name in _DTYPES.items()}
-    with path.open("rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        header: dict[str, Any] = json.loads(file.read(size))
-        header.pop("__metadata__", None)
-        start = 8 + size
-        known = all(row["dtype"] in dtypes for row in header.values())
-        if not header or not known or start % max(dtypes[row["dtype"]].itemsize for row in header.values()):
-            return None
-        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    found: dict[str, Tensor] = {}
-    for key, row in sorted(header.items()):
-        dtype, first, last = dtypes[row["dtype"]], *row["data_offsets"]
-        if first % dtype.itemsize:
-            return None
-        count = (last - first) // dtype.itemsize
-        empty = torch.empty(0, dtype=dtype)
-        flat = torch.frombuffer(pages, dtype=dtype, count=count, offset=start + first) if count else empty
-        found[key] = flat.view(row["shape"])
-    return found
-
-
-_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
-
-
-_ORDER = ("U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL")  # fmt: skip  # noqa: E501
-
-
-def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and values, whatever the order."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(_bytes(tensor))
-    return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    """A tensor's memory, row by row; a copy only where it lies otherwise."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, atomically, the same bytes for the same content.
-
-    The safetensors package writes metadata in an order that changes from run to run (0.8.0), so resumed and
-    uninterrupted trainings would differ. Layout: https://github.com/huggingface/safetensors#format.
-
-    Raises:
-        FormatError: metadata that is not text.
-        OutputError: it cannot be written; what was there is untouched.
-    """
-    if wrong := [key for key, value in metadata.items() if not (isinstance(key, str) and isinstance(value, str))]:
-        raise FormatError(f"metadata maps text to text in safetensors; {first_few([str(key) for key in wrong])} is not")
-    text, order = _header(tensors, metadata)
-    with atomically(path) as file:
-        file.write(text)
-        for name in order:
-            file.write(_bytes(tensors[name]))
-
-
-def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
-    """What a safetensors file begins with, and the order of its tensors, the package's: by dtype, then by name."""
-    rank = {dtype: k for k, dtype in enumerate(_ORDER)}
-    order = sorted(tensors, key=lambda name: (rank[_DTYPES[tensors[name].dtype]], name))
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    end = 0
-    for name in order:
-        start, end = end, end + tensors[name].numel() * tensors[name].element_size()
-        dtype, shape = _DTYPES[tensors[name].dtype], list(tensors[name].shape)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text, order
-
-
 def _kohya_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
     """What sd-scripts writes of a file: SHA-256 of all its tensors, and A1111's older one, of 64 KiB at 1 MiB, where
     the file has the `ss_` entries alone (library/train_util.py: precalculate_safetensors_hashes). LyCORIS writes 0x
     before the first.
     """
-    text, order = _header(tensors, {key: value for key, value in metadata.items() if key.startswith("ss_")})
+    text, order = header_bytes(tensors, {key: value for key, value in metadata.items() if key.startswith("ss_")})
     model, legacy, place = hashlib.sha256(), hashlib.sha256(), 0
-    for chunk in (text, *(_bytes(tensors[name]) for name in order)):
+    for chunk in (text, *(bytes_of(tensors[name]) for name in order)):
         model.update(chunk if place else b"")
         first, last = max(0, 0x100000 - place), max(0, 0x110000 - place)
         legacy.update(chunk[first:last])

@@ -12,7 +12,7 @@ import torch
 
 from imgadapt import LoRA, attach, collect, demo, detach, load, save
 from imgadapt.errors import ConfigError, FormatError, ImgadaptError
-from imgadapt.file import AdapterFile, read_tensors, write_tensors
+from imgadapt.file import AdapterFile
 from imgadapt.methods import DoRA
 from imgadapt.playground import inspecting
 from imgadapt.playground.converting import Converter, ConvertRequest
@@ -22,6 +22,7 @@ from imgadapt.playground.library.telling import training
 from imgadapt.playground.session import Playground
 from imgadapt.playground.settings import Settings
 from imgadapt.summary import norm_of
+from imgadapt.tensors import read_tensors, write_tensors
 from tests import tiny
 
 

@@ -23,9 +23,9 @@ from torch import Tensor
 from imgadapt import AdapterFile, load, save
 from imgadapt.atomic import atomically, write_bytes
 from imgadapt.errors import FormatError, OutputError
-from imgadapt.file import _DTYPES, read_tensors, write_tensors
 from imgadapt.formats import Part
 from imgadapt.methods import LoRA
+from imgadapt.tensors import DTYPES, read_tensors, write_tensors
 
 LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_q"
 CONV = "unet.conv_in"
@@ -43,7 +43,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("dtype", _DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_safetensors_package_reads_the_same_tensors_and_metadata(dtype: torch.dtype, tmp_path: Path) -> None:
     numbers = (torch.arange(24) % 2 if dtype == torch.bool else torch.arange(24)).to(dtype)
     tensors = {
@@ -74,13 +74,13 @@ def test_the_safetensors_package_reads_the_same_tensors_and_metadata(dtype: torc
 def test_tensors_are_aligned_to_their_size_in_the_file(tmp_path: Path) -> None:
     """As the safetensors package does, so that mapped files can be read without a copy."""
     path = tmp_path / "x.safetensors"
-    write_tensors(path, {dtype_name: torch.ones(3).to(dtype) for dtype, dtype_name in _DTYPES.items()}, {})
+    write_tensors(path, {dtype_name: torch.ones(3).to(dtype) for dtype, dtype_name in DTYPES.items()}, {})
     data = path.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     header: dict[str, Any] = json.loads(data[8 : 8 + length])
     assert length % 8 == 0
-    assert len(header) == len(_DTYPES)
-    sizes = {dtype_name: dtype.itemsize for dtype, dtype_name in _DTYPES.items()}
+    assert len(header) == len(DTYPES)
+    sizes = {dtype_name: dtype.itemsize for dtype, dtype_name in DTYPES.items()}
     assert all(row["data_offsets"][0] % sizes[name] == 0 for name, row in header.items())
     assert max(row["data_offsets"][1] for row in header.values()) == len(data) - 8 - length
 

@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from imgadapt import attach, detach
 from imgadapt.arch import architectures, canonical
 from imgadapt.errors import ConfigError, FormatError, ShapeError, TargetError
-from imgadapt.file import AdapterFile, load, plan, read_tensors, save, tensors_digest
+from imgadapt.file import AdapterFile, load, plan, save
 from imgadapt.formats import (
     DIFFUSERS,
     FORMATS,
@@ -39,6 +39,7 @@ from imgadapt.formats.kohya import HASHES
 from imgadapt.methods import IA3, OFT, DoRA, Full, LoHa, LoKr, LoRA, Method, Norm
 from imgadapt.sites import Kind, Site
 from imgadapt.targets import layers
+from imgadapt.tensors import read_tensors, tensors_digest
 from imgadapt.whole import settled
 
 HERE = Path(__file__).parent

@@ -14,10 +14,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from imgadapt import attach, detach, load, merge, save, unmerge
 from imgadapt.arch import architectures, canonical
-from imgadapt.file import read_tensors
 from imgadapt.formats import FORMATS, Writer
 from imgadapt.methods import LoKr
 from imgadapt.sites import Site
+from imgadapt.tensors import read_tensors
 
 HERE = Path(__file__).parent
 FOLDER = HERE / "ground_truth"

@@ -17,7 +17,6 @@ from PIL import Image, ImageFile
 
 from imgadapt import LoRA, attach, collect, detach, save
 from imgadapt.errors import ConfigError, DataError, FormatError
-from imgadapt.file import write_tensors
 from imgadapt.playground.library import library as library_module
 from imgadapt.playground.library.bases import Bases
 from imgadapt.playground.library.cards import Reader, plain
@@ -25,6 +24,7 @@ from imgadapt.playground.library.library import Card, Library
 from imgadapt.playground.library.naming import Row, names
 from imgadapt.playground.library.scanning import Found, Scan
 from imgadapt.playground.settings import Settings
+from imgadapt.tensors import write_tensors
 from tests import tiny
 
 ALPHA = torch.tensor(2.0)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from imgadapt import __version__, attach, demo, detach, load
 from imgadapt.errors import ConfigError, DataError, TrainingError
-from imgadapt.file import read_tensors
+from imgadapt.tensors import read_tensors
 from imgadapt.training import families, probe, results
 
 Run = Callable[[str, Sequence[str]], None]

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from imgadapt import load
-from imgadapt.file import read_tensors
+from imgadapt.tensors import read_tensors
 from imgadapt.training import checkpoint, loop
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="children are forked")

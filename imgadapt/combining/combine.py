@@ -17,10 +17,11 @@ from imgadapt.combining.report import Report, Row
 from imgadapt.combining.terms import Pair
 from imgadapt.embeddings import Embedding
 from imgadapt.errors import ConfigError
-from imgadapt.file import AdapterFile, tensors_digest
+from imgadapt.file import AdapterFile
 from imgadapt.formats import FORMATS, Format, Part, architecture_of
 from imgadapt.methods import Full, LoRA, Norm
 from imgadapt.sites import Site
+from imgadapt.tensors import tensors_digest
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Progress = Callable[[str, int, int], None]

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from imgadapt.errors import FormatError
-from imgadapt.file import read_tensors, write_tensors
+from imgadapt.tensors import read_tensors, write_tensors
 
 
 class Cache:

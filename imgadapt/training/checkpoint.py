@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from imgadapt.errors import FormatError, TrainingError
-from imgadapt.file import read_tensors, tensors_digest, write_tensors
+from imgadapt.tensors import read_tensors, tensors_digest, write_tensors
 
 _NAME = re.compile(r"step-(\d{7})\.safetensors")
 _TENSOR = "$tensor"

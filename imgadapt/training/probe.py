@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from imgadapt.file import read_tensors, write_tensors
+from imgadapt.tensors import read_tensors, write_tensors
 from imgadapt.training import noise
 from imgadapt.training.families import Family
 from imgadapt.training.material import Material

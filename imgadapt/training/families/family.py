@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from imgadapt.errors import ConfigError, TrainingError
-from imgadapt.file import tensors_digest
 from imgadapt.targets import DENOISERS, TEXT_ENCODERS
+from imgadapt.tensors import tensors_digest
 from imgadapt.training.objective import Sampling, Schedule
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
