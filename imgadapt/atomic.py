@@ -1,42 +1,55 @@
-"""Whole files and folders or none: a temporary name beside them, fsync, rename."""
+"""Whole files and folders or none: a temporary name beside them, fsync, rename. What a killed process left half written
+goes when the same file or folder is written again.
+"""
 
+import errno
 import os
-import secrets
-import shutil
+import stat
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 from imgadapt.errors import OutputError
+from imgadapt.temporary import claimed
+
+_NO_SYNC = {
+    errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EPERM, errno.EBADF, errno.EISDIR
+}  # fmt: skip
+"""How file systems say that folders cannot be synced, or modes be set; Windows cannot open a folder."""
+_LINKS = 40  # that lead to one another; as many as Linux follows
 
 
 @contextmanager
-def atomically(path: Path) -> Generator[BinaryIO]:
-    """A binary file to write, which becomes `path` when the block ends well and vanishes when it does not.
+def atomically(path: Path, *, mode: int | None = None) -> Generator[BinaryIO]:
+    """A binary file to write, which becomes `path` when the block ends well and vanishes when it does not. Where `path`
+    is a link, what it leads to is replaced, and the link stays. mode: permissions; None: those of the file that is
+    replaced, or the user's usual ones.
 
     Raises:
-        OutputError: it cannot be written (disk full, read-only, no permission); what was at `path` is untouched.
+        OutputError: it cannot be written (disk full, read-only, no permission, a folder or a device is there); what was
+            at `path` is untouched, unless it says so.
     """
-    temporary: Path | None = None
+    replaced, names = False, {os.fspath(path)}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        name = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-        descriptor = os.open(name, flags, 0o666)
-        temporary = name
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        temporary = None
+        target = _end_of(path)
+        if target == path:
+            _make(target.parent)
+        mode = _mode_at(target) if mode is None else mode
+        with claimed(target, partial(_create, mode=mode)) as temporary:
+            names |= {os.fspath(temporary), os.fspath(target)}
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                if mode is not None:
+                    _set_mode(file, mode)
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+            replaced = True
+        sync(target.parent)
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}; what was there is untouched") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-    _sync(path.parent)
+        raise _cannot(path, error, names, replaced=replaced) from error
 
 
 @contextmanager
@@ -47,29 +60,21 @@ def folder_atomically(path: Path) -> Generator[Path]:
     Raises:
         OutputError: it cannot be written, or there is something at `path` already.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise OutputError(f"{path} is there already; name a folder that is not, or remove it")
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
+    replaced, names = False, {os.fspath(path)}
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for folder in (*(one for one in temporary.rglob("*") if one.is_dir()), temporary):
-            _sync(folder)
-        os.replace(temporary, path)
+        if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+            raise OutputError(f"{path} is there already; name a folder that is not, or remove it")
+        _make(path.parent)
+        with claimed(path, os.mkdir) as temporary:
+            names.add(os.fspath(temporary))
+            with told_of(path, temporary):
+                yield temporary
+            sync_tree(temporary)
+            os.replace(temporary, path)
+            replaced = True
+        sync(path.parent)
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    with suppress(OSError):  # some file systems cannot sync a folder, and Windows cannot open one
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        raise _cannot(path, error, names, replaced=replaced) from error
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -80,3 +85,109 @@ def write_bytes(path: Path, data: bytes) -> None:
     """
     with atomically(path) as file:
         file.write(data)
+
+
+def make_folder(path: Path) -> None:
+    """A folder, and those that it lies in, where they are not there yet.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    try:
+        _make(path)
+    except OSError as error:
+        at = f"{error.filename}: " if error.filename not in (None, os.fspath(path)) else ""
+        raise OutputError(f"cannot make the folder {path}: {at}{error.strerror or error}") from error
+
+
+@contextmanager
+def told_of(path: Path, temporary: Path) -> Generator[None]:
+    """Errors of what is written into a temporary folder name the one that it becomes."""
+    try:
+        yield
+    except OutputError as error:
+        raise OutputError(str(error).replace(os.fspath(temporary), os.fspath(path))) from error
+
+
+def sync_tree(folder: Path) -> None:
+    """Sync a folder and those in it. Raises OSError: the disk has failed."""
+    for one in (*(inner for inner in folder.rglob("*") if inner.is_dir()), folder):
+        sync(one)
+
+
+def _end_of(path: Path) -> Path:
+    """The plain file that is to be replaced, or where there is none yet. Raises OSError."""
+    target = path
+    for _ in range(_LINKS):
+        try:
+            kind = os.lstat(target).st_mode
+        except FileNotFoundError:
+            if target != path and not target.parent.is_dir():
+                raise OSError(errno.ENOENT, f"it is a link to {target}, whose folder is not there") from None
+            return target
+        if stat.S_ISREG(kind):
+            return target
+        if stat.S_ISDIR(kind):
+            raise IsADirectoryError(errno.EISDIR, "it is a folder; name a file")
+        if not stat.S_ISLNK(kind):
+            raise OSError(errno.EINVAL, "it is no plain file, but a pipe or a device; name a file")
+        target = target.parent / os.readlink(target)
+    raise OSError(errno.ELOOP, "it is a link that leads to itself")
+
+
+def _create(path: str, mode: int | None) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    os.close(os.open(path, flags, 0o666 if mode is None else mode | 0o600))
+
+
+def _mode_at(path: Path) -> int | None:
+    try:
+        return stat.S_IMODE(os.stat(path).st_mode) & 0o777
+    except FileNotFoundError:
+        return None
+
+
+def _set_mode(file: BinaryIO, mode: int) -> None:
+    if os.chmod not in os.supports_fd:  # Windows
+        return
+    try:
+        os.chmod(file.fileno(), mode)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+
+
+def _make(folder: Path) -> None:
+    """See `make_folder`. Raises OSError."""
+    missing = [one for one in (folder, *folder.parents) if not os.path.lexists(one)]
+    for one in reversed(missing):
+        with suppress(FileExistsError):  # another process was first
+            os.mkdir(one)
+        sync(one.parent)
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "not a folder", os.fspath(folder))
+
+
+def sync(folder: Path) -> None:
+    """Sync the names in a folder. Raises OSError: the disk has failed; not where folders cannot be synced."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+
+
+def _cannot(path: Path, error: OSError, names: set[str], *, replaced: bool) -> OutputError:
+    """names: of which the error's own says nothing more."""
+    of = error.filename2 or error.filename
+    why = error.strerror or str(error)
+    why = why if of is None or os.fspath(of) in names or isinstance(of, int) else f"{os.fsdecode(of)}: {why}"
+    if replaced:
+        return OutputError(
+            f"{path} is written, but may be gone after a power cut, as its folder cannot be synced: {why}"
+        )
+    return OutputError(f"cannot write {path}: {why}; what was there is untouched")

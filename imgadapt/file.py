@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -11,14 +11,22 @@ import torch
 from torch import Tensor
 
 from imgadapt.arch import Architecture, architectures
-from imgadapt.atomic import atomically
+from imgadapt.atomic import write_bytes
 from imgadapt.collector import uncollected
-from imgadapt.embeddings import Embedding, read_embeddings, read_pickle, write_embeddings
-from imgadapt.errors import ConfigError, FormatError, OutputError, first_few
+from imgadapt.embeddings import Embedding, read_embeddings, write_embeddings
+from imgadapt.errors import ConfigError, FormatError, first_few, shortened
 from imgadapt.formats import DIFFUSERS, FORMATS, Format, Parts, Step, Writer, architecture_of, exact_alpha, read, write
 from imgadapt.formats.kohya import HASHES
-from imgadapt.formats.peft_config import PEFT_KEY
-from imgadapt.tensors import DTYPES, bytes_of, header_bytes, read_tensors, write_tensors
+from imgadapt.formats.peft_config import LONGEST_JSON, PEFT_KEY
+from imgadapt.header import opened
+from imgadapt.pickles import is_pickle, is_picture, read_pickle, read_picture
+from imgadapt.tensors import DTYPES, bytes_of, header_bytes, read_outline, read_tensors, write_tensors
+from imgadapt.together import together
+
+_CONFIG = "adapter_config.json"  # of peft's folder
+
+_Contents = tuple[dict[str, Tensor], dict[str, str]]
+_LONGEST = 2000  # characters of what is wrong with a file
 
 
 @dataclass(frozen=True)
@@ -38,55 +46,85 @@ class AdapterFile:
     embeddings: Mapping[str, Embedding] = field(default_factory=dict[str, Embedding])
 
 
-def load(path: str | PathLike[str], *, strict: bool = True) -> AdapterFile:
-    """Read an adapter that any known tool wrote: a .safetensors file, a .bin or .pt of tensors only, a picture with an
-    embedding in it, or a folder of peft's. Tensors stay in the file until they are used.
+def load(path: str | PathLike[str], *, strict: bool = True, pickle: bool = False) -> AdapterFile:
+    """Read an adapter that any known tool wrote: a .safetensors file, a folder of peft's, or a picture with an
+    embedding in it. A file is known by its content, whatever it is called.
 
-    strict: what no table knows is an error; else it is listed in `unknown`.
+    strict: what no table knows is an error; else it is listed in `unknown`. pickle: whether torch's pickles (.bin, .pt)
+        are read, too, as data only; the format can hold code, and readers of it have been fooled.
 
     Raises:
         FormatError: there is no such file, it is not whole, or it is not an adapter that imgadapt knows.
     """
     with uncollected():
-        return _load(Path(path), strict=strict)
+        return _load(Path(path), lambda place: _file(place, pickle), strict=strict)
 
 
-def _load(path: Path, *, strict: bool) -> AdapterFile:
-    tensors, metadata = _contents(path)
+def outline(path: str | PathLike[str]) -> AdapterFile:
+    """An adapter as its header tells it: as `load`, but of tensors only lone numbers (alphas) are read; zeros stand for
+    all others, and take no memory.
+
+    Raises:
+        FormatError: as `load`.
+    """
+    with uncollected():
+        return _load(Path(path), read_outline, strict=True)
+
+
+def _load(path: Path, contents: Callable[[Path], _Contents], *, strict: bool) -> AdapterFile:
+    tensors, metadata = _folder_or_file(path, contents)
     try:
         embeddings, keys = read_embeddings(tensors, metadata, path.stem)
-        rest = {key: tensor for key, tensor in tensors.items() if key not in set(keys)}
+        words = set(keys)
+        rest = {key: tensor for key, tensor in tensors.items() if key not in words}
         if embeddings and not rest:
             return AdapterFile({}, metadata, "embedding", None, {}, embeddings)
         reading = read(rest, metadata, architectures(), strict=strict)
     except FormatError as error:
-        raise FormatError(f"{path}: {error}") from error
+        raise FormatError(f"{path}: {shortened(str(error), _LONGEST)}") from error
     return AdapterFile(reading.parts, metadata, reading.format, reading.architecture, reading.unknown, embeddings)
 
 
-def _contents(path: Path, *, inside: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _folder_or_file(path: Path, contents: Callable[[Path], _Contents]) -> _Contents:
     """Tensors and metadata of a file, or of a folder that peft wrote."""
     if path.is_dir():
-        config = path / "adapter_config.json"
-        files = [
-            path / f"adapter_model.{end}" for end in ("safetensors", "bin") if (path / f"adapter_model.{end}").is_file()
-        ]
-        if not config.is_file() or not files:
-            raise FormatError(
-                f"{path}: a folder without adapter_config.json and adapter_model.safetensors, as peft writes"
-            )
-        tensors, metadata = _contents(files[0], inside=True)
+        files = [one for end in ("safetensors", "bin") if (one := path / f"adapter_model.{end}").is_file()]
+        if not (path / _CONFIG).is_file() or not files:
+            raise FormatError(f"{path}: a folder without {_CONFIG} and adapter_model.safetensors, as peft writes")
+        return _with_config(files[0], contents)
+    if path.stem == "adapter_model" and (path.parent / _CONFIG).is_file():
+        return _with_config(path, contents)  # peft's file says nothing of alpha, the config beside it does
+    return contents(path)
+
+
+def _with_config(path: Path, contents: Callable[[Path], _Contents]) -> _Contents:
+    tensors, metadata = contents(path)
+    with opened(path.parent / _CONFIG) as file:
+        config = file.read(LONGEST_JSON + 1)
+        if len(config) > LONGEST_JSON:
+            raise FormatError("it is larger than any config of peft's")
         try:
-            return tensors, {**metadata, PEFT_KEY: config.read_text("utf-8")}
-        except (OSError, UnicodeDecodeError) as error:
-            raise FormatError(f"{config}: {error}") from error
-    if path.stem == "adapter_model" and (path.parent / "adapter_config.json").is_file() and not inside:
-        return _contents(path.parent)  # peft's file says nothing of alpha, the config beside it does
-    if path.suffix.lower() in (".bin", ".pt", ".pth", ".ckpt", ".png", ".webp"):
-        if not path.is_file():
-            raise FormatError(f"{path}: no such file")
-        return read_pickle(path)
-    return read_tensors(path)
+            return tensors, {**metadata, PEFT_KEY: config.decode()}
+        except UnicodeDecodeError as error:
+            raise FormatError(f"no UTF-8 text: {error}") from error
+
+
+def _file(path: Path, pickle: bool) -> _Contents:
+    with opened(path) as file:
+        start = file.read(9)
+    if start[8:] == b"{":  # safetensors begins with the length of its JSON
+        return read_tensors(path)
+    if is_picture(start):
+        return read_picture(path)
+    if not is_pickle(start):
+        return read_tensors(path)  # which says what is wrong
+    if not pickle:
+        raise FormatError(
+            f"{path}: a pickle, as torch.save writes; such files can hold code. If you trust whoever made it, "
+            "load(path, pickle=True) reads the tensors in it, and `imgadapt convert --pickle FILE --to FORMAT` makes a "
+            ".safetensors of it"
+        )
+    return read_pickle(path)
 
 
 def plan(file: AdapterFile, format: str) -> list[Step]:
@@ -150,13 +188,10 @@ def save(
     path = Path(path)
     if form.name == "peft" and not path.suffix:
         config = metadata.pop(PEFT_KEY, None) or form.metadata(file.parts, {})[PEFT_KEY]
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot make the folder {path}: {error}") from error
-        write_tensors(path / "adapter_model.safetensors", tensors, metadata)
-        with atomically(path / "adapter_config.json") as written:
-            written.write(json.dumps(json.loads(config), indent=2).encode())
+        text = json.dumps(json.loads(config), indent=2)  # alpha is in it: it goes with these weights and no others
+        with together(path, _CONFIG) as folder:
+            write_tensors(folder / "adapter_model.safetensors", tensors, metadata)
+            write_bytes(folder / _CONFIG, text.encode())
         return path
     write_tensors(path, tensors, metadata)
     return path
