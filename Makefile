@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo ui test check clean
+.PHONY: demo ui test check constraints licences audit clean
 
 demo: .venv/train
 	$(BIN)/imgadapt demo --output demo_out
@@ -20,6 +20,20 @@ check: .venv/dev
 	$(BIN)/lint-imports
 	$(BIN)/typos
 	$(BIN)/pyright
+
+constraints: .venv/dev  # after: $(BIN)/python -m pip install --upgrade ...
+	$(BIN)/python supply/constraints.py
+
+licences: .venv/dev
+	$(BIN)/python supply/licences.py
+
+audit: .venv/audit/made
+	.venv/audit/bin/python supply/audit.py $(AUDIT)
+
+.venv/audit/made: .venv/made  # apart, for what it brings is none of ours
+	$(PYTHON) -m venv .venv/audit
+	.venv/audit/bin/python -m pip install --quiet --disable-pip-version-check 'pip-audit>=2.9'
+	touch $@
 
 .venv/made:
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'imgadapt needs Python 3.11 or newer: make PYTHON=...')"
