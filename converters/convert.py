@@ -63,7 +63,6 @@ def convert(source: Path, target: Path, args: Any) -> dict[str, Any]:
         row["note"] = NO_CONFIG
     row |= {"loss": Counter(step.loss for step in steps), "reasons": by_reason}
     if not args.plan:
-        target.parent.mkdir(parents=True, exist_ok=True)
         save(file, target, format=args.to, dtype=DTYPES.get(args.dtype), dense=args.dense)
         load(target)  # it can be read back, or that is said now
         row["written"] = str(target)

@@ -157,7 +157,7 @@ class Converter:
         with atomically(path) as written, zipfile.ZipFile(written, "w") as archive:
             for one in sorted(inside.iterdir()):
                 archive.write(one, f"{name}/{one.name}")
-        shutil.rmtree(inside)
+        shutil.rmtree(inside, ignore_errors=True)
         return path
 
     def _prune(self) -> None:

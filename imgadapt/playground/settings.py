@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from imgadapt.atomic import make_folder
 from imgadapt.errors import OutputError
 
 
@@ -61,7 +62,7 @@ class Settings:
         """
         made = self.home / name
         try:
-            made.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot make the folder {made}: {error.strerror}; choose another --home") from error
+            make_folder(made)
+        except OutputError as error:
+            raise OutputError(f"{error}; choose another --home") from error
         return made

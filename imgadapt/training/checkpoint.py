@@ -4,14 +4,13 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from imgadapt.errors import FormatError, TrainingError
+from imgadapt.errors import FormatError, OutputError, TrainingError
 from imgadapt.tensors import read_tensors, tensors_digest, write_tensors
 
 _NAME = re.compile(r"step-(\d{7})\.safetensors")
@@ -49,8 +48,11 @@ def save(
     path = folder / f"step-{step:07d}.safetensors"
     content = {**identity, "step": str(step), "states": json.dumps(told)}
     write_tensors(path, held, {**content, "sha256": tensors_digest(held) + _digest(content)})
-    for old in [other for other, at in _found(folder) if at < step][keep - 1 :]:
-        old.unlink()
+    try:
+        for old in [other for other, at in _found(folder) if at < step][keep - 1 :]:
+            old.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path} is written, but an older one cannot be removed: {error}") from error
     return path
 
 
@@ -63,6 +65,7 @@ def resume(
 
     Raises:
         TrainingError: the checkpoint is of a run with other settings, data or base; or all of them are torn.
+        OutputError: a torn one cannot be set aside.
     """
     torn = 0
     for path, step in _found(folder):
@@ -73,8 +76,7 @@ def resume(
         except FormatError:
             held, metadata, whole = {}, {}, False
         if not whole:
-            with suppress(FileNotFoundError):  # another process of the run was first
-                path.rename(path.with_suffix(".torn"))
+            _set_aside(path)
             torn += 1
             continue
         differing = [
@@ -97,6 +99,15 @@ def resume(
     if torn:
         raise TrainingError(f"{folder}: none of its {torn} checkpoints is whole; remove the folder to start anew")
     return 0
+
+
+def _set_aside(path: Path) -> None:
+    try:
+        path.rename(path.with_suffix(".torn"))
+    except FileNotFoundError:  # another process of the run was first
+        return
+    except OSError as error:
+        raise OutputError(f"{path} is torn, and cannot be set aside: {error.strerror}") from error
 
 
 def _flat(value: Any, name: str, held: dict[str, Tensor]) -> Any:

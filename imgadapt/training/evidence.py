@@ -7,7 +7,6 @@ from torch import Tensor
 
 from imgadapt import live
 from imgadapt.atomic import write_bytes
-from imgadapt.errors import OutputError
 from imgadapt.file import AdapterFile, save
 from imgadapt.training import pictures
 from imgadapt.training.config import TrainConfig
@@ -54,10 +53,7 @@ class Evidence:
             return
         self._lines = Lines(self.config.output / "evaluations.jsonl", first + 1)
         if self.config.sample_prompts and not (first and self.prompts.exists()):
-            try:
-                self.prompts.write_text("".join(f"{p}\n" for p in self.config.sample_prompts), "utf-8")
-            except OSError as error:
-                raise OutputError(f"cannot write {self.prompts}: {error.strerror}") from error
+            write_bytes(self.prompts, "".join(f"{p}\n" for p in self.config.sample_prompts).encode())
 
     def due(self, done: int) -> bool:
         """Whether to look after so many steps."""

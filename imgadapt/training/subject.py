@@ -7,7 +7,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from imgadapt import live
-from imgadapt.atomic import write_bytes
+from imgadapt.atomic import make_folder, write_bytes
 from imgadapt.errors import ConfigError, OutputError
 from imgadapt.training import pictures
 from imgadapt.training.config import DreamBoothConfig
@@ -80,10 +80,10 @@ def class_pictures(config: DreamBoothConfig, job: Job) -> Material:
 
 def _fill(config: DreamBoothConfig, job: Job, folder: Path) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write class pictures to {folder}: {error.strerror}") from error
-    there = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES]
+        make_folder(folder)
+        there = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES]
+    except (OutputError, OSError) as error:
+        raise OutputError(f"cannot write class pictures to {folder}: {error}") from error
     lacking = config.class_count - len(there)
     if lacking <= 0:
         return

@@ -4,28 +4,28 @@ Layout: https://github.com/huggingface/safetensors#format. Dtypes and shapes sta
 the data, and threads may write in any order.
 """
 
-import errno
 import json
 import os
 import shutil
+import stat
 import struct
 from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Lock, Thread
-from typing import Any
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from imgadapt.atomic import atomically
 from imgadapt.errors import FormatError, OutputError
+from imgadapt.header import Row, header_of
 
 _CHUNK = 2**25  # bytes copied at a time
 _FLUSH = 0.5  # seconds between flushes
 _PIECE = 2**17  # bytes written at a time: more at once takes Linux 6 (ext4) two to four times as long
-_UNABLE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM)
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,14 @@ class Layout:
     """A safetensors file. rows: what its header says of each tensor, in its order; start: where the data begins."""
 
     path: Path
-    rows: Mapping[str, Mapping[str, Any]]
+    rows: Mapping[str, Row]
     metadata: Mapping[str, str]
     start: int
     size: int
 
     def span(self, key: str) -> tuple[int, int]:
         """Where a tensor is within the data: (first byte, last + 1)."""
-        first, last = self.rows[key]["data_offsets"]
-        return first, last
+        return self.rows[key].first, self.rows[key].last
 
     def between(self, changed: Collection[str]) -> list[tuple[int, int]]:
         """What lies between tensors that change, within the data, in pieces of 32 MB or less."""
@@ -56,15 +55,8 @@ class Layout:
 
 def layout_of(path: Path) -> Layout:
     """Raises FormatError: it is not a safetensors file."""
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            (length,) = struct.unpack("<Q", file.read(8))
-            header: dict[str, Any] = json.loads(file.read(min(length, size)))
-    except (OSError, ValueError, struct.error) as error:
-        raise FormatError(f"{path}: not a whole safetensors file ({error})") from error
-    metadata = header.pop("__metadata__", {})
-    return Layout(path, header, metadata, 8 + length, size)
+    header = header_of(path)
+    return Layout(path, header.rows, header.metadata, header.start, header.size)
 
 
 class Rewriting:
@@ -76,8 +68,12 @@ class Rewriting:
         self._lock = Lock()  # the kernel lets one write to a file at a time, and burns the time of those who wait
 
     def copy(self, first: int, last: int) -> None:
-        """These bytes of the data as they are."""
-        with self._lock:
+        """These bytes of the data as they are.
+
+        Raises:
+            FormatError: they cannot be read. OSError: they cannot be written.
+        """
+        with self._lock, _named(self.layout.path):
             copy_range(self._source, self._target, self.layout.start + first, self._start + first, last - first)
 
     def put(self, key: str, tensor: Tensor) -> None:
@@ -97,12 +93,12 @@ def rewriting(
     metadata, as long, in which all is known; asked for at the end.
 
     Raises:
-        OutputError: it cannot be written; what was there is untouched.
+        OutputError: it cannot be written; what was there is untouched. FormatError: the layout's file cannot be read.
     """
     text = _header(layout, metadata)
     need = 8 + len(text) + layout.size - layout.start
     room_for(target, need)
-    with layout.path.open("rb", buffering=0) as source, atomically(target) as file:
+    with _opened(layout.path) as source, atomically(target) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.flush()
         with _flushed(file.fileno()):
@@ -116,7 +112,9 @@ def rewriting(
 
 
 def _header(layout: Layout, metadata: Mapping[str, str]) -> bytes:
-    rows = {"__metadata__": dict(sorted(metadata.items())), **layout.rows} if metadata else layout.rows
+    rows: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    for key, row in layout.rows.items():
+        rows[key] = {"dtype": row.dtype, "shape": row.shape, "data_offsets": (row.first, row.last)}
     text = json.dumps(rows, separators=(",", ":"), ensure_ascii=False).encode()
     return text + b" " * (-len(text) % 8)
 
@@ -150,41 +148,70 @@ def _flushed(file: int) -> Generator[None]:
 
 
 def room_for(path: Path, need: int) -> None:
-    """Raises OutputError: the disk has not as many bytes left."""
-    folder = next(folder for folder in path.absolute().parents if folder.is_dir())
-    if (free := shutil.disk_usage(folder).free) < need:
+    """Raises OutputError: the disk has not as many bytes left, or cannot be asked."""
+    try:
+        folder = next(folder for folder in path.absolute().parents if folder.is_dir())
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    if free < need:
         raise OutputError(f"{path} takes {need / 1e9:.2f} GB, and {folder} has {free / 1e9:.2f} GB left")
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """A whole file, synced. Raises OutputError: it cannot be written."""
-    with source.open("rb", buffering=0) as old, atomically(target) as new:
-        size = os.fstat(old.fileno()).st_size
-        for place in range(0, size, _CHUNK):
-            copy_range(old.fileno(), new.fileno(), place, place, min(_CHUNK, size - place))
-    shutil.copymode(source, target)
+    """A whole file with its permissions, synced.
+
+    Raises:
+        OutputError: it cannot be written. FormatError: the source cannot be read.
+    """
+    with _opened(source) as old, _named(source):
+        about = os.fstat(old.fileno())
+        with atomically(target, mode=stat.S_IMODE(about.st_mode) & 0o777) as new:
+            for place in range(0, about.st_size, _CHUNK):
+                copy_range(old.fileno(), new.fileno(), place, place, min(_CHUNK, about.st_size - place))
+
+
+@contextmanager
+def _opened(path: Path) -> Generator[BinaryIO]:
+    """Raises FormatError: it cannot be opened."""
+    try:
+        file = path.open("rb", buffering=0)
+    except OSError as error:
+        raise FormatError(f"{path}: {error.strerror or error}") from error
+    with file:
+        yield file
+
+
+@contextmanager
+def _named(path: Path) -> Generator[None]:
+    """What cannot be read within is of this file."""
+    try:
+        yield
+    except FormatError as error:
+        raise FormatError(f"{path}: {error}") from error
 
 
 def copy_range(source: int, target: int, first: int, place: int, count: int) -> None:
     """`count` bytes from `first` of one open file to `place` of another; within the kernel where it can.
 
     Raises:
-        OSError: it cannot be written, or the source has become shorter.
+        OSError: it cannot be written. FormatError: it cannot be read, or has become shorter; the message names no file.
     """
     while count and hasattr(os, "copy_file_range"):
         try:
             done = os.copy_file_range(source, target, count, first, place)
-        except OSError as error:
-            if error.errno not in _UNABLE:
-                raise
+        except OSError:  # it cannot be done so; or reading or writing fails, and then says below which of them
             break
         if not done:
             break
         first, place, count = first + done, place + done, count - done
     while count:
-        data = os.pread(source, min(count, _CHUNK), first)
+        try:
+            data = os.pread(source, min(count, _CHUNK), first)
+        except OSError as error:
+            raise FormatError(error.strerror or str(error)) from error
         if not data:
-            raise OSError(errno.EIO, "the file that is read has become shorter")
+            raise FormatError("it became shorter while it was read")
         _write(target, memoryview(data), place)
         first, place, count = first + len(data), place + len(data), count - len(data)
 

@@ -46,7 +46,6 @@ def merged(
         ticket.progress(f"merging by {rule.name}", k, len(jobs))
         path = playground.settings.folder("adapters") / "rules" / f"{name}.safetensors"
         if not path.is_file():
-            path.parent.mkdir(exist_ok=True)
             recipe = MergeRecipe(
                 tuple(stacking.entry(use, playground.library.get(use.adapter).path) for use in uses),
                 rule.name,

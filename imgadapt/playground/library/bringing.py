@@ -1,6 +1,8 @@
 """Bringing: an adapter from outside, into the library's folder of such."""
 
-from imgadapt.atomic import write_bytes
+from contextlib import suppress
+
+from imgadapt.atomic import make_folder, write_bytes
 from imgadapt.errors import ConfigError, FormatError
 from imgadapt.playground.filenames import cleaned, reserved
 from imgadapt.playground.library.library import Card, Library
@@ -24,7 +26,7 @@ def bring(settings: Settings, library: Library, name: str, data: bytes) -> Card:
     if not name.lower().endswith(".safetensors"):
         raise FormatError("only .safetensors files are taken; a .ckpt, .pt or .bin may run anything that is in it")
     folder = settings.folder("adapters") / FOLDER
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     path = reserved(folder, cleaned(name[: -len(".safetensors")], "adapter"), ".safetensors")
     try:
         write_bytes(path, data)
@@ -33,7 +35,8 @@ def bring(settings: Settings, library: Library, name: str, data: bytes) -> Card:
         if card is None or card.fault:
             raise FormatError(card.fault if card is not None else "the library does not take it")
     except BaseException:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # what went wrong first is what is said
+            path.unlink()
         library.scan()
         raise
     return card

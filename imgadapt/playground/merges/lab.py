@@ -1,6 +1,7 @@
 """Lab: merging what a stack of adapters does into one file, after looking at it."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from imgadapt import save
+from imgadapt.atomic import make_folder
 from imgadapt.combining import printing
 from imgadapt.combining.combine import DTYPES, combine_inputs
 from imgadapt.combining.files import cast, metadata_of, opened
@@ -185,7 +187,8 @@ class Lab:
         try:
             save(made, path, format=recipe.format)
         except BaseException:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # what went wrong first is what is said
+                path.unlink()
             raise
         library = self.playground.library
         library.scan()
@@ -196,10 +199,7 @@ class Lab:
 
     def _vacant(self, request: MergeRequest) -> Path:
         folder = self.playground.settings.folder("adapters") / "merged"
-        try:
-            folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot write to {folder}: {error.strerror or error}") from error
+        make_folder(folder)
         inputs = [filenames.cleaned(self.playground.library.get(use.adapter).name, "") for use in request.adapters]
         joined = "+".join(filter(None, inputs)) if len(inputs) < 4 else f"{inputs[0]} and {len(inputs) - 1} more"
         usual = filenames.cleaned(f"{joined} merged" if len(inputs) == 1 else joined, "merged", 60)

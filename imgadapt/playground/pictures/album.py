@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from imgadapt.atomic import write_bytes
-from imgadapt.errors import ConfigError, DataError
+from imgadapt.errors import ConfigError, DataError, OutputError
 from imgadapt.playground.decoding import decoded
 from imgadapt.playground.pictures import infotext, owners
 
@@ -170,8 +170,11 @@ class Album:
         """
         with self._lock:
             entry = self._mine(id, owner)
-            if not entry.lent:
-                entry.path.unlink(missing_ok=True)
+            try:
+                if not entry.lent:
+                    entry.path.unlink(missing_ok=True)
+            except OSError as error:
+                raise OutputError(f"cannot remove {entry.path}: {error.strerror}") from error
             self._forget(id)
 
     def thumbnail(self, id: str, side: int = 256, owner: str | None = None) -> bytes:

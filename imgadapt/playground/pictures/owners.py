@@ -6,24 +6,28 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-from imgadapt.atomic import atomically
+from imgadapt.atomic import atomically, make_folder
 from imgadapt.errors import OutputError
 
 _PRIVATE = 0o600
 
 
 def read(file: Path, known: Collection[str]) -> dict[str, str]:
-    """Owners by ids, of those that are in `known`; the file is written anew when most of its lines are of others."""
+    """Owners by ids, of those that are in `known`; the file is written anew when most of its lines are of others.
+
+    Raises:
+        OutputError: it cannot be read, or written.
+    """
     try:
         lines = file.read_text("utf-8", "replace").splitlines()
-    except OSError:  # none yet
+    except FileNotFoundError:  # none yet
         return {}
+    except OSError as error:
+        raise OutputError(f"cannot read {file}, which says whose the pictures are: {error.strerror}") from error
     rows = [line.split(" ", 1) for line in lines if line]
     owners = {row[0]: row[1] for row in rows if len(row) == 2 and row[0] in known}
     if len(rows) > 2 * len(owners) + 1000:
-        with atomically(file) as out:
-            if os.chmod in os.supports_fd:
-                os.chmod(out.fileno(), _PRIVATE)
+        with atomically(file, mode=_PRIVATE) as out:
             out.write("".join(f"{id} {owner}\n" for id, owner in owners.items()).encode())
     return owners
 
@@ -36,7 +40,7 @@ def add(file: Path, id: str, owner: str) -> None:
     """
     line = f"\n{id} {owner.splitlines()[0]}\n".encode()  # on its own, whatever was torn before it
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(file.parent)
         descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, _PRIVATE)
         try:
             whole = os.write(descriptor, line) == len(line)

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from imgadapt.atomic import atomically
 from imgadapt.errors import ConfigError
-from imgadapt.playground.serving.sessions import private
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,31}")
 _LONGEST = 1024
@@ -142,8 +141,7 @@ def add(file: Path, name: str, password: str) -> None:
     if not 8 <= len(password) <= _LONGEST:
         raise ConfigError(f"a password has 8 to {_LONGEST} characters; this one has {len(password)}")
     everyone = {**(read(file) if file.exists() else {}), name: hashed(password)}
-    with atomically(file) as out:
-        private(out)
+    with atomically(file, mode=0o600) as out:
         out.write("".join(f"{one}:{stored}\n" for one, stored in everyone.items()).encode())
 
 

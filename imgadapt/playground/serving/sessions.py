@@ -2,12 +2,11 @@
 
 import hashlib
 import hmac
-import os
 import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import Self
 
 from imgadapt.atomic import atomically
 
@@ -35,8 +34,7 @@ class Guests:
     def kept_in(cls, file: Path) -> Self:
         """With the secret of a file, which is made where there is none."""
         if not file.is_file() or file.stat().st_size != 32:
-            with atomically(file) as out:
-                private(out)
+            with atomically(file, mode=0o600) as out:
                 out.write(secrets.token_bytes(32))
         return cls(file.read_bytes())
 
@@ -56,9 +54,3 @@ class Guests:
 
     def _signed(self, name: str) -> str:
         return hmac.new(self._secret, name.encode(), hashlib.sha256).hexdigest()[:32]
-
-
-def private(file: BinaryIO) -> None:
-    """Nobody else may read an open file, where the system knows such a thing."""
-    if os.chmod in os.supports_fd:
-        os.chmod(file.fileno(), 0o600)

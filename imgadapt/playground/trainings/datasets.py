@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 import threading
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from imgadapt import demo
 from imgadapt.atomic import folder_atomically, write_bytes
-from imgadapt.errors import ConfigError, DataError, first_few
+from imgadapt.errors import ConfigError, DataError, OutputError, first_few
 from imgadapt.playground import filenames
 from imgadapt.playground.decoding import decoded
 from imgadapt.playground.settings import Settings
@@ -79,11 +80,11 @@ class Datasets:
                 with folder_atomically(folder) as inside:
                     for file, data in kept.items():
                         write_bytes(inside / file, data)
+                owners = {k: v for k, v in {**self._owners(), folder.name: owner}.items() if (root / k).is_dir()}
+                write_bytes(root / _OWNERS, json.dumps(owners).encode())
             except BaseException:
-                folder.rmdir()
+                shutil.rmtree(folder, ignore_errors=True)
                 raise
-            owners = {**self._owners(), folder.name: owner}
-            write_bytes(root / _OWNERS, json.dumps({k: v for k, v in owners.items() if (root / k).is_dir()}).encode())
         found = self._dataset(folder)
         return Dataset(found.id, found.name, found.pictures, tuple(notes))
 
@@ -106,10 +107,14 @@ class Datasets:
         return Dataset(_id(folder), "emoji style (embedded)" if own else folder.name, _pictures(folder))
 
     def _owners(self) -> Mapping[str, str]:
+        """Raises OutputError: they cannot be read; what is written then would make everything nobody's."""
+        path = self.settings.folder("data") / _OWNERS
         try:
-            return json.loads((self.settings.folder("data") / _OWNERS).read_text("utf-8"))
-        except (OSError, ValueError):  # none yet
+            return json.loads(path.read_text("utf-8"))
+        except FileNotFoundError:  # none yet
             return {}
+        except (OSError, ValueError) as error:
+            raise OutputError(f"cannot read {path}, which says whose the data are ({error}); remove it") from error
 
     def _owned(self, owner: str) -> list[str]:
         return [name for name, whose in self._owners().items() if whose == owner]

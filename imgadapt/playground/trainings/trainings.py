@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Self
 
 from imgadapt.atomic import write_bytes
+from imgadapt.errors import OutputError
 from imgadapt.playground.desk import public
 from imgadapt.playground.trainings import launching
 from imgadapt.playground.trainings.watching import Watch
 
 RECORD = "run.json"
-_STOPPED = (130, 143, -2, -15)  # exit statuses after a signal that asked it to end
+_STOPPED = (129, 130, 143, -1, -2, -15)  # exit statuses after a signal that asked it to end
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,10 @@ class Training:
         """
         if self._waiting is not None:
             self._waiting.join()
-        (self.folder / "status.json").unlink(missing_ok=True)  # of the process before
+        try:
+            (self.folder / "status.json").unlink(missing_ok=True)  # of the process before
+        except OSError as error:
+            raise OutputError(f"cannot remove {error.filename}: {error.strerror}") from error
         self.keep(pid=None, ended=None, stopping=False)
         process = launching.start(arguments, self.folder, device)
         self._process = process
