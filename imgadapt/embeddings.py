@@ -1,19 +1,13 @@
 """Textual-inversion embeddings: vectors for new words, in every form that tools write them."""
 
-import base64
-import json
-import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from imgadapt.errors import FormatError, MissingExtra, first_few
-from imgadapt.tensors import read_tensors
+from imgadapt.errors import FormatError, first_few
 
 Form = Literal["a1111", "diffusers", "kohya", "pair", "bundled"]
 KINDS = ("clip_l", "clip_g", "t5", "llama", "gemma")
@@ -22,10 +16,6 @@ _BUNDLE = "bundle_emb."
 _NAMES = {f"{name}{end}": f"{kind}{end}" for end in ("", "_out") for name, kind in (
     *((kind, kind) for kind in KINDS), *((one, "any") for one in _ONE))}  # fmt: skip
 _LAYER = re.compile(r"\w+:\d+:\w+|\d+")  # cloneofsimo's, and the numbers of a list
-_UNREADABLE = (
-    *(pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, OSError),
-    *(IndexError, MemoryError, RecursionError, OverflowError),
-)
 
 
 @dataclass(frozen=True)
@@ -171,92 +161,3 @@ def _written(token: str, embedding: Embedding, form: Form) -> dict[str, Tensor]:
             f"the {form} form has one tensor for a word, and {token} has {', '.join(named)}; OneTrainer's holds all"
         )
     return {_ONE[0] if form == "kohya" else token: next(iter(embedding.vectors.values()))}
-
-
-def read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors under dotted keys, the rest as text) of a .pt, .bin or .ckpt that holds data only, or of a picture
-    in which A1111 wrote an embedding; by content, whatever the file is called. A lone tensor is an `emb_params`.
-
-    Raises:
-        FormatError: it is neither; a pickle that wants to run code is never loaded.
-    """
-    tensors: dict[str, Tensor] = {}
-    metadata: dict[str, str] = {}
-    try:
-        with path.open("rb") as file:
-            start = file.read(9)
-        if start[8:9] == b"{":  # safetensors begins with the length of its JSON
-            return read_tensors(path)  # by another name
-        content: Any = _in_picture(path) if start[:4] in (b"\x89PNG", b"RIFF") else _pickled(path)
-        for key, value in _flat({_ONE[0]: content} if isinstance(content, Tensor) else content, ""):
-            key = key.removeprefix("state_dict.")
-            if isinstance(value, Tensor):
-                if key in tensors:
-                    raise FormatError(f"two tensors are called '{key}'")
-                tensors[key] = _whole(key, value.detach())
-            elif isinstance(value, str | int | float | bool):
-                metadata[key] = str(value)
-    except FormatError as error:
-        raise FormatError(f"{path}: {error}") from error
-    except _UNREADABLE as error:
-        raise FormatError(f"{path}: not a file of tensors that is safe to load ({_wish(error)})") from error
-    return tensors, metadata
-
-
-def _pickled(path: Path) -> Any:
-    with torch.serialization.safe_globals([nn.ParameterDict]):
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _wish(error: BaseException) -> str:
-    """What a refused pickle wanted to call, or else what is wrong with the file."""
-    text = str(error)
-    if match := re.search(r"GLOBAL (\S+)", text):
-        return f"it wants to run {match[1]}"
-    said = text.partition("WeightsUnpickler error:")[2].strip() or text or repr(error)
-    return said.splitlines()[0]
-
-
-def _whole(key: str, tensor: Tensor) -> Tensor:
-    """The same tensor, if all its numbers are in the file: one that repeats a few may be larger than any memory."""
-    plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
-    if not plain or tensor.is_complex():
-        raise FormatError(f"{key} is {tensor.dtype}, {tensor.layout}, on {tensor.device}; wanted plain numbers")
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise FormatError(f"{key} is {tuple(tensor.shape)}, more than the numbers in the file")
-    return tensor
-
-
-def _flat(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-    """(dotted key, leaf) of nested mappings and lists. Mappings in a list at the top are taken as one."""
-    if isinstance(value, nn.ParameterDict):
-        value = value._parameters  # before torch 1.12 it was pickled without the names that .items() reads
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from _flat(inner, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, list | tuple):
-        for number, inner in enumerate(value):
-            merged = not key and isinstance(inner, Mapping)
-            yield from _flat(inner, "" if merged else f"{key}.{number}" if key else str(number))
-    else:
-        yield key, value
-
-
-def _in_picture(path: Path) -> Any:
-    """What A1111 wrote into a picture: base64 of JSON, in its text `sd-ti-embedding` (modules/textual_inversion)."""
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError as error:
-        raise MissingExtra("Pillow", "diffusers") from error
-    try:
-        with Image.open(path) as picture:
-            text = picture.info.get("sd-ti-embedding")
-        if not isinstance(text, str):
-            raise FormatError("a picture without an embedding in its text (those in pixels are not read)")
-        return json.loads(base64.b64decode(text), object_hook=_tensor)
-    except (*_UNREADABLE, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise FormatError(f"no embedding can be read from this picture ({error})") from error
-
-
-def _tensor(row: dict[str, Any]) -> Any:
-    return torch.tensor(row["TORCHTENSOR"], dtype=torch.float32) if "TORCHTENSOR" in row else row

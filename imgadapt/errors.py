@@ -49,7 +49,14 @@ class TrainingError(ImgadaptError):
 
 
 class Interrupted(TrainingError):
-    """The run was told to stop (Ctrl-C, SIGTERM); its state is saved and the same command goes on from it."""
+    """The run was told to stop (Ctrl-C, SIGTERM); its state is saved and the same command goes on from it.
+
+    number: the signal's.
+    """
+
+    def __init__(self, text: str, number: int = 2) -> None:
+        super().__init__(text)
+        self.number = number
 
 
 class OutputError(ImgadaptError):
@@ -67,3 +74,9 @@ def first_few(names: Sequence[str], count: int = 3) -> str:
     """`a, b, c and 7 more`: how errors list many names."""
     shown = ", ".join(names[:count])
     return shown if len(names) <= count else f"{shown} and {len(names) - count} more"
+
+
+def shortened(text: str, most: int = 60) -> str:
+    """A name from a file as a message may show it: one line, without what moves a terminal's cursor, not too long."""
+    shown = "".join(c if c.isprintable() else "?" for c in text[: most + 1])
+    return shown if len(shown) <= most else f"{shown[: most - 3]}..."

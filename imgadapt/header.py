@@ -6,13 +6,15 @@ Layout: https://github.com/huggingface/safetensors#format.
 import json
 import math
 import os
+import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from imgadapt.errors import FormatError
+from imgadapt.errors import FormatError, shortened
 
 MOST_BYTES = 32 * 2**20
 """Of a header; the largest of real files are metadata of 5 MB."""
@@ -59,19 +61,36 @@ def stamp_of(file: BinaryIO) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
+@contextmanager
+def opened(path: Path) -> Generator[BinaryIO]:
+    """A file, open to be read. What is no file (a pipe, a device) is refused unopened, for it may never end.
+
+    Raises:
+        FormatError: it is none, or cannot be read; or what is done within raises one, whose message names no file.
+    """
+    try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            what = "no such file, only a folder" if stat.S_ISDIR(mode) else "no file, but a pipe, socket or device"
+            raise FormatError(what)
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+            yield file
+    except FormatError as error:
+        raise FormatError(f"{path}: {error}") from error
+    except FileNotFoundError as error:
+        raise FormatError(f"{path}: no such file{', only a link to one' if path.is_symlink() else ''}") from error
+    except OSError as error:
+        raise FormatError(f"{path}: {error.strerror or error}") from error
+
+
 def header_of(path: Path) -> Header:
     """The header of a file.
 
     Raises:
         FormatError: it cannot be read, or `read_header` refuses it.
     """
-    try:
-        with path.open("rb") as file:
-            return read_header(file)
-    except FormatError as error:
-        raise FormatError(f"{path}: {error}") from error
-    except OSError as error:
-        raise FormatError(f"{path}: {error.strerror or error}") from error
+    with opened(path) as file:
+        return read_header(file)
 
 
 def read_header(file: BinaryIO) -> Header:
@@ -131,7 +150,7 @@ class _Reader:
                     raise FormatError("not safetensors: it has __metadata__ twice")
                 metadata = self._metadata()
             elif key in rows:
-                raise FormatError(f"not safetensors: it has two tensors called {_short(key)}")
+                raise FormatError(f"not safetensors: it has two tensors called {shortened(key)}")
             elif len(rows) == MOST_TENSORS:
                 raise FormatError(f"more than {MOST_TENSORS:,} tensors, which no model has")
             else:
@@ -187,11 +206,11 @@ class _Reader:
         found: dict[str, str] = {}
         for key in self._keys():
             if key in found:
-                raise FormatError(f"not safetensors: its metadata has {_short(key)} twice")
+                raise FormatError(f"not safetensors: its metadata has {shortened(key)} twice")
             if len(found) == MOST_TENSORS:
                 raise FormatError(f"more than {MOST_TENSORS:,} entries of metadata")
             if self._next() != '"':
-                raise FormatError(f"not safetensors: {_short(key)} in its metadata is no text")
+                raise FormatError(f"not safetensors: {shortened(key)} in its metadata is no text")
             found[key] = self._string(colon=False)
         return found
 
@@ -204,19 +223,17 @@ class _Reader:
             first, last = places
             numbers = [*shape, first, last]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise FormatError(f"not safetensors: what its header says of {_short(key)} is no tensor's") from error
+            raise FormatError(f"not safetensors: what its header says of {shortened(key)} is no tensor's") from error
         self._place = end
         if len(said) != 3 or not all(type(number) is int and 0 <= number <= _LARGEST for number in numbers):
-            raise FormatError(f"not safetensors: what its header says of {_short(key)} is no tensor's")
+            raise FormatError(f"not safetensors: what its header says of {shortened(key)} is no tensor's")
         if not isinstance(dtype, str) or dtype not in BITS:
-            raise FormatError(f"{_short(key)} is of type {_short(str(dtype))}, which safetensors has not")
+            raise FormatError(f"{shortened(key)} is of type {shortened(str(dtype))}, which safetensors has not")
         count = math.prod(shape)
         if count > _LARGEST or count * BITS[dtype] != 8 * (last - first):
             wanted = f"{count * BITS[dtype] / 8:,.0f}" if count <= _LARGEST else "more than all"
-            raise FormatError(
-                f"not safetensors: {_short(key)}, {dtype} {_short(str(tuple(shape)))}, takes {wanted} bytes and has "
-                f"{last - first:,}"
-            )
+            what = f"{shortened(key)}, {dtype} {shortened(str(tuple(shape)))},"
+            raise FormatError(f"not safetensors: {what} takes {wanted} bytes and has {last - first:,}")
         return Row(dtype, tuple(shape), first, last)
 
 
@@ -232,13 +249,8 @@ def _check_places(rows: Mapping[str, Row], size: int) -> None:
     for key, row in sorted(rows.items(), key=lambda item: (item[1].first, item[1].last)):
         if row.first != place:
             what = "overlap" if row.first < place else "leave a gap"
-            raise FormatError(f"not safetensors: {_short(before) or 'its start'} and {_short(key)} {what}")
+            raise FormatError(f"not safetensors: {shortened(before) or 'its start'} and {shortened(key)} {what}")
         place, before = row.last, key
     if place != size:
         wanted = "not whole: " if place > size else "not safetensors: "
         raise FormatError(f"{wanted}its tensors take {place:,} bytes, and there are {size:,}")
-
-
-def _short(text: str, most: int = 60) -> str:
-    shown = "".join(c if c.isprintable() else "?" for c in text[: most + 1])
-    return shown if len(shown) <= most else f"{shown[: most - 3]}..."

@@ -1,8 +1,6 @@
 """Stored: an original weight that waits in a checkpoint while its layer is merged in place."""
 
-import json
 import os
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imgadapt.errors import StateError
+from imgadapt.errors import FormatError, StateError
+from imgadapt.header import header_of, stamp_of
 
 _BLOCK = 2**20  # bytes compared at a time
 _NAMES = {
@@ -89,7 +88,7 @@ class Stored:
             file = self.file.open("rb", buffering=0)
         except OSError as error:
             raise StateError(f"{self.file}, which keeps {self.key}, cannot be read: {error}; put it back") from error
-        if _stamp(os.fstat(file.fileno())) != self.stamp:
+        if stamp_of(file) != self.stamp:
             file.close()
             raise StateError(f"{self.file}, which keeps {self.key}, has changed since the merge; load the model anew")
         return file
@@ -101,10 +100,6 @@ class Stored:
             if not got:
                 raise StateError(f"{self.file}, which keeps {self.key}, has become shorter; put it back")
             done += got
-
-
-def _stamp(status: os.stat_result) -> tuple[int, int]:
-    return status.st_size, status.st_mtime_ns
 
 
 def _bytes(tensor: Tensor) -> "np.ndarray[Any, np.dtype[np.uint8]]":
@@ -127,16 +122,12 @@ def stored(place: Path) -> dict[str, Stored]:
 
 def _index(path: Path) -> Iterator[Stored]:
     try:
-        with path.open("rb") as file:
-            stamp = _stamp(os.fstat(file.fileno()))
-            (size,) = struct.unpack("<Q", file.read(8))
-            header: dict[str, Any] = json.loads(file.read(min(size, path.stat().st_size)))
-        for key, row in header.items():
-            if key != "__metadata__":
-                start, end = (8 + size + offset for offset in row["data_offsets"])
-                yield Stored(path, key, row["dtype"], tuple(row["shape"]), start, end, stamp)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise StateError(f"{path}: not a safetensors file to restore weights from ({error})") from error
+        header = header_of(path)
+    except FormatError as error:
+        raise StateError(f"{error}; wanted safetensors to restore weights from") from error
+    for key, row in header.rows.items():
+        places = header.start + row.first, header.start + row.last
+        yield Stored(path, key, row.dtype, row.shape, *places, header.stamp)
 
 
 def in_parallel(work: Callable[[Any], Any], rows: Sequence[Any]) -> list[Any]:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from imgadapt.atomic import atomically
-from imgadapt.errors import FormatError, first_few
-from imgadapt.header import Header, read_header, stamp_of
+from imgadapt.errors import FormatError, first_few, shortened
+from imgadapt.header import Header, opened, read_header, stamp_of
 from imgadapt.pages import roomy
 
 _PIECE = 2**26  # bytes read at a time
@@ -36,42 +36,58 @@ def read_tensors(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str
         FormatError: there is no such file, it cannot be read, it is not whole safetensors, it has a type that no
             adapter has, or it changed meanwhile.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FormatError(f"{path}: no such file" + (", only a folder" if path.is_dir() else ""))
-    try:
-        with path.open("rb", buffering=0) as file:
-            header = read_header(file)
-            dtypes = {name: dtype for dtype, name in DTYPES.items()}
-            if strange := [key for key, row in header.rows.items() if row.dtype not in dtypes]:
-                raise FormatError(f"{first_few(strange)} of type {header.rows[strange[0]].dtype}, which no adapter has")
-            data = _data(file, header)
-    except FormatError as error:
-        raise FormatError(f"{path}: {error}") from error
-    except OSError as error:
-        raise FormatError(f"{path}: {error.strerror or error}") from error
     found: dict[str, Tensor] = {}
-    for key, row in sorted(header.rows.items()):
-        piece, dtype = data[row.first : row.last], dtypes[row.dtype]
-        if row.first % dtype.itemsize:
-            piece = piece.clone()
-        found[key] = piece.view(dtype).view(row.shape) if len(piece) else torch.empty(row.shape, dtype=dtype)
+    with opened(Path(path)) as file:
+        header, dtypes = _header(file)
+        for key, row in sorted(header.rows.items()):
+            found[key] = _read(file, header.start + row.first, row.last - row.first, row.shape, dtypes[row.dtype])
+        if stamp_of(file) != header.stamp:
+            raise FormatError("it changed while it was read; try again when whatever writes it is done")
     return found, dict(header.metadata)
 
 
-def _data(file: BinaryIO, header: Header) -> Tensor:
-    """(bytes,) all that follows the header."""
-    data = roomy(header.size - header.start)
+def read_outline(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The same, without most numbers: those of tensors of one are read, all others are zeros that take no memory.
+
+    Raises:
+        FormatError: as `read_tensors`.
+    """
+    found: dict[str, Tensor] = {}
+    with opened(path) as file:
+        header, dtypes = _header(file)
+        for key, row in sorted(header.rows.items()):
+            dtype, size = dtypes[row.dtype], row.last - row.first
+            if size == dtype.itemsize:
+                found[key] = _read(file, header.start + row.first, size, row.shape, dtype)
+            else:
+                found[key] = torch.zeros((), dtype=dtype).expand(row.shape)
+    return found, dict(header.metadata)
+
+
+def _header(file: BinaryIO) -> tuple[Header, dict[str, torch.dtype]]:
+    """A header, all of whose tensors are of types that torch has, and these by safetensors' names."""
+    header, dtypes = read_header(file), {name: dtype for dtype, name in DTYPES.items()}
+    if strange := [key for key, row in header.rows.items() if row.dtype not in dtypes]:
+        names = first_few([shortened(key) for key in strange])
+        raise FormatError(f"{names} of type {header.rows[strange[0]].dtype}, which no adapter has")
+    return header, dtypes
+
+
+def _read(file: BinaryIO, place: int, size: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor in memory of its own, from its bytes in a file."""
+    if not size:
+        return torch.empty(shape, dtype=dtype)
+    try:
+        data = roomy(size)
+    except (OSError, RuntimeError, MemoryError) as error:
+        raise FormatError(f"a tensor of {size / 1e9:.1f} GB, for which memory has no room") from error
     rest = memoryview(data.numpy())  # pyright: ignore[reportArgumentType] # an array is a buffer
-    place = header.start
     while rest:
         got = os.preadv(file.fileno(), [rest[:_PIECE]], place)
         if not got:
             raise FormatError("it became shorter while it was read")
         rest, place = rest[got:], place + got
-    if stamp_of(file) != header.stamp:
-        raise FormatError("it changed while it was read; try again when whatever writes it is done")
-    return data
+    return data.view(dtype).view(shape)
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:

@@ -242,11 +242,11 @@ def test_an_interrupted_write_leaves_the_old_file_and_the_interruption(
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "not a whole safetensors file"),
-        (b"just words, no tensors at all\n", "not a whole safetensors file"),
+        (b"", "an empty file"),
+        (b"just words, no tensors at all\n", "not a safetensors file"),
         (struct.pack("<Q", 2) + b"{}", "not an adapter that imgadapt reads: none of its 0 keys"),
-        (struct.pack("<Q", 2**40) + b"{}", "not a whole safetensors file"),
-        (b"PK\x03\x04 a pickle, as torch.save writes it", "not a whole safetensors file"),
+        (struct.pack("<Q", 2**40) + b"{}", "not a safetensors file"),
+        (b"PK\x03\x04 a pickle, as torch.save writes it", "a pickle, as torch.save writes"),
     ],
     ids=["empty", "text", "no tensors", "a header of a terabyte", "pickle"],
 )
@@ -263,7 +263,7 @@ def test_what_is_no_adapter_is_refused_by_its_path(data: bytes, message: str, tm
 def test_a_truncated_file_is_refused_by_its_path(kept: int, tmp_path: Path) -> None:
     path = save(adapter(), tmp_path / "x.safetensors")
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(FormatError, match=rf"{path}: not a whole safetensors file"):
+    with pytest.raises(FormatError, match=rf"{path}: (only 4 bytes; )?not (a )?whole"):
         load(path)
 
 
@@ -277,7 +277,7 @@ def test_a_missing_file_and_a_folder_are_refused_by_their_paths(tmp_path: Path) 
 
 
 def test_a_file_is_written_over_itself_while_its_tensors_are_in_use(tmp_path: Path) -> None:
-    """They may stay in the file until they are used; what is written is another, put in its place."""
+    """They are in memory; what is written is another file, put in its place."""
     path = save(adapter(), tmp_path / "x.safetensors", format="kohya")
     file = load(path)
     save(file, path, format="diffusers")
@@ -295,14 +295,16 @@ def test_a_pickle_of_tensors_is_read_and_any_other_is_refused_unopened(end: str,
     tensors, _ = read_tensors(save(adapter(), tmp_path / "x.safetensors", format="kohya"))
     path = tmp_path / f"x.{end}"
     torch.save(tensors, path)
-    file = load(path)
+    with pytest.raises(FormatError, match=rf"{path}: a pickle, .*load\(path, pickle=True\).*convert --pickle"):
+        load(path)
+    file = load(path, pickle=True)
     assert (file.format, set(file.parts)) == ("kohya", {LAYER, CONV})
     assert {name: part.method for name, part in file.parts.items()} == {
         name: part.method for name, part in adapter().parts.items()
     }
     torch.save({"code": Unpickled()}, path)
-    with pytest.raises(FormatError, match=str(path)):
-        load(path)
+    with pytest.raises(FormatError, match=rf"{path}: .*it wants to run \S+_open"):
+        load(path, pickle=True)
     assert not Unpickled.opened
     path.write_bytes(b"no pickle")
     with pytest.raises(FormatError, match=str(path)):
@@ -327,7 +329,7 @@ def test_a_dtype_that_could_not_be_written_back_is_refused(dtype: str, size: int
     header = json.dumps({"odd": {"dtype": dtype, "shape": [8], "data_offsets": [0, size]}}).encode()
     path = tmp_path / "x.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
-    with pytest.raises(FormatError, match=rf"{path}: odd of type torch\.\w+, which no adapter has"):
+    with pytest.raises(FormatError, match=rf"{path}: odd of type {dtype}, which no adapter has"):
         load(path)
 
 

@@ -19,10 +19,14 @@ from imgadapt.targets import TEXT_ENCODERS
 
 DIFFUSERS_KEY = "lora_adapter_metadata"
 PEFT_KEY = "peft_config"
+LONGEST_JSON = 2**22
+"""Characters of a config; one with patterns for 5,000 layers has a tenth."""
 
 
 @lru_cache(maxsize=8)  # one file asks for every layer
 def _config(key: str, text: str) -> dict[str, Any]:
+    if len(text) > LONGEST_JSON:
+        raise FormatError(f"the metadata '{key}' is larger than any config of peft's")
     try:
         config: Any = json.loads(text)
     except (ValueError, RecursionError) as error:

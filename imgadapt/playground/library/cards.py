@@ -3,28 +3,24 @@
 import hashlib
 import json
 import math
-import mmap
-import struct
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from imgadapt import demo
 from imgadapt.errors import FormatError, ImgadaptError
-from imgadapt.file import AdapterFile, load
+from imgadapt.file import AdapterFile, outline
 from imgadapt.formats import FORMATS
+from imgadapt.header import header_of, opened, read_header
 from imgadapt.playground.desk import public
 from imgadapt.summary import misfits, summary, trigger_words
 
 LONGEST = 200
 """Characters of a trigger word, a token."""
-_HEADER = 32 * 2**20  # bytes; the largest of real files are metadata of 5 MB
-_SAID = 2**32  # bytes of a header; beyond, it is text or noise that is taken for a number
-_KEYS = 50_000
 _WORDS = 64  # tensors of a file of embeddings
 _DESCRIPTIVE = ("ss_", "sshs_", "modelspec.", "imgadapt_")  # metadata that no format is told by, save these:
 _TELLING = {key for form in FORMATS for key in (*form.own_metadata, *(name for name, _ in form.claims))}
@@ -106,7 +102,7 @@ class Reader:
             beside = config.read_bytes() if file.stem == "adapter_model" and config.is_file() else b""
             stem = path.stem if tensors <= _WORDS else ""
             likeness = _likeness(structure, metadata, beside, stem)
-            made = self._recall(likeness) or self._keep(likeness, described(load(path)))
+            made = self._recall(likeness) or self._keep(likeness, described(outline(path)))
         except (ImgadaptError, OSError, ValueError, MemoryError, RecursionError) as error:
             return Header(fault=short(error, path))
         except Exception as error:  # whatever a hostile file brings about: it is one card, not the library
@@ -173,66 +169,24 @@ def _embedded_shapes() -> Mapping[str, tuple[int, ...]]:
     files = {"unet": "unet/diffusion_pytorch_model.safetensors", "text_encoder": "text_encoder/model.safetensors"}
     found: dict[str, tuple[int, ...]] = {}
     for component, place in files.items():
-        with (demo.PIPELINE / place).open("rb") as file:
-            _, rows, _ = _parsed(file)
-        for key, row in rows.items():
+        for key, row in header_of(demo.PIPELINE / place).rows.items():
             if key.endswith(".weight"):
-                found[f"{component}.{key.removesuffix('.weight')}"] = tuple(row["shape"])
+                found[f"{component}.{key.removesuffix('.weight')}"] = row.shape
     return found
 
 
-def _header(path: Path) -> tuple[dict[str, str], bytes, int]:
+def _header(path: Path) -> tuple[Mapping[str, str], bytes, int]:
     """Metadata, a digest of what else tells one file's reading from another's (names, types, shapes, places, lone
     numbers), and how many tensors there are.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        metadata, rows, start = _parsed(file)
-        digest = hashlib.sha256(f"{size - start}{rows}".encode("utf-8", "surrogatepass"))
-        if lone := [row["data_offsets"] for row in rows.values() if row["shape"] in ([], [1])]:
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as pages:
-                for first, last in lone:
-                    if 0 <= first <= last <= min(first + 8, size - start):
-                        digest.update(pages[start + first : start + last])
-    return metadata, digest.digest(), len(rows)
-
-
-def _parsed(file: BinaryIO) -> tuple[dict[str, str], dict[str, Any], int]:
-    """(metadata, rows of tensors, where the tensors' bytes begin). What it lets pass is checked when it is loaded.
-
-    Raises:
-        FormatError: it is not safetensors, or so large that it is no adapter.
-    """
-    head = file.read(8)
-    if len(head) < 8:
-        raise FormatError("empty" if not head else f"only {len(head)} bytes; not a whole safetensors file")
-    (length,) = struct.unpack("<Q", head)
-    if length > _HEADER:
-        pickle = head[:2] == b"PK" or head[:1] == b"\x80"
-        huge = f"a header of {length:,} bytes, which no adapter has" if length < _SAID else "not a safetensors file"
-        raise FormatError("a pickle, which may run code, under another name" if pickle else huge)
-    text = file.read(length)
-    if len(text) < length:
-        raise FormatError("not whole: it ends within its header")
-    if text.count(b'"data_offsets"') > _KEYS:
-        raise FormatError(f"more than {_KEYS:,} tensors, which no adapter has")
-    try:
-        said: Any = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FormatError("not safetensors: its header is not JSON") from error
-    if not isinstance(said, dict):
-        raise FormatError("not safetensors: its header is no table")
-    rows = cast("dict[str, Any]", said)
-    if len(rows) > _KEYS + 1:  # it escapes its words, so that they were not counted above
-        raise FormatError(f"more than {_KEYS:,} tensors, which no adapter has")
-    metadata: Any = rows.pop("__metadata__", {}) or {}
-    sound = isinstance(metadata, dict) and all(isinstance(v, str) for v in cast("dict[str, Any]", metadata).values())
-    if not sound or not all(isinstance(row, dict) and row.keys() >= _KEYS_OF_ROW for row in rows.values()):
-        raise FormatError("not safetensors: a row of its header is no tensor's")
-    return cast("dict[str, str]", metadata), rows, 8 + length
-
-
-_KEYS_OF_ROW = {"dtype", "shape", "data_offsets"}
+    with opened(path) as file:
+        header = read_header(file)
+        digest = hashlib.sha256(f"{header.size - header.start}{header.rows}".encode("utf-8", "surrogatepass"))
+        for row in header.rows.values():
+            if math.prod(row.shape) == 1:
+                file.seek(header.start + row.first)
+                digest.update(file.read(row.last - row.first))
+    return header.metadata, digest.digest(), len(header.rows)
 
 
 def _likeness(structure: bytes, metadata: Mapping[str, str], beside: bytes, stem: str) -> str:

@@ -4,12 +4,12 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from imgadapt.errors import ConfigError, MissingExtra
+from imgadapt.header import header_of
 from imgadapt.training.families import hub
 
 _KINDS: Mapping[str, tuple[str, str]] = {
@@ -74,13 +74,10 @@ def shapes(path: Path) -> dict[str, Any]:
     """The file's keys, each with an object that has a `shape`; of safetensors, nothing but the header is read.
 
     Raises:
-        ConfigError: it is neither safetensors nor a pickled checkpoint.
+        ConfigError: it is neither safetensors nor a pickled checkpoint. FormatError: it is not whole.
     """
     if path.suffix == ".safetensors":
-        from safetensors import safe_open
-
-        with safe_open(path, "pt") as file:
-            return {key: SimpleNamespace(shape=tuple(file.get_slice(key).get_shape())) for key in file.keys()}  # noqa: SIM118 # not a dict
+        return dict(header_of(path).rows)
     if path.suffix not in (".ckpt", ".pt", ".pth", ".bin"):
         raise ConfigError(f"{path} is not a checkpoint; wanted .safetensors or .ckpt")
     from diffusers.loaders.single_file_utils import load_single_file_checkpoint
