@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from imgadapt.combining.rules import RULES
 from imgadapt.combining.rules.rule import Rule
 from imgadapt.errors import ConfigError
 from imgadapt.formats import FORMATS
+from imgadapt.patterns import Pattern
 
 Setting = float | str | bool
 DTYPES = ("fp32", "fp16", "bf16")
@@ -52,9 +52,9 @@ class Entry:
             object.__setattr__(self, name, {key: float(value) for key, value in getattr(self, name).items()})
         for mask in self.masks:
             try:
-                re.compile(mask)
-            except re.error as error:
-                raise ConfigError(f"{self.path}: the mask '{mask}' is no regular expression: {error}") from error
+                Pattern(mask)
+            except ConfigError as error:
+                raise ConfigError(f"{self.path}: the mask '{mask[:80]}' is no regular expression: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ masks = { 'attn2\\.to_v' = 0.0 }
 
 import json
 import os
-import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, fields, replace
 from difflib import get_close_matches
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
+from imgadapt import toml
 from imgadapt.combining.recipe import Entry, MergeRecipe
 from imgadapt.errors import ConfigError, FormatError
 
@@ -77,10 +77,11 @@ def from_toml(text: str, where: object = "the recipe") -> MergeRecipe:
     Raises:
         ConfigError: it is not TOML, has an unknown key or a value of another type, or is no recipe (see `MergeRecipe`).
     """
-    try:
-        data = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits and deep nesting, too
-        raise ConfigError(f"{where}: not TOML: {error}") from error
+    return _recipe_of(toml.read(text, where), where)
+
+
+def _recipe_of(table: Mapping[str, Any], where: object) -> MergeRecipe:
+    data = dict(table)
     data.pop(_VERSION, None)
     _typed(data.pop(_OUTPUT, ""), str, "text", f"{where}: {_OUTPUT}")
     _known(data, [field.name for field in fields(MergeRecipe)], where)
@@ -134,12 +135,9 @@ def read_recipe(path: Path) -> tuple[MergeRecipe, Path | None]:
     Raises:
         ConfigError: see `from_toml`; or it cannot be read.
     """
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    recipe = _moved(from_toml(text, path), lambda name: os.path.normpath(path.parent / name))
-    output: Any = tomllib.loads(text).get(_OUTPUT)
+    table = toml.read_file(path)
+    recipe = _moved(_recipe_of(table, path), lambda name: os.path.normpath(path.parent / name))
+    output: Any = table.get(_OUTPUT)
     return recipe, None if output is None else path.parent / output
 
 
@@ -182,6 +180,6 @@ def recipe_in(metadata: Mapping[str, str], where: object) -> tuple[MergeRecipe, 
     text = metadata.get(KEY)
     if text is None:
         raise FormatError(f"{where} has no recipe in its metadata; was it made by `imgadapt merge`?")
-    recipe = from_toml(text, f"the recipe in {where}")
-    version: Any = tomllib.loads(text).get(_VERSION, "")
-    return recipe, str(version)
+    said = f"the recipe in {where}"
+    table = toml.read(text, said)
+    return _recipe_of(table, said), str(table.get(_VERSION, ""))

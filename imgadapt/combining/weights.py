@@ -1,7 +1,6 @@
 """Weights: what an entry of a recipe multiplies each of its layers by."""
 
 import math
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
@@ -10,6 +9,7 @@ from imgadapt.arch import Architecture
 from imgadapt.combining.blocks import CONSTANT, LISTS, PRESETS, block_of, expanded
 from imgadapt.combining.recipe import Entry
 from imgadapt.errors import ConfigError, first_few
+from imgadapt.patterns import Pattern, Steps
 from imgadapt.targets import DENOISERS, TEXT_ENCODERS, matches
 
 Factor = Callable[[str], float]
@@ -70,13 +70,18 @@ def _components(entry: Entry) -> Factor:
 
 
 def _masks(entry: Entry, own: Collection[str]) -> Factor:
-    made: list[tuple[re.Pattern[str], float]] = []
+    steps = Steps()  # recipes come from anyone: all searches of an entry have one budget
+    made: list[tuple[Callable[[str], bool], float]] = []
     for text, value in entry.masks.items():
-        pattern = re.compile(text)
-        if not any(pattern.search(layer) for layer in own):
+        try:
+            found = cache(Pattern(text, steps).search)
+            there = [layer for layer in own if found(layer)]
+        except ConfigError as error:
+            raise ConfigError(f"{entry.path}: the mask '{text[:80]}': {error}") from error
+        if not there:
             raise ConfigError(f"{entry.path}: the mask '{text}' matches none of its {_shown(own)}")
-        made.append((pattern, float(value)))
-    return lambda layer: math.prod(value for pattern, value in made if pattern.search(layer))
+        made.append((found, float(value)))
+    return lambda layer: math.prod(value for found, value in made if found(layer))
 
 
 def _shown(own: Collection[str]) -> str:

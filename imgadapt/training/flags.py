@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import tomllib
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from imgadapt import toml
 from imgadapt.errors import ConfigError
 from imgadapt.training.config import DreamBoothConfig, InversionConfig, TrainConfig
 
@@ -22,13 +22,9 @@ def read_toml(path: Path) -> dict[str, Any]:
     """The keys of a TOML file; relative paths in it count from its folder.
 
     Raises:
-        ConfigError: it is not there, or not TOML.
+        ConfigError: it is not there, or not TOML; see `toml.read`.
     """
-    try:
-        values = tomllib.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    return checked(values, path)
+    return checked(toml.read_file(path), path)
 
 
 def checked(values: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -1,0 +1,128 @@
+"""Patterns: they find what `re` finds, and nothing in them takes for ever. TOML: within bounds."""
+
+import re
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from imgadapt import Entry, toml
+from imgadapt.combining.weights import factor_of
+from imgadapt.errors import ConfigError
+from imgadapt.patterns import Pattern, Steps
+
+SIGNS = st.sampled_from([
+    *"ab01_A.*+?()[]|^$\\{}-,", "(?:", "(?=", "(?!", "(?<=", "(?<!", r"\d", r"\W", r"\b", r"\B", r"\.", "[a-b]", "[^a]",
+    "{1,2}", "{,1}", "a*", "(a|b)", "(?P<x>", r"\Z", r"\A", r"[\s.]", "+?", r"\x61", "(a|)*",
+])  # fmt: skip
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.lists(SIGNS, max_size=9).map("".join), st.lists(st.text("ab01_.A\n -", max_size=7), max_size=4))
+@example("(?i)[^a]B", ["xb", "Ab"])
+@example(r"(?<!\.)to_q$", ["attn.to_q", "xto_q"])
+def test_a_pattern_finds_what_re_finds_or_says_that_it_does_not_read_it(pattern: str, texts: list[str]) -> None:
+    try:
+        own = Pattern(pattern)
+    except ConfigError:
+        return
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # a set in a set, some day
+        known = re.compile(pattern)
+    assert [own.search(text) for text in texts] == [known.search(text) is not None for text in texts]
+
+
+def test_what_masks_use_is_read() -> None:
+    name = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_out.0"
+    found = [r"attn2\.to_(out|v)\.?",
+             r"^unet\.(down|up)_blocks\.\d+\.", r"(?i)ATTN[12]", r"^(?!.*attn1)", r"\bto_out\b", "attn2",
+             
+             r"(?<=attn)2", r"(?P<n>\d)\.attn", "a{0,2}t{2}n", "[^_]$", "(down(_blocks)?)+.*(0)+$"]  # fmt: skip
+    assert [pattern for pattern in found if not Pattern(pattern).search(name)] == []
+    missed = [r"attn2\.to_v", "^attn2", r"(?!.*attn2)^", "to_out$", r"(?<!attn)2", "A", r"\bo_out"]
+    assert [pattern for pattern in missed if Pattern(pattern).search(name)] == []
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        (r"(a)\1", r"\1 is not read here"), ("(?>a)", "not read"), ("a++", "going back"), ("(?P=x)", "not read"),
+        ("(?(1)a|b)", "not read"), ("(", "without its )"), ("a)", "unbalanced"), ("[a", "without its ]"),
+        ("*", "nothing"),
+        ("[b-a]", "a range"), ("a{3,2}", "the least"), ("(?<=a*)b", "no one length"), ("(" * 40 + ")" * 40, "deep"),
+        ("(a{99}){99}", "too large"), ("a" * 1001, "1,001 characters"), ("\\", "not read"), (r"\x4", "number"),
+        ("(?P<1>a)", "name"), ("(?m)^a", "not read"),
+    ],
+)  # fmt: skip
+def test_what_is_no_pattern_here_says_why(pattern: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Pattern(pattern)
+    assert said in str(caught.value)
+
+
+BOMBS = ["(a+)+$", "(a|a)*$", "(a|aa)+$", "(.*)*x", ".*.*.*.*.*.*.*.*x", "(?=(a+)+$)b", "((a?){30}){30}$", 
+         "(?!(a*)*b)x",
+         "(.|\\w)*(.|\\d)*x$", "(?=.*.*x)" * 90]  # fmt: skip
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_no_mask_of_a_recipe_takes_for_ever(bomb: str) -> None:
+    layers = [f"unet.{'a' * 120}.{k}" for k in range(1000)]
+    began = time.thread_time()
+    try:
+        factor = factor_of(Entry("x", masks={bomb: 0.5}), None, layers)
+        assert {factor(layer) for layer in layers} <= {0.5, 1.0}
+    except ConfigError as error:
+        assert any(word in str(error) for word in ("too long", "too large", "matches none"))  # noqa: PT017 # or it is read
+    assert time.thread_time() - began < 5
+
+
+def test_the_steps_of_all_masks_are_counted_together() -> None:
+    text, whole = "0123456789" * 4, Steps()
+    assert not Pattern("(.*1.*)+x", whole).search(text)
+    steps = Steps(int(1.5 * (Steps().left - whole.left)))
+    first, second = (Pattern("(.*1.*)+x", steps) for _ in range(2))
+    assert not first.search(text)
+    with pytest.raises(ConfigError, match="too long"):
+        second.search(text)
+
+
+TOMLS: list[tuple[str, str]] = [
+    ("a = " + "[" * 100_000, "not TOML"), (".".join("a" * 100_000) + " = 1", "more than 32 parts"),
+    ("a = 0x" + "f" * 5000, "64 bits"), ("a = " + "9" * 5000, "not TOML"), ("a = 9223372036854775808", "64 bits"),
+    ("a = [[[1, 99999999999999999999]]]", "64 bits"), ("a = " + "{a=" * 40 + "1" + "}" * 40, "deep"),
+    ("[" + ".".join('"a"' for _ in range(1000)) + "]", "parts"), ("x" * 2**21, "1,048,576"),
+    ("a = 2026-02-31", "not TOML"), ("a = '\x00'", "not TOML"), ("a = 1\na = 2", "not TOML"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "said"), TOMLS, ids=range(len(TOMLS)))
+def test_toml_is_read_within_bounds(text: str, said: str, tmp_path: Path) -> None:
+    began = time.thread_time()
+    (tmp_path / "x.toml").write_text(text, "utf-8")
+    for read in (lambda: toml.read(text, "it"), lambda: toml.read_file(tmp_path / "x.toml")):
+        with pytest.raises(ConfigError) as caught:
+            read()
+        assert said in str(caught.value)
+        assert len(str(caught.value)) < 400
+    assert time.thread_time() - began < 2
+
+
+def test_a_toml_file_says_what_is_wrong_with_its_bytes(tmp_path: Path) -> None:
+    file = tmp_path / "x.toml"
+    for data, said in (
+        (b"a = '\xff'", "not UTF-8"),
+        (b"\xff\xfea\x00", "not UTF-8"),
+        (b"a" * (2**20 + 1), "more than"),
+    ):
+        file.write_bytes(data)
+        with pytest.raises(ConfigError, match=said):
+            toml.read_file(file)
+    for path, said in ((tmp_path, "Is a directory"), (tmp_path / "none", "No such"), (tmp_path / "a\0b", "null"),
+                       (tmp_path / ("a" * 5000), "too long")):  # fmt: skip
+        with pytest.raises(ConfigError, match=said):
+            toml.read_file(path)
+    file.write_bytes(b'\xef\xbb\xbfa = -9223372036854775808\r\nb = """x\r\ny"""\r\n')
+    assert toml.read_file(file) == {"a": -(2**63), "b": "x\ny"}
