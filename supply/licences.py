@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[1]
 _SPDX = {
     "Apache Software License": "Apache-2.0", "BSD License": "BSD-3-Clause", "ISC License (ISCL)": "ISC",
     "MIT License": "MIT", "Mozilla Public License 2.0 (MPL 2.0)": "MPL-2.0",
-    "Python Software Foundation License": "PSF-2.0", "Apache": "Apache-2.0", "Apache 2.0": "Apache-2.0", "Apache 2.0 License": "Apache-2.0", "BSD": "BSD-3-Clause",
+    "Python Software Foundation License": "PSF-2.0",
+    "Apache": "Apache-2.0", "Apache 2.0": "Apache-2.0", "Apache 2.0 License": "Apache-2.0", "BSD": "BSD-3-Clause",
     "3-Clause BSD License": "BSD-3-Clause", "ISC License": "ISC",
 }  # fmt: skip
 """What metadata says where it does not say it by SPDX's names. (Whether BSD has two clauses or three makes no odds.)"""

@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,29 @@ from imgadapt import adapters, cli, demo, detach
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs that tests start
 torch.set_num_threads(1)  # tensors are tiny here: threads would only wait for one another
+
+OFFLINE = Path(__file__).with_name("offline")
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(OFFLINE), os.environ.get("PYTHONPATH"))))
+if getattr(sys.modules.get("sitecustomize"), "__file__", "") != str(OFFLINE / "sitecustomize.py"):  # xdist's have it
+    runpy.run_path(str(OFFLINE / "sitecustomize.py"))
+
+
+@pytest.fixture(scope="session")
+def _network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where attempts to reach the network are written down."""
+    path = tmp_path_factory.mktemp("network") / "attempts"
+    path.touch()
+    os.environ["IMGADAPT_NETWORK"] = str(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _offline(_network: Path) -> Iterator[None]:
+    """No test, and no program that it starts, tries to reach the network: not even where the failure is caught."""
+    yield
+    if attempts := _network.read_text("utf-8", "replace"):
+        _network.write_text("")
+        pytest.fail(f"the network was asked:\n{attempts}", pytrace=False)
 
 
 @pytest.fixture(autouse=True)
