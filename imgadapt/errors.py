@@ -13,11 +13,22 @@ ImgadaptError
 └── MissingExtra     an optional dependency is not installed
 """
 
+import unicodedata
 from collections.abc import Sequence
 
 
 class ImgadaptError(Exception):
-    """Base of all errors of imgadapt."""
+    """Base of all errors of imgadapt. Its text is fit for a terminal and a page, whatever of a file it repeats."""
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if text.isprintable() else "".join(map(_shown, text))
+
+
+def _shown(c: str) -> str:
+    """A character as it is, or escaped, where it moves a cursor, turns a line round or is half of one."""
+    harmless = c.isprintable() or c == "\n" or unicodedata.category(c) == "Zs"
+    return c if harmless else c.encode("unicode_escape").decode()
 
 
 class TargetError(ImgadaptError):

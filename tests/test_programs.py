@@ -269,7 +269,7 @@ def test_programs_are_found_in_a_wheel_layout(tmp_path: Path) -> None:
     """A wheel carries them under imgadapt/_programs; the command runs them there by path."""
     package = tmp_path / "imgadapt"
     package.mkdir()
-    for name in ("cli.py", "__init__.py", "__main__.py", "errors.py"):
+    for name in ("cli.py", "__init__.py", "__main__.py", "errors.py", "stopping.py", "shortage.py"):
         (package / name).write_bytes((Path(cli.__file__).parent / name).read_bytes())
     program = package / "_programs" / cli.PROGRAMS["show"][0]
     program.parent.mkdir(parents=True)

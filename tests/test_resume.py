@@ -279,7 +279,7 @@ def test_two_processes_train_the_adapter_of_one_and_one_goes_on_where_two_were_s
     assert [ended(process) for process in both] == [1, 1]
     said = (tmp_path / "said.txt").read_text()
     assert "stopped by SIGTERM after step 2" in said
-    assert "stopped by a signal to another process after step 2" in said
+    assert "stopped by SIGTERM to another process after step 2" in said
     assert newest_whole(split) == 2
     assert ended(child([*arguments, "--output", str(split)])) == 0, (tmp_path / "said.txt").read_text()
     assert [line["step"] for line in lines(split / "log.jsonl")] == [0, 1, 2, 3]

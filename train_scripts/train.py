@@ -20,6 +20,7 @@ from imgadapt.atomic import write_bytes
 from imgadapt.cli import program
 from imgadapt.errors import ConfigError
 from imgadapt.training import flags, plan
+from imgadapt.training.processes import Processes
 
 
 def main(argv: Sequence[str]) -> None:
@@ -35,6 +36,12 @@ def main(argv: Sequence[str]) -> None:
     if args.plan:
         return
 
+    with Processes().hold(made.config.output):
+        run(made)
+
+
+def run(made: plan.Plan) -> None:
+    """Write all settings down, and do what they say."""
     path = made.config.output / "config.toml"
     if path.exists() and list(made.config.output.glob("checkpoints/step-*")):
         before, now = flags.read_toml(path), flags.checked(tomllib.loads(flags.write_toml(made.config)), path)

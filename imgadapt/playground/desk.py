@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from imgadapt.errors import ImgadaptError
+from imgadapt.shortage import out_of_memory
 
 T = TypeVar("T")
 
@@ -254,8 +255,6 @@ class Desk:
 
     def unexpected(self, error: BaseException) -> str:
         """What a user is told of an error that nobody foresaw; the log has its traceback under the same number."""
-        from imgadapt.training.loop import out_of_memory
-
         if out_of_memory(error):
             return "out of memory: ask for a smaller picture or fewer at once, or take adapters off; nothing is lost"
         number = secrets.token_hex(4)

@@ -12,13 +12,14 @@ from imgadapt.arch import architectures
 from imgadapt.errors import ConfigError, DataError, first_few
 from imgadapt.file import AdapterFile
 from imgadapt.formats import architecture_of
+from imgadapt.shortage import out_of_memory
 from imgadapt.training import families, log, objective, optimizers, probe, recipe, results
 from imgadapt.training.config import TrainConfig
 from imgadapt.training.data import digest, fingerprint, scan
 from imgadapt.training.evaluate import describe
 from imgadapt.training.evidence import Evidence
 from imgadapt.training.families import DTYPES
-from imgadapt.training.loop import Run, out_of_memory
+from imgadapt.training.loop import Run
 from imgadapt.training.material import Material, kept_out
 from imgadapt.training.metadata import metadata
 from imgadapt.training.processes import Processes
@@ -46,6 +47,9 @@ class Job:
         self.config, self.processes = config, Processes()
         examples, held_out = pictures(config)
         self.examples = examples
+        self.lock = self.processes.hold(config.output)
+        if not self.lock.held:
+            self.say(f"{config.output}: there are no locks here; see to it that no other training writes into it")
         self.family = families.load(
             config.base, device=self.processes.device, dtype=DTYPES[config.precision], quantise=config.quantise
         )
@@ -207,9 +211,12 @@ class Job:
         Raises:
             TrainingError: a file, read back, acts otherwise than what was trained.
         """
+        with self.lock:
+            if self.processes.main or self.config.shard:
+                self._finish(run)
+
+    def _finish(self, run: Run) -> None:
         config, main = self.config, self.processes.main
-        if not main and not config.shard:
-            return
         self._drop_out(False)
         with run.averaged():
             if not self.evidence.last:  # the run was over already

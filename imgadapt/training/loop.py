@@ -17,6 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from imgadapt.errors import Interrupted, OutputError, TrainingError, first_few
+from imgadapt.shortage import out_of_memory
+from imgadapt.stopping import SIGNALS, Stopped, listened, say
 from imgadapt.training import checkpoint, learning, noise, recipe
 from imgadapt.training.averaging import Averages
 from imgadapt.training.config import TrainConfig
@@ -85,8 +87,8 @@ class Run:
             self._start = []
         self.last: dict[str, float] = {}
         self._silent = 0  # steps without any gradient
-        self._stop: str | None = None  # the signal that came to this process
-        self._stopping: str | None = None  # that which ends the run, as all processes know it
+        self._stop: int | None = None  # the signal that came to this process
+        self._stopping: int | None = None  # that which ends the run, as all processes know it
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -96,7 +98,7 @@ class Run:
         self._status = Status(self.config.output / "status.json", self.config.steps, self.config.batch_size)
         self._status.begin(self.first)
         self._begin = time.monotonic()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in listened():
             self._handlers[number] = signal.signal(number, self._on_signal)
         return self
 
@@ -112,10 +114,14 @@ class Run:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._stop is not None:  # asked twice: at once
-            raise KeyboardInterrupt
-        self._stop = signal.Signals(number).name
+            before = self._handlers.get(number)
+            if callable(before) and before is not signal.default_int_handler:
+                before(number, frame)
+            raise Stopped(number)
+        self._stop = number
         if self.processes.main:
-            tqdm.write(f"imgadapt: {self._stop}: saving when this step, or the evaluation, is done; once more: at once")
+            say(f"imgadapt: {signal.Signals(number).name}: saving when this step, or the evaluation, is done; "
+                "once more: at once")  # fmt: skip
 
     def steps(self) -> Iterator[int]:
         """The steps still to do, each with its learning rates set; checkpoints between them and at the end.
@@ -145,7 +151,9 @@ class Run:
                 if done % config.checkpoint_every == 0 or done == config.steps or self._stopping:
                     self._save(done)
                 if self._stopping and done < config.steps:
-                    raise Interrupted(f"stopped by {self._stopping} after step {done}; run the same command to go on")
+                    name = signal.Signals(self._stopping).name
+                    told = f"stopped by {name}{'' if self._stop else ' to another process'} after step {done}"
+                    raise Interrupted(f"{told}; run the same command to go on", self._stopping)
         if self.processes.main:
             self._status.write("done", done, {}, now=True)
 
@@ -261,12 +269,12 @@ class Run:
         ]
         for key in keys:
             sums.append(sum((t.further[key].float().sum() for t in held if key in t.further), torch.zeros(())))
-        sums.append(torch.tensor(float(self._stop is not None)))  # all stop after the same step, or would wait for ever
+        sums += [torch.tensor(float(self._stop == n)) for n in SIGNALS]  # all stop after one step, or wait for ever
         whole = torch.stack([s.detach().to(self.processes.device) for s in sums])
         self.processes.sum([whole])
-        loss, raw, *others, stop = (whole / count).tolist()
+        loss, raw, *others = (whole[: -len(SIGNALS)] / count).tolist()
         if self.processes.count > 1:
-            self._stopping = (self._stop or "a signal to another process") if stop else None
+            self._stopping = next((n for n, came in zip(SIGNALS, whole[-len(SIGNALS) :], strict=True) if came), None)
         rates = sorted({group["lr"] * group.get("d", 1.0) for group in self.optimizer.param_groups}, reverse=True)
         figures = {"loss": loss, "raw": raw, "lr": rates[0], "grad_norm": norm, **dict(zip(keys, others, strict=True))}
         self.last = {"step": step + 1, **figures}
@@ -314,10 +322,3 @@ def _cut(places: range, pieces: int) -> list[range]:
     count = len(places)
     ends = [places.start + count * k // pieces for k in range(pieces + 1)]
     return [range(a, b) for a, b in pairwise(ends) if b > a]
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory is out, of a GPU or of the machine."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):  # pyright: ignore[reportPrivateImportUsage]
-        return True
-    return "can't allocate memory" in str(error) or "out of memory" in str(error).lower()

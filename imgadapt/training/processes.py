@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from imgadapt.errors import ConfigError
+from imgadapt import locking
+from imgadapt.errors import ConfigError, OutputError
 
 T = TypeVar("T")
 
@@ -74,6 +76,23 @@ class Processes:
         rows: list[Any] = [things]
         broadcast_object_list(rows)
         return rows[0]
+
+    def hold(self, folder: Path) -> locking.Lock:
+        """The lock of an output folder, for all of them: the main process has it.
+
+        Raises:
+            OutputError: another run has it, or it cannot be written.
+        """
+        lock, fault = locking.Lock(-1, True), ""
+        if self.main:
+            try:
+                lock = locking.take(folder)
+            except OutputError as error:
+                fault = str(error)
+        (fault,) = self.told([fault])
+        if fault:
+            raise OutputError(fault)
+        return lock
 
     def wait(self) -> None:
         """Until all are here."""

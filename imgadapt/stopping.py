@@ -1,0 +1,163 @@
+"""Stopping: what a signal that asks a program to end does: the first one unwinds it, the second ends it at once, and
+what is half written goes in both cases.
+"""
+
+import os
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from imgadapt.errors import OutputError
+
+SIGNALS = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in signal.Signals.__members__)
+"""Those that ask a program to end."""
+_going: set[Path] = set()  # of the process, as its signals are
+_unbroken: list[int | None] = []  # None: a block is at work; numbers: what came meanwhile
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal came; raised wherever the program is, and passed on like Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+
+def goes(path: Path) -> None:
+    """A file or a folder that is removed when the program ends, in whatever way but by a kill; until `stays`."""
+    _going.add(path)
+
+
+def stays(path: Path) -> None:
+    """It is whole, or gone already."""
+    _going.discard(path)
+
+
+@contextmanager
+def unbroken() -> Generator[None]:
+    """What signals do, they do after the block; for a few lines that must not be cut in two."""
+    if threading.current_thread() is not threading.main_thread():  # to which signals do not come
+        yield
+        return
+    _unbroken.append(None)
+    try:
+        yield
+    finally:
+        late = [number for number in _unbroken if number is not None]
+        _unbroken.clear()
+        if late:
+            signal.raise_signal(late[0])
+
+
+@contextmanager
+def scratch() -> Generator[Path]:
+    """A folder for what is gone after the block.
+
+    Raises:
+        OutputError: there is no place for it.
+    """
+    try:
+        path = Path(tempfile.gettempdir()) / f"imgadapt-{secrets.token_hex(8)}"
+        goes(path)  # before it is there: no other has its name
+        path.mkdir(mode=0o700)
+    except OSError as error:
+        raise OutputError(f"no folder for temporary files can be made: {error.strerror}; set TMPDIR to one") from error
+    try:
+        yield path
+    finally:
+        _remove(path)
+        stays(path)
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:  # a folder
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def clear() -> None:
+    """Remove what `goes`, of the whole process: it ends."""
+    for path in tuple(_going):
+        with suppress(OSError):
+            _remove(path)
+
+
+def at_once() -> None:
+    """From now on signals end this process at once, with a line: before a program begins, and after it is over."""
+    for number in listened():
+        signal.signal(number, _end)
+
+
+def listened() -> list[signal.Signals]:
+    """The signals that this process was not told to leave alone, as `nohup` and shells do."""
+    return [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    if _unbroken:
+        _unbroken.append(number)
+        return
+    clear()
+    say(f"imgadapt: stopped by {signal.Signals(number).name}")
+    os._exit(128 + number)
+
+
+def say(text: str) -> None:
+    """On stderr, from within a signal's handler: what it came into may be writing there itself."""
+    with suppress(OSError):
+        os.write(2, f"{text}\n".encode())
+
+
+class Stopping:
+    """A context in which the first signal raises Stopped; `number` is the signal, once it came."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._over = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._hook = sys.unraisablehook
+        sys.unraisablehook = self._unraisable
+        for number in listened():
+            self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over = True
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        sys.unraisablehook = self._hook
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if _unbroken:
+            _unbroken.append(number)
+            return
+        if self.number is not None:
+            _end(number, frame)
+        self.number = number
+        if not self._over:
+            raise Stopped(number)
+
+    def _unraisable(self, found: Any) -> None:
+        """A signal that came while a destructor ran, which Python ends the destructor with, and goes on: it is sent
+        again.
+        """
+        if not isinstance(found.exc_value, Stopped):
+            self._hook(found)
+            return
+        self.number = None
+        again = threading.Timer(0.01, os.kill, (os.getpid(), found.exc_value.number))
+        again.daemon = True
+        again.start()
