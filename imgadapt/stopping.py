@@ -19,7 +19,7 @@ from imgadapt.errors import OutputError
 
 SIGNALS = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in signal.Signals.__members__)
 """Those that ask a program to end."""
-_going: set[Path] = set()  # of the process, as its signals are
+_going: dict[Path, os.stat_result | None] = {}  # of the process, as its signals are
 _unbroken: list[int | None] = []  # None: a block is at work; numbers: what came meanwhile
 
 
@@ -31,14 +31,16 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
-def goes(path: Path) -> None:
-    """A file or a folder that is removed when the program ends, in whatever way but by a kill; until `stays`."""
-    _going.add(path)
+def goes(path: Path, about: os.stat_result | None = None) -> None:
+    """A file or a folder that is removed when the program ends, in whatever way but by a kill; until `stays`. about: of
+    it, where the name may be another's by then.
+    """
+    _going[path] = about
 
 
 def stays(path: Path) -> None:
     """It is whole, or gone already."""
-    _going.discard(path)
+    _going.pop(path, None)
 
 
 @contextmanager
@@ -86,9 +88,10 @@ def _remove(path: Path) -> None:
 
 def clear() -> None:
     """Remove what `goes`, of the whole process: it ends."""
-    for path in tuple(_going):
+    for path, about in tuple(_going.items()):
         with suppress(OSError):
-            _remove(path)
+            if about is None or os.path.samestat(os.lstat(path), about):
+                _remove(path)
 
 
 def at_once() -> None:

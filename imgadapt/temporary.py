@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from imgadapt import stopping
 from imgadapt.errors import OutputError
 
 try:
@@ -33,22 +34,37 @@ def claimed(target: Path, make: Callable[[str], None]) -> Generator[Path]:
     for name in numbered:
         _sweep(name)
     for name in (*numbered, *(_name(target, secrets.token_hex(6)) for _ in range(_AT_ONCE))):
-        with suppress(FileExistsError):
+        with suppress(FileExistsError), stopping.unbroken():
             make(os.fspath(name))
             try:
-                held = _lock(name)
+                about, held = os.lstat(name), _lock(name)
             except (BlockingIOError, FileNotFoundError):  # taken for a dead one's, in the moment before
                 continue
             except BaseException:
                 _remove(name)
                 raise
+            stopping.goes(name, about)
             break
     else:
         raise OutputError(f"cannot write {target}: too many are writing it")
     try:
         yield name
     finally:
-        _remove(name)
+        _leave(name, about)
+        stopping.stays(name)
+        if held is not None:
+            os.close(held)
+
+
+def _leave(name: Path, about: os.stat_result) -> None:
+    """Remove what has a name of ours, if it is not another's by now, as the name is free once a file has its own."""
+    with suppress(OSError):
+        if os.path.samestat(now := os.lstat(name), about):
+            _remove(name)
+            return
+        held = _lock(name)  # nobody else's: a folder that ours was exchanged with
+        if held is not None or stat.S_ISDIR(now.st_mode):
+            _remove(name)
         if held is not None:
             os.close(held)
 
