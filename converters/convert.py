@@ -3,6 +3,7 @@
 imgadapt convert style.safetensors style.kohya.safetensors --to kohya
 imgadapt convert ./adapters ./for_comfyui --to comfyui --dtype bf16
 imgadapt convert style.safetensors --to diffusers --plan        # what it costs, and nothing is written
+imgadapt convert --pickle style.pt --to diffusers               # of someone whom you trust
 """
 
 import argparse
@@ -17,11 +18,12 @@ import torch
 
 from imgadapt import load, plan, save
 from imgadapt.cli import program
-from imgadapt.errors import ConfigError, ImgadaptError, first_few
+from imgadapt.errors import ConfigError, ImgadaptError, first_few, shortened
 from imgadapt.formats import FORMATS
 from imgadapt.summary import NO_CONFIG, alpha_unsaid
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_LONGEST = 2000  # characters of a line
 ENDS = (".safetensors", ".pt", ".bin", ".ckpt")
 
 
@@ -52,7 +54,7 @@ def pairs(source: Path, target: Path | None, to: str) -> Iterator[tuple[Path, Pa
 
 def convert(source: Path, target: Path, args: Any) -> dict[str, Any]:
     """One file; what became of it."""
-    file = load(source)
+    file = load(source, pickle=args.pickle)
     steps = plan(file, args.to)
     by_reason: dict[str, list[str]] = {}
     for step in steps:
@@ -80,6 +82,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--dtype", choices=[*DTYPES], help="of the tensors; default: theirs")
     parser.add_argument("--dense", action="store_true", help="whole differences for what the format has no word for")
     parser.add_argument("--plan", action="store_true", help="say what it costs, write nothing")
+    parser.add_argument("--pickle", action="store_true", help="read .pt and .bin, too, as data only")
     parser.add_argument("--json", action="store_true", help="the report, for scripts")
     args = parser.parse_args(argv)
 
@@ -100,17 +103,19 @@ def main(argv: Sequence[str]) -> None:
             start = f"[{k}/{len(todo)}] " if len(todo) > 1 else ""
             if "error" in row:
                 said = row["error"] if str(source) in row["error"] else f"{source}: {row['error']}"
-                print(f"{start}{said}", file=sys.stderr)
+                print(shortened(f"{start}{said}", _LONGEST), file=sys.stderr)
                 continue
             losses = ", ".join(f"{count} {loss}" for loss, count in row["loss"].items()) or "words only"
             base = row["base"] or "no table of its base"
-            print(f"{start}{source}: {row['from']}, {base}, {row['layers']} layers -> {args.to}: {losses}")
+            what = f"{row['from']}, {base}, {row['layers']} layers -> {args.to}: {losses}"
+            print(shortened(f"{start}{source}: {what}", _LONGEST))
             if "note" in row:
                 print(f"  {row['note']}")
             for reason, names in row["reasons"].items():
-                print(f"  {reason} ({first_few(names)})")
+                print(shortened(f"  {reason} ({first_few(names)})", _LONGEST))
             if "written" in row:
-                print(f"  {target}, {target.stat().st_size / 1e6:.2f} MB" if target.is_file() else f"  {target}")
+                size = f", {target.stat().st_size / 1e6:.2f} MB" if target.is_file() else ""
+                print(shortened(f"  {target}{size}", _LONGEST))
     failed = [row for row in rows if "error" in row]
     if args.json:
         print(json.dumps(rows, indent=1))

@@ -16,15 +16,14 @@ from pathlib import Path
 from imgadapt import load
 from imgadapt.arch import architectures
 from imgadapt.cli import program
-from imgadapt.errors import first_few
+from imgadapt.errors import first_few, shortened
 from imgadapt.summary import NO_CONFIG, alpha_unsaid, misfits, summary
 
 _MOST = 40  # lines of metadata
 
 
-def _plain(text: str) -> str:
-    """Without what would move a terminal's cursor."""
-    return "".join(c if c.isprintable() else " " for c in text)
+def _say(line: str) -> None:
+    print(shortened(line, 1000))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -35,9 +34,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--base", choices=names, help="say what would not go on a model of this kind")
     parser.add_argument("--no-norms", action="store_true", help="read names and shapes only")
     parser.add_argument("--json", action="store_true", help="all of it, for scripts")
+    parser.add_argument("--pickle", action="store_true", help="read it even if it is a .pt or .bin, as data only")
     args = parser.parse_args(argv)
 
-    file = load(args.file, strict=False)
+    file = load(args.file, strict=False, pickle=args.pickle)
     found = summary(file, norms=not args.no_norms)
     wrong = misfits(file, next(a for a in architectures() if a.name == args.base)) if args.base else {}
     if args.json:
@@ -47,43 +47,43 @@ def main(argv: Sequence[str]) -> None:
         return
 
     size = sum(f.stat().st_size for f in ([args.file] if args.file.is_file() else args.file.iterdir()))
-    print(f"{args.file}: {size / 1e6:.2f} MB, {found.format} format")
-    print(f"base          {found.base or 'not one with a table'}")
+    _say(f"{args.file}: {size / 1e6:.2f} MB, {found.format} format")
+    _say(f"base          {found.base or 'not one with a table'}")
     for component, count in Counter(row.layer.partition(".")[0] for row in found.rows).items():
-        print(f"{component:<14}{count} layers")
+        _say(f"{component:<14}{count} layers")
     kinds = Counter((row.method, row.rank, round(row.scale, 6)) for row in found.rows)
     for (method, rank, scale), count in kinds.most_common():
         said = "" if rank is None else f"rank {rank}, alpha {scale * rank:g} "
-        print(f"{method:<14}{said}(scale {scale:g}): {count} layers")
+        _say(f"{method:<14}{said}(scale {scale:g}): {count} layers")
     for word, embedding in file.embeddings.items():
         shapes = ", ".join(f"{kind} {tuple(v.shape)}" for kind, v in embedding.vectors.items())
-        print(f"word          {word}: {shapes}")
+        _say(f"word          {word}: {shapes}")
     if found.trigger:
-        print(f"trigger       {', '.join(found.trigger)}")
-    print(f"parameters    {found.numbers:,}, {', '.join(found.dtypes)}")
+        _say(f"trigger       {', '.join(found.trigger)}")
+    _say(f"parameters    {found.numbers:,}, {', '.join(found.dtypes)}")
     if found.blocks:
         most = max((norm for norm in found.blocks.values() if math.isfinite(norm)), default=0.0) or 1.0
         for block, norm in found.blocks.items():
-            print(f"  {block:<40}{norm:9.4g} {'#' * round(20 * norm / most) if math.isfinite(norm) else 'BROKEN'}")
+            _say(f"  {block:<40}{norm:9.4g} {'#' * round(20 * norm / most) if math.isfinite(norm) else 'BROKEN'}")
     if args.layers:
         for row in found.rows:
             shapes = ", ".join(f"{key} {shape}" for key, shape in row.shapes.items())
-            print(f"  {row.layer}: {row.method}, {f'norm {row.norm:.4g}, ' if row.norm is not None else ''}{shapes}")
+            _say(f"  {row.layer}: {row.method}, {f'norm {row.norm:.4g}, ' if row.norm is not None else ''}{shapes}")
     if alpha_unsaid(file):
-        print(f"NOTE          {NO_CONFIG}")
+        _say(f"NOTE          {NO_CONFIG}")
     for key, value in sorted(found.metadata.items())[:_MOST]:
-        print(_plain(f"metadata      {key} = {value if len(value) <= 80 else f'{value[:77]}...'}"))
+        _say(f"metadata      {key} = {value if len(value) <= 80 else f'{value[:77]}...'}")
     if len(found.metadata) > _MOST:
-        print(f"metadata      and {len(found.metadata) - _MOST} more; --json has them all")
+        _say(f"metadata      and {len(found.metadata) - _MOST} more; --json has them all")
     if args.base:
-        print(f"on {args.base:<11}{'all of it fits' if not wrong else f'{len(wrong)} layers do not fit:'}")
+        _say(f"on {args.base:<11}{'all of it fits' if not wrong else f'{len(wrong)} layers do not fit:'}")
         for layer, reason in list(wrong.items())[:10]:
-            print(f"  {layer}: {reason}")
+            _say(f"  {layer}: {reason}")
     if found.unknown:
         reasons = [reason for reason in dict.fromkeys(found.unknown.values()) if reason]
-        print(f"UNKNOWN       {len(found.unknown)} keys: {first_few(list(found.unknown))}")
+        _say(f"UNKNOWN       {len(found.unknown)} keys: {first_few(list(found.unknown))}")
         for reason in reasons[:10]:
-            print(f"  {reason}")
+            _say(f"  {reason}")
     if found.unknown or wrong:
         raise SystemExit(1)
 

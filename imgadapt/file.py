@@ -60,7 +60,7 @@ def load(path: str | PathLike[str], *, strict: bool = True, pickle: bool = False
         return _load(Path(path), lambda place: _file(place, pickle), strict=strict)
 
 
-def outline(path: str | PathLike[str]) -> AdapterFile:
+def outline(path: str | PathLike[str], *, strict: bool = True) -> AdapterFile:
     """An adapter as its header tells it: as `load`, but of tensors only lone numbers (alphas) are read; zeros stand for
     all others, and take no memory.
 
@@ -68,7 +68,7 @@ def outline(path: str | PathLike[str]) -> AdapterFile:
         FormatError: as `load`.
     """
     with uncollected():
-        return _load(Path(path), read_outline, strict=True)
+        return _load(Path(path), read_outline, strict=strict)
 
 
 def _load(path: Path, contents: Callable[[Path], _Contents], *, strict: bool) -> AdapterFile:

@@ -544,9 +544,23 @@ def test_a_folder_of_pefts_and_a_pickle_are_merged_into_a_folder(files: list[Ada
     save(replace(files[0], parts=unet), "folder", format="peft")
     with safe_open("style.safetensors", "pt") as opened:
         torch.save({key: opened.get_tensor(key) for key in opened.keys()}, "style.pt")  # noqa: SIM118
+    with pytest.raises(FormatError, match=r"style\.pt: a pickle"):
+        run("merge", [*AB[:1], "style.pt", "--output", "both"])
+    run("convert", ["--pickle", "style.pt", "style.kohya.safetensors", "--to", "kohya"])
     only = ["--te", "0", "--mask", "conv1=0"]
     run(
-        "merge", ["folder:2", "style.pt:-0.5", *only[:2], "--mask", "2:conv1=0", "--format", "peft", "--output", "both"]
+        "merge",
+        [
+            "folder:2",
+            "style.kohya.safetensors:-0.5",
+            *only[:2],
+            "--mask",
+            "2:conv1=0",
+            "--format",
+            "peft",
+            "--output",
+            "both",
+        ],
     )
     both = load("both")
     assert (both.format, set(both.parts)) == ("peft", set(unet))

@@ -102,6 +102,28 @@ def test_a_torn_cache_entry_is_made_again_and_a_whole_one_is_not(tmp_path: Path)
     assert len(made) == 4
 
 
+def test_what_a_cache_keeps_is_not_read_to_be_sure_of_it_and_what_is_torn_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, made = Cache(tmp_path), []
+
+    def make() -> dict[str, Tensor]:
+        made.append(1)
+        return {"latent": torch.arange(6.0)}
+
+    monkeypatch.setattr("imgadapt.training.cache.read_tensors", lambda _: pytest.fail("read"))
+    for _ in range(3):
+        cache.ensure(make, "a", "b")
+    assert len(made) == 1
+    (entry,) = tmp_path.rglob("*.safetensors")
+    whole = entry.read_bytes()
+    for torn in (whole[:-1], whole[:20], b"", whole.replace(entry.stem.encode(), b"0" * 64)):
+        entry.write_bytes(torn)
+        cache.ensure(make, "a", "b")
+        assert entry.read_bytes() == whole
+    assert len(made) == 5
+
+
 def trained(steps: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {"a": nn.Parameter(torch.ones(3, 2)), "b": nn.Parameter(torch.ones(4))}
     states = {"optimizer": torch.optim.AdamW(list(tensors.values()), lr=0.1)}

@@ -19,7 +19,7 @@ from imgadapt.summary import NO_CONFIG, alpha_unsaid, summary
 
 __all__ = ["Details", "Inspector", "Match"]
 
-_KEPT = 16
+_KEPT = 4  # whole files, in memory
 _SHOWN = 20_000  # characters of an entry of metadata
 
 

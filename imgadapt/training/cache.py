@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from imgadapt.errors import FormatError
+from imgadapt.header import header_of
 from imgadapt.tensors import read_tensors, write_tensors
 
 
@@ -17,15 +18,32 @@ class Cache:
         self.folder = folder
 
     def get(self, make: Callable[[], Mapping[str, Tensor]], *key: str) -> dict[str, Tensor]:
-        """The tensors of `key`; made, and kept, when they are not there or not whole. They are the file's own pages."""
+        """The tensors of `key`; made, and kept, when they are not there or not whole."""
+        name, path = self._place(key)
+        try:
+            tensors, metadata = read_tensors(path)
+            if metadata.get("key") == name:
+                return tensors
+        except FormatError:
+            pass  # not there, or torn by a crash; made below
+        return self._made(make, name, path)
+
+    def ensure(self, make: Callable[[], Mapping[str, Tensor]], *key: str) -> None:
+        """The same for later: of what is there only the header is read, which tells whether all of the file is."""
+        name, path = self._place(key)
+        try:
+            if header_of(path).metadata.get("key") == name:
+                return
+        except FormatError:
+            pass
+        self._made(make, name, path)
+
+    def _place(self, key: tuple[str, ...]) -> tuple[str, Path]:
         name = hashlib.sha256("\n".join(key).encode()).hexdigest()
-        path = self.folder / name[:2] / f"{name}.safetensors"
-        if path.exists():
-            try:
-                tensors, metadata = read_tensors(path)
-                if metadata.get("key") == name:
-                    return tensors
-            except FormatError:
-                pass  # torn by a crash; made again below
-        write_tensors(path, {k: v.contiguous() for k, v in make().items()}, {"key": name})
-        return read_tensors(path)[0]
+        return name, self.folder / name[:2] / f"{name}.safetensors"
+
+    @staticmethod
+    def _made(make: Callable[[], Mapping[str, Tensor]], name: str, path: Path) -> dict[str, Tensor]:
+        made = {key: tensor.contiguous() for key, tensor in make().items()}
+        write_tensors(path, made, {"key": name})
+        return made

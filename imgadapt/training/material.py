@@ -1,6 +1,6 @@
 """Material: pictures and captions as the base takes them, each computed once and kept by its content, and batches."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,8 @@ from imgadapt.training.config import TrainConfig
 from imgadapt.training.data import Example
 from imgadapt.training.families import Family
 from imgadapt.training.order import Order
+
+_Asked = tuple[Callable[[], dict[str, Tensor]], str, str, str]  # of the cache: how it is made, and its key
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Material:
         every = [(view, flip, crop) for view in self.views for flip in self._flips for crop in range(self._crops)]
         with self.family.here():  # once for all of them, and not for each
             for view, flip, crop in tqdm(every, "pictures", leave=False, disable=quiet, dynamic_ncols=True):
-                self._encoded(view, flip=flip, crop=crop)
+                self.cache.ensure(*self._picture(view, flip=flip, crop=crop))
         self.prepare_texts(self.texts(), quiet=quiet)
 
     def prepare_texts(self, texts: Collection[str], *, quiet: bool = False) -> None:
@@ -79,7 +81,7 @@ class Material:
             return
         with self.family.here():
             for text in tqdm(texts, "captions", leave=False, disable=quiet, dynamic_ncols=True):
-                self.states(text)
+                self.cache.ensure(*self._words(text))
 
     def texts(self) -> list[str]:
         """All that pictures may be shown with, each once."""
@@ -118,8 +120,10 @@ class Material:
 
     def states(self, text: str) -> dict[str, Tensor]:
         """Text conditions of one caption, kept."""
-        # not held on to: each would keep a file open, and systems allow a thousand or so
-        return self.cache.get(lambda: self.family.encode_text(text), "text", text, self._text)
+        return self.cache.get(*self._words(text))
+
+    def _words(self, text: str) -> _Asked:
+        return lambda: self.family.encode_text(text), "text", text, self._text
 
     def _stacked(
         self, rows: Sequence[tuple[View, int]], held: Sequence[Mapping[str, Tensor]], texts: Sequence[str]
@@ -158,6 +162,9 @@ class Material:
         return captions.every(example, self.wording, self.config.seed)
 
     def _encoded(self, view: View, *, flip: bool, crop: int) -> dict[str, Tensor]:
+        return self.cache.get(*self._picture(view, flip=flip, crop=crop))
+
+    def _picture(self, view: View, *, flip: bool, crop: int) -> _Asked:
         policy = "centre" if self.fixed and self.config.crop == "random" else self.config.crop
         options = framing.Options(policy, crop, self.config.seed, flip, self.config.mask)
 
@@ -170,7 +177,7 @@ class Material:
                 made["mask"] = framing.latent_mask(frame.mask, latent.shape[1], latent.shape[2])
             return made
 
-        return self.cache.get(make, "picture", framing.key(view, options), self._vae)
+        return make, "picture", framing.key(view, options), self._vae
 
 
 def kept_out(examples: Sequence[Example], count: int) -> tuple[list[Example], list[Example]]:

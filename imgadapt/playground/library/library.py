@@ -3,7 +3,7 @@
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 from imgadapt import demo
 from imgadapt.atomic import write_bytes
 from imgadapt.errors import ConfigError, DataError, FormatError, first_few
-from imgadapt.file import AdapterFile, load
+from imgadapt.file import AdapterFile, load, outline
 from imgadapt.playground.library import remembering, sidecars
 from imgadapt.playground.library.cards import Card, Header, Kind, Reader, plain, short
 from imgadapt.playground.library.naming import NAME, Row, id_of, names
@@ -137,12 +137,19 @@ class Library:
         Raises:
             ConfigError: there is no such card. FormatError: it is gone, has changed into no adapter, is not whole.
         """
+        return self._read(id, load, strict)
+
+    def outline(self, id: str, *, strict: bool = True) -> AdapterFile:
+        """The same without its tensors' numbers, which are most of its memory; see `imgadapt.file.outline`."""
+        return self._read(id, outline, strict)
+
+    def _read(self, id: str, read: Callable[..., AdapterFile], strict: bool) -> AdapterFile:
         card = self.get(id)
         self._check_place(card)
         if strict and card.fault:
             raise FormatError(f"{card.name} cannot be used: {card.fault}")
         try:
-            return load(card.path, strict=strict)
+            return read(card.path, strict=strict)
         except FormatError as error:
             raise FormatError(f"{card.name}: {short(error, card.path)}") from error
         except (OSError, ValueError, MemoryError) as error:
@@ -264,7 +271,7 @@ class Library:
         if found.fault:
             return Header(fault=found.fault)
         if found.path.suffix.lower() in _PICKLES and not found.is_folder:
-            return Header(fault="a pickle, which may run code: `imgadapt convert` makes a .safetensors of it")
+            return Header(fault="a pickle, which may run code: `imgadapt convert --pickle` makes a .safetensors of it")
         if found.is_folder and not self._is_inside(found.path):
             return Header(fault="its files are links that lead out of the library; name their folder instead")
         if (known := self._memory.header(row.id, stamp)) is not None:

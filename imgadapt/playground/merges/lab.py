@@ -116,7 +116,7 @@ class Lab:
         """
         card = self.playground.library.get(id)
         try:
-            recipe, _ = recipe_in(self.playground.library.file(id).metadata, card.name)
+            recipe, _ = recipe_in(self.playground.library.outline(id).metadata, card.name)
         except FormatError as error:
             raise ConfigError(f"{card.name} was not made by merging: {error}") from error
         found = stacking.found(recipe.inputs, self.playground.library)
