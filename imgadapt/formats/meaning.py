@@ -44,7 +44,9 @@ def meaning(t: Mapping[str, Tensor], note: Note) -> Made:
     own = dict(t)
     if empty := [name for name, tensor in own.items() if not tensor.numel()]:
         raise FormatError(f"{', '.join(empty)} is empty")
-    alpha = _alpha(own.pop("alpha")) if "alpha" in own else note.alpha
+    alpha = note.alpha
+    if "alpha" in own:  # it is not peft's, which scales by a rank of its own
+        alpha, note = _alpha(own.pop("alpha")), replace(note, config={**note.config, "r": None})
     if any(name.startswith("tlora_") for name in own):
         raise FormatError(
             "T-LoRA changes the weight by P L Q less what P L Q was at the start, which its files do not have; "

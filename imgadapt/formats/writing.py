@@ -181,8 +181,7 @@ class Writer:
         if part.shape is not None:
             return part.shape
         known = self.architecture.shape_of(name) if self.architecture else None
-        kind: Kind = "conv" if known is not None and len(known) > 2 else "linear"
-        if known is not None and part.method.fits(part.tensors, Site(known, kind, bias="bias")) is None:
+        if known is not None and part.method.fits(part.tensors, Site(known, _kind(known), bias="bias")) is None:
             return known
         rows, t = rows_of(part.method, part.tensors), part.tensors
         kernel = known[2:] if known is not None else ()
@@ -233,12 +232,15 @@ def _as_lora(part: Part, shape: tuple[int, ...] | None) -> Part | None:
 
 def difference(part: Part, shape: tuple[int, ...]) -> Part:
     """scale * delta of a method that needs no weight, and of the bias, in fp32."""
-    kind: Kind = "conv" if len(shape) > 2 else "linear" if len(shape) == 2 else "norm"
     t = {name: tensor.float() for name, tensor in part.tensors.items()}
-    made = {"diff": part.method.scale * part.method.delta(t, Site(shape, kind), None)}
+    made = {"diff": part.method.scale * part.method.delta(t, Site(shape, _kind(shape)), None)}
     if (bias := part.method.bias_delta(t)) is not None:
         made["diff_b"] = part.method.scale * bias
     return Part(Full(bias=bias is not None), made)
+
+
+def _kind(shape: Sequence[int]) -> Kind:
+    return "conv" if len(shape) > 2 else "linear" if len(shape) == 2 else "norm"
 
 
 def _axes(part: Part, known: tuple[int, ...] | None) -> int:

@@ -84,6 +84,9 @@ class Method(ABC):
 
     def check(self, site: Site) -> str | None:
         """Why the method cannot act on this site; None if it can."""
+        return self._of_kind(site)
+
+    def _of_kind(self, site: Site) -> str | None:
         return None if site.kind in self.kinds else f"it is {site.kind}; {self.name} is for {', '.join(self.kinds)}"
 
     def at(self, site: Site) -> Self:
@@ -141,6 +144,8 @@ class Method(ABC):
 
     def fits(self, t: Tensors, site: Site) -> str | None:
         """What is wrong with these tensors for this site, as 'down is (16, 640), ...'; None if they fit."""
+        if wrong := self._of_kind(site):
+            return wrong
         shapes = self.shapes(site)
         for name, wanted in shapes.items():
             if name not in t:

@@ -165,6 +165,8 @@ class LoKr(Method):
 
     def fits(self, t: Tensors, site: Site) -> str | None:
         """Any factorisation that multiplies to the layer fits: files have others than `split` gives."""
+        if wrong := self._of_kind(site):
+            return wrong
         if not self.recognises(set(t)) or any(tensor.ndim < 2 for tensor in t.values()):
             return f"{', '.join(f'{k} {tuple(v.shape)}' for k, v in t.items())} are no two factors"
         ranks = {t[name].shape[0] for name in ("w1_b", "w2_b") if name in t}

@@ -121,6 +121,12 @@ class LoRA(Method):
         up, down = t["up"], t["down"]
         if up.ndim < 2 or down.ndim < 2 or up.shape[1] != down.shape[0]:
             raise ShapeError(f"up is {tuple(up.shape)} and down {tuple(down.shape)}: their ranks differ")
+        if math.prod(up.shape[2:]) != 1:
+            raise ShapeError(f"up is {tuple(up.shape)}; a kernel can be in down only")
+        if "mid" in t and (t["mid"].shape[:2] != (down.shape[0],) * 2 or math.prod(down.shape[2:]) != 1):
+            raise ShapeError(f"mid is {tuple(t['mid'].shape)} and down {tuple(down.shape)}, of rank {down.shape[0]}")
+        if "bias" in t and t["bias"].shape != up.shape[:1]:
+            raise ShapeError(f"bias is {tuple(t['bias'].shape)}, and there are {up.shape[0]} outputs")
         return cls(rank=down.shape[0], alpha=alpha, tucker="mid" in t, bias="bias" in t)
 
     def pair(self, t: Tensors, site: Site) -> tuple[Tensor, Tensor] | None:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from imgadapt import locking
 from imgadapt.atomic import atomically
 from imgadapt.errors import ConfigError
 
@@ -35,6 +36,21 @@ def _matches(password: str, stored: str) -> bool:
     _, n, r, p, salt, wanted = stored.split("$")
     made = hashlib.scrypt(password.encode(), salt=b64decode(salt), n=int(n), r=int(r), p=int(p))
     return hmac.compare_digest(made, b64decode(wanted))
+
+
+def _is_hash(stored: str) -> bool:
+    """Whether it is as `hashed` writes it, and of a cost that can be borne at each login."""
+    found = re.fullmatch(
+        r"scrypt\$(\d{1,7})\$(\d{1,2})\$(\d{1,2})\$([A-Za-z0-9+/=]+)\$([A-Za-z0-9+/=]+)", stored, re.ASCII
+    )
+    if found is None:
+        return False
+    n, r, p = (int(number) for number in found.groups()[:3])
+    try:
+        whole = all(b64decode(text, validate=True) for text in found.groups()[3:])
+    except ValueError:
+        return False
+    return whole and n > 1 and n.bit_count() == 1 and min(r, p) > 0 and 128 * n * r < 2**25 and p <= 16
 
 
 class Accounts:
@@ -113,14 +129,14 @@ def read(file: Path) -> dict[str, str]:
 
     Raises:
         ConfigError: a line that is none (which), a name twice.
+        OSError: it cannot be read.
     """
     found: dict[str, str] = {}
-    for k, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for k, line in enumerate(file.read_bytes().decode("utf-8", "replace").splitlines(), 1):
         if not line.strip() or line.startswith("#"):
             continue
         name, _, stored = line.strip().partition(":")
-        whole = re.fullmatch(r"scrypt\$\d{1,7}\$\d{1,3}\$\d{1,3}\$[A-Za-z0-9+/=]+\$[A-Za-z0-9+/=]+", stored)
-        if not _NAME.fullmatch(name) or not whole:
+        if not _NAME.fullmatch(name) or not _is_hash(stored):
             raise ConfigError(
                 f"{file}, line {k}: it is not NAME:scrypt$...; write it with `imgadapt ui --add-user NAME`"
             )
@@ -140,7 +156,12 @@ def add(file: Path, name: str, password: str) -> None:
         raise ConfigError(f"{name!r} is no name: letters, digits and _.@-, at most 32, a letter or digit first")
     if not 8 <= len(password) <= _LONGEST:
         raise ConfigError(f"a password has 8 to {_LONGEST} characters; this one has {len(password)}")
-    everyone = {**(read(file) if file.exists() else {}), name: hashed(password)}
+    stored = hashed(password)
+    with locking.alone(file.with_name(f".{file.name}.lock")):
+        _write(file, {**(read(file) if file.exists() else {}), name: stored})
+
+
+def _write(file: Path, everyone: Mapping[str, str]) -> None:
     with atomically(file, mode=0o600) as out:
         out.write("".join(f"{one}:{stored}\n" for one, stored in everyone.items()).encode())
 
