@@ -11,7 +11,6 @@ import base64
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from imgadapt import attach, demo, detach, load, save, set_weights
 from imgadapt.atomic import write_bytes
 from imgadapt.cli import program
 from imgadapt.errors import Interrupted, TrainingError
+from imgadapt.stopping import Stopped
 from imgadapt.training import families, objective, pictures, probe
 from imgadapt.training.config import TrainConfig
 from imgadapt.training.data import scan
@@ -42,12 +42,14 @@ COLUMNS = 10
 def train(folder: Path, output: Path, steps: int, seed: int) -> float:
     """`imgadapt style`, as a user runs it; returns the seconds of its steps (a finished run is not done again)."""
     command = [sys.executable, "-m", "imgadapt", "style", os.fspath(folder), "--output", os.fspath(output)]
-    process = subprocess.Popen([*command, "--steps", str(steps), "--seed", str(seed), "--no-report", *RECIPE])
-    handler = signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the child, too, which saves and ends
-    status = process.wait()
-    signal.signal(signal.SIGINT, handler)
-    if status == 130:
-        raise Interrupted("stopped; run the same command to go on")
+    command += ["--steps", str(steps), "--seed", str(seed), "--no-report", *RECIPE]
+    process = subprocess.Popen(command, start_new_session=True)  # Ctrl-C comes here only
+    try:
+        status = process.wait()
+    except Stopped as stopped:
+        process.send_signal(stopped.number)  # it saves and ends
+        process.wait()
+        raise Interrupted(f"{stopped}; run the same command to go on", stopped.number) from None
     if status:
         raise TrainingError(f"the training of {folder.name} ended with status {status}; see above")
     return float(json.loads((output / "log.jsonl").read_text("utf-8").splitlines()[-1])["seconds"])

@@ -12,7 +12,6 @@ import argparse
 import io
 import itertools
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from imgadapt.playground.requests import GenerateRequest, Use
 from imgadapt.playground.samplers import SAMPLERS
 from imgadapt.playground.settings import Settings
 from imgadapt.progress import bar
+from imgadapt.stopping import scratch
 from imgadapt.training import pictures
 
 
@@ -57,14 +57,14 @@ def main(argv: Sequence[str]) -> None:
     for path in args.adapters:
         if not path.exists():
             raise FormatError(f"{path}: no such folder")
-    with tempfile.TemporaryDirectory() as home:
+    with scratch() as home:
         for path, strength in args.adapter:
             if not path.exists():
-                tag = in_library(path, strength, Settings(Path(home), adapters=tuple(args.adapters), base=args.base))
+                tag = in_library(path, strength, Settings(home, adapters=tuple(args.adapters), base=args.base))
                 raise FormatError(
                     f"{path}: no such file{f'; of the library, write {tag} in the prompt' if tag else ''}"
                 )
-        draw(args, Path(home))
+        draw(args, home)
 
 
 def in_library(path: Path, strength: float, settings: Settings) -> str:

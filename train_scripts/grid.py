@@ -12,7 +12,6 @@ stopped, and the page of the playground shows it.
 import argparse
 import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from imgadapt.playground.samplers import SAMPLERS
 from imgadapt.playground.session import Playground
 from imgadapt.playground.settings import Settings
 from imgadapt.progress import bar
+from imgadapt.stopping import scratch
 
 
 def main(argv: Sequence[str]) -> None:
@@ -54,9 +54,9 @@ def main(argv: Sequence[str]) -> None:
     for path in (*(path for path, _ in args.adapter), *args.adapters):
         if not path.exists():
             raise FormatError(f"{path}: no such file")
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         settings = Settings(
-            args.home or Path(folder), base=args.base, hub=True, dtype=args.dtype,
+            args.home or folder, base=args.base, hub=True, dtype=args.dtype,
             adapters=(*(path.absolute() for path, _ in args.adapter), *args.adapters),
             device="cuda" if torch.cuda.is_available() else "cpu",
         )  # fmt: skip

@@ -4,8 +4,10 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import socket
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import gradio as gr
@@ -18,6 +20,7 @@ from imgadapt.playground.house import House
 from imgadapt.playground.serving.entrance import Entrance
 from imgadapt.playground.serving.guard import Guard, Rules
 from imgadapt.playground.serving.routes import routes
+from imgadapt.stopping import listened
 from imgadapt_ui import visitors
 from imgadapt_ui.api import endpoints
 
@@ -87,6 +90,19 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
         super().__init__(config)
         self._ready = ready
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None]:
+        """SIGHUP, too, ends it as the others do."""
+        with super().capture_signals():
+            main = threading.current_thread() is threading.main_thread()  # they come to it only
+            further = [number for number in listened() if number not in (signal.SIGINT, signal.SIGTERM)] if main else []
+            before = {number: signal.signal(number, self.handle_exit) for number in further}
+            try:
+                yield
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

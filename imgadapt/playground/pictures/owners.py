@@ -6,10 +6,13 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
+from imgadapt import locking
 from imgadapt.atomic import atomically, make_folder
 from imgadapt.errors import OutputError
 
 _PRIVATE = 0o600
+_RECENT = 1000
+_LOCK = ".owners.lock"
 
 
 def read(file: Path, known: Collection[str]) -> dict[str, str]:
@@ -24,12 +27,20 @@ def read(file: Path, known: Collection[str]) -> dict[str, str]:
         return {}
     except OSError as error:
         raise OutputError(f"cannot read {file}, which says whose the pictures are: {error.strerror}") from error
-    rows = [line.split(" ", 1) for line in lines if line]
-    owners = {row[0]: row[1] for row in rows if len(row) == 2 and row[0] in known}
-    if len(rows) > 2 * len(owners) + 1000:
-        with atomically(file, mode=_PRIVATE) as out:
-            out.write("".join(f"{id} {owner}\n" for id, owner in owners.items()).encode())
+    rows = [row for line in lines if len(row := line.split(" ", 1)) == 2]
+    owners = {id: owner for id, owner in rows if id in known}
+    if len(rows) > 2 * len(owners) + _RECENT:
+        _shorten(file, known)
     return owners
+
+
+def _shorten(file: Path, known: Collection[str]) -> None:
+    """Leave out lines of pictures that are gone; not the last ones, whose pictures others may be about to write."""
+    with locking.alone(file.with_name(_LOCK)):
+        lines = [line for line in file.read_text("utf-8", "replace").splitlines() if line]
+        kept = [line for line in lines[:-_RECENT] if line.partition(" ")[0] in known]
+        with atomically(file, mode=_PRIVATE) as out:
+            out.write("".join(f"{line}\n" for line in (*kept, *lines[-_RECENT:])).encode())
 
 
 def add(file: Path, id: str, owner: str) -> None:
@@ -41,11 +52,12 @@ def add(file: Path, id: str, owner: str) -> None:
     line = f"\n{id} {owner.splitlines()[0]}\n".encode()  # on its own, whatever was torn before it
     try:
         make_folder(file.parent)
-        descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, _PRIVATE)
-        try:
-            whole = os.write(descriptor, line) == len(line)
-        finally:
-            os.close(descriptor)
+        with locking.alone(file.with_name(_LOCK)):
+            descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, _PRIVATE)
+            try:
+                whole = os.write(descriptor, line) == len(line)
+            finally:
+                os.close(descriptor)
     except OSError as error:
         raise OutputError(f"cannot write {file}: {error.strerror or error}") from error
     if not whole:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
+from imgadapt import locking
 from imgadapt.atomic import atomically
 
 OWNER = "x-imgadapt-owner"
@@ -33,10 +34,15 @@ class Guests:
     @classmethod
     def kept_in(cls, file: Path) -> Self:
         """With the secret of a file, which is made where there is none."""
+        with locking.alone(file.with_name(f"{file.name}.lock")):  # of another playground in this home
+            return cls(cls._of(file))
+
+    @staticmethod
+    def _of(file: Path) -> bytes:
         if not file.is_file() or file.stat().st_size != 32:
             with atomically(file, mode=0o600) as out:
                 out.write(secrets.token_bytes(32))
-        return cls(file.read_bytes())
+        return file.read_bytes()
 
     def new(self) -> str:
         """A cookie's value."""

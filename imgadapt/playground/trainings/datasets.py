@@ -5,13 +5,14 @@ import io
 import json
 import re
 import shutil
+import stat
 import threading
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from imgadapt import demo
+from imgadapt import demo, locking
 from imgadapt.atomic import folder_atomically, write_bytes
 from imgadapt.errors import ConfigError, DataError, OutputError, first_few
 from imgadapt.playground import filenames
@@ -23,6 +24,8 @@ MOST_FILES = 4000
 """Of one data set, captions counted."""
 _WHOLE = 8  # times the limit of one file
 _CAPTION = 64 * 1024  # bytes
+_ENTRY = b"PK\x01\x02"  # each file's, in a zip's directory
+_ENTRIES = 10 * MOST_FILES  # zips in it counted
 _EACH = 16  # data sets of one owner, where owners are told apart
 _LISTED = 100_000  # entries of folders that are looked at to count pictures
 _OWNERS = ".owners.json"  # no data set can be called so
@@ -80,8 +83,9 @@ class Datasets:
                 with folder_atomically(folder) as inside:
                     for file, data in kept.items():
                         write_bytes(inside / file, data)
-                owners = {k: v for k, v in {**self._owners(), folder.name: owner}.items() if (root / k).is_dir()}
-                write_bytes(root / _OWNERS, json.dumps(owners).encode())
+                with locking.alone(root / f"{_OWNERS}.lock"):  # of another playground in this home
+                    owners = {k: v for k, v in {**self._owners(), folder.name: owner}.items() if (root / k).is_dir()}
+                    write_bytes(root / _OWNERS, json.dumps(owners).encode())
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
@@ -171,6 +175,8 @@ class Datasets:
 
 def _of_zip(name: str, data: bytes, most: int) -> Iterator[tuple[str, bytes]]:
     """What is in a zip, none of it larger than `most` bytes and one, whatever its directory says."""
+    if (rough := data.count(_ENTRY)) > _ENTRIES:  # before each is read, for a million of them takes long
+        raise DataError(f"{_said(name)} has some {rough} files; {MOST_FILES} are allowed")
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             rows = [row for row in archive.infolist() if not row.is_dir()]
@@ -179,6 +185,10 @@ def _of_zip(name: str, data: bytes, most: int) -> Iterator[tuple[str, bytes]]:
             for row in rows:
                 if row.flag_bits & 1:
                     raise DataError(f"{_said(name)} is encrypted; give one that is not")
+                if row.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise DataError(f"{_said(name)} is compressed in a rare way; make an ordinary zip")
+                if stat.S_ISLNK(row.external_attr >> 16):
+                    raise DataError(f"{_said(row.filename)} is a link; put the file itself into {_said(name)}")
                 with archive.open(row) as file:
                     yield row.filename, file.read(most + 1)
     except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, ValueError, RuntimeError) as error:

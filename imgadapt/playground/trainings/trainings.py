@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+from pydantic import TypeAdapter, ValidationError
+
+from imgadapt import locking
 from imgadapt.atomic import write_bytes
 from imgadapt.errors import OutputError
 from imgadapt.playground.desk import public
@@ -38,8 +41,8 @@ class Record:
     def read(cls, path: Path) -> Self | None:
         """None where it is another program's, or of another version."""
         try:
-            return cls(**json.loads(path.read_text("utf-8")))
-        except (OSError, ValueError, TypeError):
+            return TypeAdapter(cls).validate_json(path.read_bytes(), strict=True)
+        except (OSError, ValidationError):
             return None
 
 
@@ -83,10 +86,12 @@ class Training:
         """Start its process, for the first time or again.
 
         Raises:
-            OutputError: see `launching.start`.
+            OutputError: see `launching.start`; or another process trains into its folder: nothing is touched then.
         """
         if self._waiting is not None:
             self._waiting.join()
+        if (who := locking.holder(self.folder)) is not None:
+            raise OutputError(f"{self.record.name} is being trained by {who}, which this playground did not start")
         try:
             (self.folder / "status.json").unlink(missing_ok=True)  # of the process before
         except OSError as error:
