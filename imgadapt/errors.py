@@ -21,13 +21,16 @@ class ImgadaptError(Exception):
     """Base of all errors of imgadapt. Its text is fit for a terminal and a page, whatever of a file it repeats."""
 
     def __str__(self) -> str:
-        text = super().__str__()
-        return text if text.isprintable() else "".join(map(_shown, text))
+        return "\n".join(map(printable, super().__str__().split("\n")))
+
+
+def printable(text: str) -> str:
+    """A text as one line, of which is escaped what moves a cursor, turns a line round or is half a character."""
+    return text if text.isprintable() else "".join(map(_shown, text))
 
 
 def _shown(c: str) -> str:
-    """A character as it is, or escaped, where it moves a cursor, turns a line round or is half of one."""
-    harmless = c.isprintable() or c == "\n" or unicodedata.category(c) == "Zs"
+    harmless = c.isprintable() or unicodedata.category(c) == "Zs"
     return c if harmless else c.encode("unicode_escape").decode()
 
 

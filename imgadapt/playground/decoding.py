@@ -1,6 +1,5 @@
 """Decoding: pictures from outside, which may be hostile."""
 
-import io
 import math
 import re
 
@@ -8,6 +7,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from imgadapt.errors import DataError
+from imgadapt.training import decoding
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _SIXTEEN = {"I;16", "I;16B", "I;16L", "I;16N", "I"}
@@ -22,7 +22,9 @@ def opened(data: bytes, most_pixels: int) -> Image.Image:
     if not data:
         raise DataError("the picture is empty (0 bytes)")
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(decoding.Counted(data), formats=FORMATS)
+    except DataError as error:
+        raise DataError(f"this is no picture that can be read: {error}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         count = int((re.findall(r"\d+", str(error)) or ["0"])[0])
         raise DataError(f"the picture has {count:,} pixels; {most_pixels:,} are allowed") from None
@@ -34,6 +36,7 @@ def opened(data: bytes, most_pixels: int) -> Image.Image:
         raise DataError(
             f"the picture has {image.width} x {image.height} pixels; {most_pixels:,} are allowed ({side} x {side})"
         )
+    decoding.check(image, data)
     return image
 
 

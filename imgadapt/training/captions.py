@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from imgadapt.errors import ConfigError, DataError
+from imgadapt.errors import ConfigError, DataError, first_few
 from imgadapt.training.noise import generator, number
+from imgadapt.training.reading import read
 
 if TYPE_CHECKING:  # data.py reads captions with this module
     from imgadapt.training.data import Example
@@ -23,7 +24,11 @@ COLUMNS = ("text", "caption", "prompt")
 MOST_WORDINGS = 64
 PLACEHOLDER = "[trigger]"
 SEPARATOR = "|||"
-_UNSAID = re.compile(r"[\x00\ud800-\udfff]")
+MOST_TEXT = 2**20
+"""Bytes of a caption file."""
+MOST_TABLE = 2**28
+"""Of a metadata.jsonl or metadata.csv."""
+_UNSAID = re.compile(r"[\x00-\x08\x0e-\x1b\x7f\ud800-\udfff]")  # and no space
 _WILDCARD = re.compile(r"\{([^{}|]*(?:\|[^{}|]*)+)\}")
 
 
@@ -125,10 +130,12 @@ def wordings(lines: Sequence[str], where: object) -> list[str]:
     where: file, for the error.
 
     Raises:
-        DataError: there are more than 64, or one has NUL or half a character in it, which ends in no tokenizer.
+        DataError: there are more than 64, or one has control characters or half a character in it, which are no text.
     """
-    if odd := next((line for line in lines if _UNSAID.search(line)), None):
-        raise DataError(f"{where}: {odd[:40]!r} has characters that are no text; is it UTF-16? save it as UTF-8")
+    if odd := next((found for line in lines if (found := _UNSAID.search(line))), None):
+        near = odd.string[max(0, odd.start() - 20) : odd.start() + 20]
+        remedy = "is it UTF-16? save it as UTF-8" if odd[0] == "\0" else "remove them"
+        raise DataError(f"{where}: {near!r} has characters that are no text; {remedy}")
     split = [_WILDCARD.split(line) for line in lines if line.strip()]
     options = [[part.split("|") if k % 2 else [part] for k, part in enumerate(parts)] for parts in split]
     if (count := sum(math.prod(map(len, line)) for line in options)) > MOST_WORDINGS:
@@ -152,22 +159,24 @@ def beside(files: Sequence[Path], row: Sequence[str] = (), table: str = "") -> l
     for other, texts in others:
         if set(texts) != set(said):
             a, b = ([x for x in one if x not in two] or one for one, two in ((said, texts), (texts, said)))
-            raise DataError(f"{first} says {a[0]!r} and {other} says {b[0]!r} of one picture; remove one of them")
+            said_a, said_b = repr(a[0][:80]), repr(b[0][:80])
+            raise DataError(f"{first} says {said_a} and {other} says {said_b} of one picture; remove one of them")
     return said
 
 
-def text(file: Path) -> str:
-    """The text of a file.
+def text(file: Path, most: int = MOST_TEXT) -> str:
+    """The text of a file. most: bytes.
 
     Raises:
-        DataError: it cannot be read, or is not UTF-8.
+        DataError: it cannot be read, is longer, or is not UTF-8.
     """
     try:
-        return file.read_text("utf-8-sig")
+        return read(file, most).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text ({error}); save it as UTF-8") from error
+        why = f"{error.reason} at byte {error.start:,}"
+        raise DataError(f"{file}: not UTF-8 text ({why}); save it as UTF-8") from error
     except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
+        raise DataError(f"{file}: cannot be read ({error.strerror or error})") from error
 
 
 def table(file: Path) -> dict[str, list[str]]:
@@ -182,22 +191,26 @@ def table(file: Path) -> dict[str, list[str]]:
     for where, row in _rows(file):
         name = row.get("file_name")
         if not isinstance(name, str) or not name.strip():
-            raise DataError(f"{where}: wanted 'file_name', the picture's name, among {', '.join(map(str, row))}")
+            there = first_few([str(column)[:40] for column in row], 10)
+            raise DataError(f"{where}: wanted 'file_name', the picture's name, among {there}")
         # as Windows reads it, so that a drive or a backslash does not get out either
         path = PureWindowsPath(name)
         if path.anchor or ".." in path.parts or not path.name:
             raise DataError(
-                f"{where}: {name!r} is not inside the folder; move the picture there and name it from there"
+                f"{where}: {name[:200]!r} is not inside the folder; move the picture there and name it from there"
             )
         said.setdefault(path.as_posix(), []).extend(_texts(row, where))
     return {name: wordings(list(dict.fromkeys(lines)), f"{file}: {name}") for name, lines in said.items()}
 
 
 def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    lines = io.StringIO(text(file), newline="")  # not splitlines: U+2028 may stand inside a text
+    lines = io.StringIO(text(file, MOST_TABLE), newline="")  # not splitlines: U+2028 may stand inside a text
     if file.suffix.lower() == ".csv":
         reader = csv.DictReader(lines, strict=True)
         try:
+            columns = list(reader.fieldnames or ())
+            if len(set(columns)) < len(columns):
+                raise DataError(f"{file}:1: two columns of one name among {first_few(columns, 10)}; remove one")
             for row in reader:
                 if None in row:
                     raise DataError(
@@ -210,15 +223,24 @@ def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for number_of_line, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        where = f"{file}:{number_of_line}"
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_once)
         except ValueError as error:
-            raise DataError(f"{file}:{number_of_line}: not JSON ({error}); wanted one object a line") from error
+            raise DataError(f"{where}: not JSON ({str(error)[:100]}); wanted one object a line") from error
+        except RecursionError as error:
+            raise DataError(f"{where}: nested too deeply; wanted a name and a text") from error
         if not isinstance(row, dict):
-            raise DataError(
-                f'{file}:{number_of_line}: wanted an object, {{"file_name": ..., "text": ...}}, not {line!r}'
-            )
-        yield f"{file}:{number_of_line}", row
+            raise DataError(f'{where}: wanted an object, {{"file_name": ..., "text": ...}}, not {line[:80]!r}')
+        yield where, row
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of JSON, in which the last of two values of one name would win unsaid."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("a name comes twice")
+    return made
 
 
 def _texts(row: dict[str, Any], where: str) -> list[str]:
@@ -226,7 +248,7 @@ def _texts(row: dict[str, Any], where: str) -> list[str]:
     said = {column: row[column] for column in COLUMNS if row.get(column)}
     for column, value in said.items():
         if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(x, str) for x in value)):
-            raise DataError(f"{where}: {column!r} is {value!r}, wanted a text or a list of texts")
+            raise DataError(f"{where}: {column!r} is {repr(value)[:80]}, wanted a text or a list of texts")
     values = [value.splitlines() if isinstance(value, str) else value for value in said.values()]
     if any(value != values[0] for value in values):
         raise DataError(f"{where}: {' and '.join(map(repr, said))} say different things; remove one of them")

@@ -1,10 +1,11 @@
 """The settings of a training: each is a TOML key and a flag; unknown ones are errors."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -14,6 +15,19 @@ from imgadapt.training.report import scores
 Precision = Literal["fp32", "bf16", "fp16"]
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "lion", "schedule-free", "came")
 _NO_CAPTION = "trained without caption"
+MOST_TEXT = 100_000
+"""Characters of a setting."""
+_SAID = 5  # errors at once
+_NAME = 255  # bytes of a file's name, in usual file systems
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+# far beyond what is of use, and near enough that nothing overflows or takes forever
+_STEPS, _COUNT, _RANK, _SIDES, _FEW = 10**8, 10_000, 100_000, 16_384, 64
+_LARGE, _RATE, _SPREAD = 1e6, 1e3, 100.0
+_Rank = Annotated[int, Field(ge=1, le=_RANK)]
+_Rate = Annotated[float, Field(gt=0, le=_RATE)]
+_Number = Annotated[float, Field(ge=-1e12, le=1e12)]
+_Side = Annotated[int, Field(ge=1, le=_SIDES)]
+_Strength = Annotated[float, Field(ge=-_SPREAD, le=_SPREAD)]
 
 
 class TrainConfig(BaseModel):
@@ -26,66 +40,78 @@ class TrainConfig(BaseModel):
     base: str = Field("demo", description="demo, sd1, sdxl, sd3, flux, ...; a diffusers folder; or a checkpoint file")
     output: Path = Field(Path("adapter_out"), description="folder for the adapter, checkpoints, log, samples, report")
     cache: Path | None = Field(None, description="folder of latents and text states; OUTPUT/cache when not given")
-    steps: int = Field(1000, ge=1, description="optimiser steps")
+    steps: int = Field(1000, ge=1, le=_STEPS, description="optimiser steps")
     seed: int = Field(0, ge=0, lt=2**63, description="the same seed gives the same file on the same machine")
 
     # the adapter
     method: str = Field("lora", description="lora, loha, lokr, oft, boft, glora, ia3, full, dora; or with fields: lokr(factor=8)")  # fmt: skip  # noqa: E501
-    rank: int | None = Field(None, ge=1, description="the method's rank; its own default when not given")
-    alpha: float | None = Field(None, gt=0, description="the change is scaled by alpha / rank; rank when not given")
+    rank: int | None = Field(None, ge=1, le=_RANK, description="the method's rank; its own default when not given")
+    alpha: float | None = Field(
+        None, gt=0, le=_LARGE, description="the change is scaled by alpha / rank; rank when not given"
+    )
     rank_stabilised: bool = Field(False, description="scale by alpha / sqrt(rank) (rsLoRA)")
     targets: list[str] = Field(["transformer"], description="presets and globs of layers; '!glob' leaves out; 'text': encoders")  # fmt: skip  # noqa: E501
     methods: dict[str, str] = Field({}, description="targets that have a method of their own: convolution=lokr(rank=4)")
-    ranks: dict[str, int] = Field({}, description="targets that have a rank of their own: unet.mid_block.*=32")
+    ranks: dict[str, _Rank] = Field({}, description="targets that have a rank of their own: unet.mid_block.*=32")
     dropout: float = Field(0.0, ge=0, lt=1, description="share of the input that the adapter does not see")
     rank_dropout: float = Field(0.0, ge=0, lt=1, description="share of the ranks left out")
     module_dropout: float = Field(0.0, ge=0, lt=1, description="how often a layer goes without the adapter")
 
     # optimisation
     optimizer: Literal[OPTIMIZERS] = Field("adamw", description=", ".join(OPTIMIZERS))  # pyright: ignore[reportInvalidTypeForm]
-    optimizer_options: dict[str, float | bool] = Field({}, description="further arguments of it: d_coef=2 weight_lr_power=1")  # fmt: skip  # noqa: E501
-    learning_rate: float = Field(1e-4, gt=0, description="peak rate (1 for prodigy)")
-    learning_rates: dict[str, float] = Field({}, description="rates of targets: text_encoder*=5e-5")
-    lora_plus: float | None = Field(None, gt=0, description="tensors that start at zero (up, B) learn this much faster")
+    optimizer_options: dict[str, _Number | bool] = Field({}, description="further arguments of it: d_coef=2 weight_lr_power=1")  # fmt: skip  # noqa: E501
+    learning_rate: float = Field(1e-4, gt=0, le=_RATE, description="peak rate (1 for prodigy)")
+    learning_rates: dict[str, _Rate] = Field({}, description="rates of targets: text_encoder*=5e-5")
+    lora_plus: float | None = Field(
+        None, gt=0, le=_LARGE, description="tensors that start at zero (up, B) learn this much faster"
+    )
     schedule: Literal["cosine", "linear", "constant", "restarts"] = Field("cosine", description="of the rate, after warm-up")  # fmt: skip  # noqa: E501
-    restarts: int = Field(3, ge=1, description="cycles of the schedule 'restarts'")
-    warmup_steps: int = Field(20, ge=0, description="steps from 0 to the peak")
-    weight_decay: float = Field(1e-3, ge=0, description="the optimiser's")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
-    batch_size: int = Field(4, ge=1, description="pictures a step, over all processes and pieces")
-    pieces: int = Field(1, ge=1, description="in how many pieces a process computes its share (gradient accumulation)")
+    restarts: int = Field(3, ge=1, le=_STEPS, description="cycles of the schedule 'restarts'")
+    warmup_steps: int = Field(20, ge=0, le=_STEPS, description="steps from 0 to the peak")
+    weight_decay: float = Field(1e-3, ge=0, le=_RATE, description="the optimiser's")
+    max_grad_norm: float = Field(1.0, gt=0, le=1e12, description="gradients are clipped to this norm")
+    batch_size: int = Field(4, ge=1, le=_COUNT, description="pictures a step, over all processes and pieces")
+    pieces: int = Field(
+        1, ge=1, le=_COUNT, description="in how many pieces a process computes its share (gradient accumulation)"
+    )
     ema: float | None = Field(None, ge=0, lt=1, description="decay of a running mean, which becomes the adapter")
     precision: Precision = Field("fp32", description="of the frozen base: fp32, bf16 or fp16; the adapter is fp32")
     quantise: Literal["nf4", "int8"] | None = Field(None, description="the base's linear layers: nf4 or int8")
     checkpointing: bool = Field(False, description="compute activations twice instead of keeping them")
-    swap_blocks: int = Field(0, ge=0, description="so many of the denoiser's blocks wait in RAM; with checkpointing")
+    swap_blocks: int = Field(
+        0, ge=0, le=_COUNT, description="so many of the denoiser's blocks wait in RAM; with checkpointing"
+    )
     shard: bool = Field(False, description="split the frozen base over the processes (FSDP2)")
     compile: bool = Field(False, description="torch.compile the denoiser")
 
     # the objective
     prediction: Literal["epsilon", "v_prediction"] | None = Field(None, description="what the base predicts, where its config is wrong")  # fmt: skip  # noqa: E501
-    min_snr_gamma: float | None = Field(None, gt=0, description="min-SNR weighting (5 is usual); off when not given")
+    min_snr_gamma: float | None = Field(
+        None, gt=0, le=_LARGE, description="min-SNR weighting (5 is usual); off when not given"
+    )
     debiased: bool = Field(False, description="debiased weighting, instead of min-SNR")
     huber: Literal["constant", "exponential", "snr"] | None = Field(None, description="pseudo-Huber loss, and its schedule")  # fmt: skip  # noqa: E501
-    huber_c: float = Field(0.1, gt=0, description="where the Huber loss turns from square to linear")
-    noise_offset: float = Field(0.0, ge=0, description="0.05 at most; for bases that predict noise")
+    huber_c: float = Field(0.1, gt=0, le=_LARGE, description="where the Huber loss turns from square to linear")
+    noise_offset: float = Field(0.0, ge=0, le=_SPREAD, description="0.05 at most; for bases that predict noise")
     pyramid_noise: float = Field(0.0, ge=0, lt=1, description="discount of noise at lower resolutions (0.3 is usual)")
     input_perturbation: float = Field(
-        0.0, ge=0, description="more noise in the input than in the target (0.1 is usual)"
+        0.0, ge=0, le=_SPREAD, description="more noise in the input than in the target (0.1 is usual)"
     )
     zero_terminal_snr: bool = Field(False, description="rescale the noise schedule; for velocity")
     timesteps: Literal["uniform", "logit_normal", "mode"] | None = Field(None, description="distribution; the base's own when not given")  # fmt: skip  # noqa: E501
-    logit_mean: float = Field(0.0, description="of logit_normal")
-    logit_spread: float = Field(1.0, gt=0, description="of logit_normal")
-    mode_scale: float = Field(1.29, description="of mode")
-    shift: float | None = Field(None, gt=0, description="towards noise; the base's own when not given")
+    logit_mean: float = Field(0.0, ge=-_SPREAD, le=_SPREAD, description="of logit_normal")
+    logit_spread: float = Field(1.0, gt=0, le=_SPREAD, description="of logit_normal")
+    mode_scale: float = Field(1.29, ge=-_SPREAD, le=_SPREAD, description="of mode")
+    shift: float | None = Field(None, gt=0, le=_LARGE, description="towards noise; the base's own when not given")
     timestep_range: tuple[float, float] = Field((0.0, 1.0), description="share of the noise levels that is trained")
 
     # pictures and captions
-    resolution: list[int] = Field([], description="pixels of a square of the same area, or several; the base's own")
+    resolution: list[_Side] = Field(
+        [], max_length=_FEW, description="pixels of a square of the same area, or several; the base's own"
+    )
     buckets: bool = Field(True, description="keep the shapes of pictures; else squares")
     crop: Literal["centre", "random", "pad"] = Field("centre", description="what is cut to fit a bucket")
-    crops: int = Field(4, ge=1, description="how many random crops of a picture there are")
+    crops: int = Field(4, ge=1, le=_COUNT, description="how many random crops of a picture there are")
     flip: bool = Field(False, description="train on mirror images, too")
     mask: Literal["none", "alpha", "file"] = Field("none", description="train inside of the alpha channel or NAME-mask.png only")  # fmt: skip  # noqa: E501
     unmasked_weight: float = Field(0.0, ge=0, le=1, description="how much the rest counts")
@@ -93,20 +119,24 @@ class TrainConfig(BaseModel):
     trigger: str | None = Field(None, description="word in every caption: ohwx")
     caption_dropout: float = Field(0.05, ge=0, le=1, description=f"share of pictures {_NO_CAPTION}")
     shuffle_tags: bool = Field(False, description="tags between commas come in any order")
-    keep_tags: int = Field(1, ge=0, description="of which the first ones stay in front")
+    keep_tags: int = Field(1, ge=0, le=_COUNT, description="of which the first ones stay in front")
     tag_dropout: float = Field(0.0, ge=0, lt=1, description="share of the tags left out")
-    caption_variants: int = Field(8, ge=1, description="shuffled wordings of a caption")
+    caption_variants: int = Field(8, ge=1, le=_COUNT, description="shuffled wordings of a caption")
 
     # watching
     held_out: Path | None = Field(None, description="pictures never trained on; their loss picks the best checkpoint")
-    held_out_count: int = Field(0, ge=0, description="or: how many of the folder's are kept out of the training")
-    evaluate_every: int | None = Field(None, ge=1, description="steps between evaluations; a fifth of all, 50 at least")  # fmt: skip  # noqa: E501
-    checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints; the last two are kept")
+    held_out_count: int = Field(
+        0, ge=0, le=_STEPS, description="or: how many of the folder's are kept out of the training"
+    )
+    evaluate_every: int | None = Field(None, ge=1, le=_STEPS, description="steps between evaluations; a fifth of all, 50 at least")  # fmt: skip  # noqa: E501
+    checkpoint_every: int = Field(100, ge=1, le=_STEPS, description="steps between checkpoints; the last two are kept")
     sample_prompts: list[str] = Field([], description="drawn for the report; OUTPUT/prompts.txt may be edited meanwhile")  # fmt: skip  # noqa: E501
-    sample_every: int | None = Field(None, ge=1, description="steps between samples; at the end only when not given")
+    sample_every: int | None = Field(
+        None, ge=1, le=_STEPS, description="steps between samples; at the end only when not given"
+    )
     log_with: list[Literal["tensorboard", "wandb"]] = Field(["tensorboard"], description="tensorboard, wandb")
     report: bool = Field(True, description="write OUTPUT/report.html")
-    strengths: list[float] = Field([0.5, 1.0], description="of the adapter in the report's grid")
+    strengths: list[_Strength] = Field([0.5, 1.0], max_length=_FEW, description="of the adapter in the report's grid")
     score_with: list[Path] = Field([], description="folders of CLIP and DINOv2 models, for scores of those pictures")
 
     # the file
@@ -132,10 +162,19 @@ class TrainConfig(BaseModel):
             raise ValueError("wanted NAME=VALUE")
         return value
 
+    @field_validator("folder", "base", "output", "cache", "held_out", "class_folder", mode="before", check_fields=False)
+    @classmethod
+    def _a_place(cls, value: Any) -> Any:
+        if value == "":  # to Python it is the folder where one is
+            raise ValueError("wanted a path; the folder where you are is .")
+        return value
+
     @field_validator("score_with", mode="after")
     @classmethod
     def _models(cls, value: list[Path]) -> list[Path]:
         for folder in value:
+            if long := _long(folder):
+                raise ValueError(long)
             scores.kind(folder)
         return [folder.absolute() for folder in value]
 
@@ -157,7 +196,9 @@ class TrainConfig(BaseModel):
         try:
             made = cls(**values)
         except ValidationError as error:
-            raise ConfigError("; ".join(_explain(row, list(cls.model_fields)) for row in error.errors())) from error
+            rows = error.errors()
+            said = "; ".join(_explain(row, list(cls.model_fields)) for row in rows[:_SAID])
+            raise ConfigError(said + (f"; and {len(rows) - _SAID} more" if len(rows) > _SAID else "")) from error
         for name, value in made:
             _check_text(name, value)
         idle = [(name, needs) for names, needs, has in _NEEDS for name in names if made._is_set(name) and not has(made)]
@@ -180,10 +221,10 @@ class DreamBoothConfig(TrainConfig):
 
     class_prompt: str | None = Field(None, description="what the subject is one of: 'a man'; the caption without the trigger")  # fmt: skip  # noqa: E501
     preservation: Literal["class-free", "classic", "none"] = Field("class-free", description="class-free: the base's own answers are kept; classic: class pictures are trained, too")  # fmt: skip  # noqa: E501
-    preservation_weight: float = Field(1.0, gt=0, description="of it in the loss")
+    preservation_weight: float = Field(1.0, gt=0, le=_LARGE, description="of it in the loss")
     preservation_share: float = Field(0.5, gt=0, le=1, description="of the steps that have it, class-free")
     class_folder: Path | None = Field(None, description="class pictures; OUTPUT/class when not given")
-    class_count: int = Field(100, ge=1, description="pictures that the folder is filled up to by drawing")
+    class_count: int = Field(100, ge=1, le=_STEPS, description="pictures that the folder is filled up to by drawing")
 
 
 class InversionConfig(TrainConfig):
@@ -192,7 +233,7 @@ class InversionConfig(TrainConfig):
     word: str = Field(description="the new word: <ohwx>")
     initial: str = Field("object", description="words whose meaning it starts from")
     vectors: int = Field(1, ge=1, le=75, description="how many tokens it stands for")
-    embedding_rate: float = Field(5e-3, gt=0, description="learning rate of its vectors")
+    embedding_rate: float = Field(5e-3, gt=0, le=_RATE, description="learning rate of its vectors")
     norm_control: bool = Field(True, description="pull the vectors' spread back to that of the vocabulary")
     pivot: float = Field(
         0.5, gt=0, le=1, description="share of the steps that train the word; an adapter is trained in all"
@@ -225,16 +266,45 @@ _NEEDS: Sequence[tuple[tuple[str, ...], str, Callable[[Any], bool]]] = (
 
 def _check_text(name: str, value: Any) -> None:
     """Names and words are written into files at the end: what cannot be written is to be known at the beginning."""
+    text = json.dumps(value, default=str, ensure_ascii=False)
     try:
-        json.dumps(value, default=str, ensure_ascii=False).encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise ConfigError(
-            f"'{name}' is {str(value)!r}, which is not UTF-8 and cannot be written into files; rename it"
+            f"'{name}' is {_short(str(value))}, which is not UTF-8 and cannot be written into files; rename it"
         ) from error
+    if len(text) > MOST_TEXT:
+        raise ConfigError(f"'{name}' has {len(text):,} characters, wanted {MOST_TEXT:,} at most")
+    for one in _texts(value):
+        if _CONTROL.search(one):
+            raise ConfigError(f"'{name}' is {_short(one)}, with control characters in it; remove them")
+    paths = value if isinstance(value, list) else [value]
+    for path in [Path(one) for one in paths if isinstance(one, Path) or name == "base"]:
+        if long := _long(path):
+            raise ConfigError(f"'{name}' is {_short(str(path))}: {long}")
+
+
+def _long(path: Path) -> str | None:
+    """What is wrong with a path that no file system takes."""
+    most = max((len(part.encode("utf-8", "replace")) for part in path.parts), default=0)
+    return f"a name of {most:,} bytes in it, and file systems take {_NAME}" if most > _NAME else None
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [text for pair in value.items() for one in pair for text in _texts(one)]
+    if isinstance(value, list | tuple):
+        return [text for one in value for text in _texts(one)]
+    return [str(value)] if isinstance(value, str | Path) else []
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:80]}... ({len(text):,} characters)"
 
 
 def _explain(row: Any, known: Sequence[str]) -> str:
-    key = ".".join(str(part) for part in row["loc"])
+    key = ".".join(str(part)[:100] for part in row["loc"])
     if row["type"] == "extra_forbidden":
         for kind, config in (("character", DreamBoothConfig), ("concept", InversionConfig)):
             if key in config.model_fields:
@@ -244,4 +314,4 @@ def _explain(row: Any, known: Sequence[str]) -> str:
     if row["type"] == "missing":
         return f"'{key}' is not given" + {"word": ': --word "<ohwx>", the new word'}.get(key, "")
     message = row["msg"].removeprefix("Value error, ")
-    return f"'{key}' is {row['input']!r}: {message[0].lower()}{message[1:]}"
+    return f"'{key}' is {_short(row['input'])}: {message[0].lower()}{message[1:]}"

@@ -1,20 +1,18 @@
 """The pictures of a folder, whatever its layout, each with its captions and its mask."""
 
 import hashlib
-import io
 import json
+import os
 import re
 import unicodedata
-import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, UnidentifiedImageError
-
-from imgadapt.errors import DataError, first_few
+from imgadapt.errors import DataError, first_few, printable
+from imgadapt.training import decoding
 from imgadapt.training.captions import beside, table, with_trigger, wordings
+from imgadapt.training.reading import read
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 UNREAD = frozenset({".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw"})
@@ -22,9 +20,6 @@ CAPTIONS = (".txt", ".caption")
 METADATA = ("metadata.jsonl", "metadata.csv")  # of Hugging Face's imagefolder
 MASKS = ("-mask", "-masklabel")  # ends of names; the second is OneTrainer's
 SMALLEST = 8  # pixels of a side
-ORIENTATION = 0x0112  # EXIF; 5 to 8 swap width and height
-# Pillow opens more, some of it by starting other programs (EPS); cameras' MPO is opened as JPEG
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 _CONCEPT = re.compile(r"(\d{1,3})_(.*)")  # kohya's `10_ohwx man`; four digits are a year
 
 
@@ -34,7 +29,7 @@ class Example:
 
     captions: one or more wordings; ("",) for a picture that is trained without. digest: SHA-256 of the file's bytes.
     width, height: pixels, upright. mask: a picture, white where to train. alpha: some pixels are transparent.
-    repeats, concept: of kohya's folder `repeats_concept`.
+    repeats, concept: of kohya's folder `repeats_concept`. mask_digest: of the mask, as it was scanned.
     """
 
     path: Path
@@ -46,6 +41,7 @@ class Example:
     alpha: bool = False
     repeats: int = 1
     concept: str = ""
+    mask_digest: str = ""
 
 
 def scan(folder: Path, caption: str | None = None, trigger: str | None = None) -> list[Example]:
@@ -70,7 +66,7 @@ def scan(folder: Path, caption: str | None = None, trigger: str | None = None) -
     silent: list[str] = []
     examples: list[Example] = []
     for path, texts, mask, (repeats, concept) in found:
-        name = path.relative_to(folder).as_posix()
+        name = printable(path.relative_to(folder).as_posix())
         if not texts:
             if caption is None and not concept and trigger is None:
                 silent.append(name)
@@ -78,12 +74,11 @@ def scan(folder: Path, caption: str | None = None, trigger: str | None = None) -
         captions = tuple(dict.fromkeys(with_trigger(text, trigger, path) for text in texts))
         try:
             mark, size, alpha = _look(path)
-            if mask:
-                _look_at_mask(mask, size)
-        except _Unusable as error:
+            marked = _look_at_mask(mask, size) if mask else ""
+        except DataError as error:
             broken.append(f"{name} ({error})")
         else:
-            examples.append(Example(path, captions, mark, *size, mask, alpha, repeats, concept))
+            examples.append(Example(path, captions, mark, *size, mask, alpha, repeats, concept, marked))
     if broken:
         raise DataError(
             f"{folder}: {len(broken)} of {len(found)} pictures cannot be read; mend or remove {first_few(broken)}"
@@ -97,30 +92,14 @@ def scan(folder: Path, caption: str | None = None, trigger: str | None = None) -
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
-    """SHA-256 of all that decides what is trained, in order: pictures, captions, masks, repeats; no paths.
-
-    Raises:
-        DataError: a mask is gone.
-    """
-    parts = [(e.digest, e.captions, file_digest(e.mask) if e.mask else None, e.repeats) for e in examples]
+    """SHA-256 of all that decides what is trained, in order: pictures, captions, masks, repeats; no paths."""
+    parts = [(e.digest, e.captions, e.mask_digest or None, e.repeats) for e in examples]
     return digest([json.dumps(part) for part in parts])
 
 
 def digest(lines: Sequence[str]) -> str:
     """SHA-256 of lines of text."""
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 # --- which pictures, with which words
@@ -135,12 +114,15 @@ class Listing:
 
     def __init__(self, folder: Path) -> None:
         try:
-            found = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: p.name)
-        except OSError as error:
-            raise DataError(f"{folder}: cannot be read ({error.strerror})") from error
+            with os.scandir(folder) as entries:
+                rows = sorted((e.name, _is_folder(e)) for e in entries if not e.name.startswith("."))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise DataError(f"{folder}: no such folder") from error
+        except (OSError, ValueError) as error:  # the latter of NUL in a name
+            raise DataError(f"{folder}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
         self.folder = folder
-        self.folders = [p for p in found if p.is_dir()]
-        self.files = [p for p in found if p not in set(self.folders)]
+        self.folders = [folder / name for name, inner in rows if inner]
+        self.files = [folder / name for name, inner in rows if not inner]
         self.pictures = [p for p in self.files if p.suffix.lower() in SUFFIXES]
         self._named: dict[str, list[Path]] = {}
         for path in self.files:
@@ -192,6 +174,13 @@ class Listing:
         return [(path, next(iter(masks.get(key(path.stem), [])), None)) for path in plain]
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # links in a circle, a disk at its end: reading it will tell
+        return False
+
+
 def key(name: str) -> str:
     """A name as it is compared."""
     return unicodedata.normalize("NFC", name).casefold()
@@ -199,8 +188,6 @@ def key(name: str) -> str:
 
 def _places(folder: Path) -> list[Listing]:
     """The folders that hold the pictures: it, or kohya's in it."""
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder")
     top = Listing(folder)
     inner = [listing for d in top.folders if _CONCEPT.fullmatch(d.name) and (listing := Listing(d)).pictures]
     if not inner or any(top.find(name) for name in METADATA):
@@ -247,7 +234,7 @@ def _pictures(top: Listing) -> list[tuple[Path, list[str], Path | None]]:
     files = {path: listings[path.parent].find(path.name) if path.parent in listings else None for path in rows}
     said = {file: rows[path] for path, file in files.items() if file}
     paired = [pair for listing in listings.values() for pair in listing.paired(said)]
-    pictures = [path for path, _ in paired]
+    pictures = {path for path, _ in paired}
     source = f"{tables[0]}'s row" if tables else ""
     _none([p for x in listings.values() for p in x.files if p.suffix.lower() in UNREAD], top.folder,
           "are in formats that are not read; save them as .png or .jpg")  # fmt: skip
@@ -269,74 +256,58 @@ def _none(paths: Sequence[Path], where: Path, fault: str) -> None:
 # --- what is in a picture
 
 
-class _Unusable(Exception):
-    """Why a picture cannot be used."""
-
-
-def opened(source: Path | io.BytesIO) -> Image.Image:
-    """A picture of which the header is read; its pixels follow when they are asked for."""
-    with warnings.catch_warnings():  # of 90 million pixels; at twice as many comes an error
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(source, formats=_FORMATS)
-
-
-def upright_size(image: Image.Image) -> tuple[int, int]:
-    """(width, height) after EXIF's rotation."""
-    turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
-    return (image.height, image.width) if turned else image.size
-
-
 def _look(path: Path) -> tuple[str, tuple[int, int], bool]:
     """Digest, upright (width, height), and whether some pixels are transparent, of a picture read to its end."""
     data = _bytes(path)
-    image = _decoded(data)
-    size = upright_size(image)
+    image = decoding.decoded(data)
+    size = decoding.upright_size(image)
     if min(size) < SMALLEST:
-        raise _Unusable(f"{size[0]}x{size[1]} pixels, wanted {SMALLEST} a side or more")
-    if image.mode == "F" or (image.mode.startswith("I") and np.asarray(image).max() > 0xFFFF):
-        raise _Unusable("numbers of 32 bits, whose white is not known; save it with 8 or 16")
-    if not image.has_transparency_data:
-        return hashlib.sha256(data).hexdigest(), size, False
-    alpha = np.asarray(image.convert("RGBA"))[..., 3]
-    if not alpha.any():
-        raise _Unusable("transparent all over")
-    return hashlib.sha256(data).hexdigest(), size, bool(alpha.min() < 255)
+        raise DataError(f"{size[0]}x{size[1]} pixels, wanted {SMALLEST} a side or more")
+    least, most = decoding.transparency(image)
+    if most == 0:
+        raise DataError("transparent all over")
+    return hashlib.sha256(data).hexdigest(), size, least < 255
 
 
-def _look_at_mask(path: Path, size: tuple[int, int]) -> None:
-    """Raises _Unusable for a mask that does not fit a picture of (width, height), or leaves nothing of it."""
+def _look_at_mask(path: Path, size: tuple[int, int]) -> str:
+    """Digest of a mask.
+
+    Raises:
+        DataError: it does not fit a picture of (width, height), or leaves nothing of it.
+    """
     try:
-        image = _decoded(_bytes(path))
-    except _Unusable as error:
-        raise _Unusable(f"its mask {path.name}: {error}") from error
-    (width, height), (across, down) = size, upright_size(image)
+        data = _bytes(path)
+        image = decoding.painted(decoding.decoded(data))
+    except DataError as error:
+        raise DataError(f"its mask {path.name}: {error}") from error
+    (width, height), (across, down) = size, image.size
     if abs(across - down * width / height) > 1 and abs(down - across * height / width) > 1:
-        raise _Unusable(f"its mask {path.name} is {across}x{down}, not the shape of {width}x{height}")
-    seen = image if image.mode.startswith(("I", "F")) else image.convert("LA")
-    # what is transparent in a mask was not painted
-    if not (np.asarray(seen) > 0).reshape(down * across, -1).all(1).any():
-        raise _Unusable(f"its mask {path.name} is black all over")
+        raise DataError(f"its mask {path.name} is {across}x{down}, not the shape of {width}x{height}")
+    if image.getextrema()[1] == 0:
+        raise DataError(f"its mask {path.name} is black all over")
+    return hashlib.sha256(data).hexdigest()
 
 
 def _bytes(path: Path) -> bytes:
-    if not path.is_file():
-        raise _Unusable("a link to nothing" if path.is_symlink() else "not a file")
     try:
-        data = path.read_bytes()
+        data = read(path, decoding.MOST_BYTES)
     except OSError as error:
-        raise _Unusable(str(error.strerror)) from error
+        raise DataError(error.strerror or str(error)) from error
     if not data:
-        raise _Unusable("an empty file")
+        raise DataError("an empty file")
     return data
 
 
-def _decoded(data: bytes) -> Image.Image:
+def unchanged(path: Path, digest: str) -> bytes:
+    """The bytes of a file that was scanned.
+
+    Raises:
+        DataError: it cannot be read, or is not the one that was scanned.
+    """
     try:
-        image = opened(io.BytesIO(data))
-        image.load()
-        upright_size(image)
-    except UnidentifiedImageError as error:
-        raise _Unusable("not a picture, whatever its name says") from error
-    except Exception as error:  # Pillow's readers raise whatever damaged bytes lead them to
-        raise _Unusable(str(error) or type(error).__name__) from error
-    return image
+        data = read(path, decoding.MOST_BYTES)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); mend or remove it") from error
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise DataError(f"{path}: the file has changed since it was scanned; start the run anew")
+    return data

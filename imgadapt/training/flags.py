@@ -40,14 +40,21 @@ def checked(values: dict[str, Any], path: Path) -> dict[str, Any]:
         if numeric and isinstance(value, bool | str):
             raise ConfigError(f"{path}: '{key}' is {value!r}, wanted a number")
     base = values.get("base")
-    if isinstance(base, str) and not Path(base).is_absolute() and (path.parent / base).exists():
+    if isinstance(base, str) and not Path(base).is_absolute() and _there(path.parent / base):
         values["base"] = str(path.parent / base)
     for key in _PATHS:
-        if isinstance(values.get(key), str):
+        if isinstance(values.get(key), str) and values[key]:
             values[key] = path.parent / values[key]
     if isinstance(models := values.get("score_with"), list):
         values["score_with"] = [path.parent / model if isinstance(model, str) else model for model in models]
     return values
+
+
+def _there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long, a folder that nobody may look into
+        return False
 
 
 def write_toml(config: TrainConfig, why: Mapping[str, str] | None = None) -> str:
@@ -103,7 +110,7 @@ class _Parser(argparse.ArgumentParser):
             given = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0]
             there = [flag for flag in self._option_string_actions if not flag.startswith("--no-")]
             other = _ELSEWHERE.get(given.lstrip("-").replace("_", "-"))
-            near = get_close_matches(given, there, n=1, cutoff=0.7)
+            near = get_close_matches(given[:60], there, n=1, cutoff=0.7)
             hint = f"here it is {other}" if other else f"did you mean {near[0]}?" if near else "--help lists them all"
             message = f"unknown flag {given}: {hint}"
         self.exit(2, f"{self.prog}: error: {message}\n")

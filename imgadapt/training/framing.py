@@ -4,8 +4,6 @@ The picture is resized to cover its bucket and cropped (or, padded, to fit insid
 worked out without opening the file, so that the sizes that SDXL is told are there when the latents come from a cache.
 """
 
-import hashlib
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from imgadapt.errors import DataError
-from imgadapt.training import noise
+from imgadapt.training import decoding, noise
 from imgadapt.training.buckets import View
-from imgadapt.training.data import Example, file_digest, opened
+from imgadapt.training.data import Example, unchanged
 
 Crop = Literal["centre", "random", "pad"]
 Masking = Literal["none", "alpha", "file"]
@@ -27,7 +25,6 @@ Colour = tuple[int, int, int]
 
 WHITE: Colour = (255, 255, 255)
 VERSION = 1  # of the pixels that this file makes; in the key, so that no cache outlives a change here
-_UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -146,16 +143,13 @@ def key(view: View, options: Options = _PLAIN) -> str:
     """All that decides what `frame` makes of a view, as text: for caches that are keyed by content.
 
     Equal for crops that fall on the same place.
-
-    Raises:
-        DataError: the mask's file is not readable.
     """
     place, example = placement(view, options), view.example
     mask = "none"
     if options.use_mask == "alpha" and example.alpha:
         mask = "alpha"
     elif options.use_mask == "file" and example.mask is not None:
-        mask = file_digest(example.mask)
+        mask = example.mask_digest
     geometry = f"{place.resized} {place.corner} {place.target} {place.mirrored}"
     return f"frame {VERSION} {example.digest} {geometry} {options.background} {mask}"
 
@@ -173,20 +167,11 @@ def upright(example: Example, *, about: int | None = None) -> Image.Image:
     Raises:
         DataError: the file is not readable, not the one that was scanned, or of numbers with an unknown range.
     """
-    try:
-        data = example.path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != example.digest:
-            raise DataError(f"{example.path}: the file has changed since it was scanned; start the run anew")
-        with opened(io.BytesIO(data)) as image:
-            if about is not None:
-                image.draft("RGB", (about, about))
-            turned = _eight_bits(ImageOps.exif_transpose(image), example.path)
-    except _UNREADABLE as error:
-        raise DataError(f"{example.path}: the picture cannot be read ({error}); mend or remove it") from error
+    turned = decoding.plain(_decoded(example.path, example.digest, about))
     if about is None and turned.size != (example.width, example.height):
         wanted = f"{example.width} x {example.height}"
         raise DataError(f"{example.path}: wanted {wanted} pixels, as scanned, got {turned.width} x {turned.height}")
-    return turned.convert("RGBA" if turned.has_transparency_data else "RGB")
+    return turned
 
 
 def flat(image: Image.Image, background: Colour = WHITE) -> Image.Image:
@@ -205,7 +190,7 @@ def mask_of(example: Example, image: Image.Image, use_mask: Masking) -> Image.Im
     if use_mask == "alpha" and example.alpha:
         mask, name = image.getchannel("A"), f"{example.path}: the picture is transparent"
     elif use_mask == "file" and example.mask is not None:
-        mask, name = _grey(example.mask), f"{example.mask}: the mask is black"
+        mask, name = decoding.painted(_decoded(example.mask, example.mask_digest)), f"{example.mask}: the mask is black"
     else:
         return None
     if mask.getextrema()[1] == 0:
@@ -213,23 +198,12 @@ def mask_of(example: Example, image: Image.Image, use_mask: Masking) -> Image.Im
     return mask
 
 
-def _grey(path: Path) -> Image.Image:
+def _decoded(path: Path, digest: str, about: int | None = None) -> Image.Image:
+    data = unchanged(path, digest)
     try:
-        with opened(path) as image:
-            turned = _eight_bits(ImageOps.exif_transpose(image), path)
-    except _UNREADABLE as error:
-        raise DataError(f"{path}: the mask cannot be read ({error}); mend or remove it") from error
-    # what was left transparent in a mask was not painted
-    return flat(turned.convert("RGBA"), (0, 0, 0)).convert("L")
-
-
-def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
-    """16-bit grey as 8-bit grey, which Pillow's own conversion clips to white."""
-    if image.mode == "F" or (image.mode.startswith("I") and np.asarray(image).max() > 0xFFFF):
-        raise DataError(f"{path}: numbers of 32 bits, whose white is not known; save it with 8 or 16 bits a channel")
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).clip(0).astype(np.uint16) >> 8).astype(np.uint8))
-    return image
+        return decoding.decoded(data, about=about)
+    except DataError as error:
+        raise DataError(f"{path}: cannot be read ({error}); mend or remove it") from error
 
 
 def _laid(image: Image.Image, place: Placement, fill: Colour | int, filter_: Image.Resampling) -> Image.Image:

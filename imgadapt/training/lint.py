@@ -3,7 +3,7 @@
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,15 +11,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from imgadapt.errors import DataError, first_few
+from imgadapt.errors import DataError, first_few, printable
+from imgadapt.training import decoding
 from imgadapt.training.captions import says
-from imgadapt.training.data import CAPTIONS, METADATA, ORIENTATION, SUFFIXES, UNREAD, Example, Listing, key, opened
+from imgadapt.training.data import CAPTIONS, METADATA, SUFFIXES, UNREAD, Example, Listing, key
+from imgadapt.training.reading import read
 
 Level = Literal["error", "warning", "note"]
 ALIKE = 6  # bits of 64
 SHAPE = 2.0  # sides' ratio of the longest bucket
 UNEVEN = 1.5  # between concepts, in pictures an epoch
 BLURRED = 1.25  # times enlarged
+MOST_FILES = 200_000  # that are looked through
 _SIDE = 32  # pixels that hashes are made of
 _SYSTEM = frozenset({"thumbs.db", "desktop.ini"})
 _KINDS = {"JPEG": (".jpg", ".jpeg", ".jfif"), "MPO": (".jpg", ".jpeg", ".jfif"), "TIFF": (".tif", ".tiff")}
@@ -38,14 +41,14 @@ class Finding:
 class Looks:
     """What of a picture only its file says.
 
-    kind, mode: Pillow's names. deep: more than 8 bits a channel. turned: by EXIF. hashes: of it and of its mirror
-    image; None when it has one colour.
+    kind, mode: Pillow's names. deep: more than 8 bits a channel. moves: it is animated. turned: by EXIF. hashes: of it
+    and of its mirror image; None when it has one colour.
     """
 
     kind: str
     mode: str
     deep: bool
-    frames: int
+    moves: bool
     turned: bool
     hashes: tuple[int, int] | None
 
@@ -81,7 +84,8 @@ def examine(
         *_unused(examples, folder, elsewhere),
     ]
     order: list[Level] = ["error", "warning", "note"]
-    return sorted(found, key=lambda finding: order.index(finding.level))
+    told = [replace(finding, text=printable(finding.text)) for finding in found]
+    return sorted(told, key=lambda finding: order.index(finding.level))
 
 
 # --- captions
@@ -152,37 +156,36 @@ def look(path: Path) -> Looks:
         DataError: it cannot be opened.
     """
     try:
-        with opened(path) as image:
-            kind, mode = image.format or "", image.mode
-            # of colours with 16 bits Pillow tells only in how it will decode them
-            deep = any("16" in str(tile[3]) for tile in getattr(image, "tile", ()))
-            turned = image.getexif().get(ORIENTATION, 1) != 1
-            image.draft("L", (2 * _SIDE, 2 * _SIDE))
-            grey = _grey(image)
-        with opened(path) as image:
-            frames = _frames(image)
-    except Exception as error:  # as in data.py
+        data = read(path, decoding.MOST_BYTES)
+        image = decoding.opened(data)
+        kind, mode = image.format or "", image.mode
+        # of colours with 16 bits Pillow tells only in how it will decode them
+        deep = any("16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+        small = decoding.decoded(data, about=2 * _SIDE)
+        grey, turned = _grey(decoding.plain(small)), decoding.turn(small) is not None
+        moves = kind != "MPO" and _moves(image)  # a camera's MPO holds previews and depths
+    except (OSError, DataError) as error:
         raise DataError(f"{path}: cannot be read ({error}); was it changed since it was scanned?") from error
-    return Looks(kind, mode, deep, frames, turned, phash(grey) if grey.std() > 1 else None)
+    return Looks(kind, mode, deep, moves, turned, phash(grey) if grey.std() > 1 else None)
 
 
-def _frames(image: Image.Image) -> int:
-    """How many pictures follow one another in time; a camera's MPO holds previews and depths."""
-    if image.format == "MPO":
-        return 1
+def _moves(image: Image.Image) -> bool:
+    """Whether pictures follow the first in time. They are not counted, for that takes long where there are millions."""
     try:
-        return getattr(image, "n_frames", 1)
+        image.seek(1)
+    except EOFError:
+        return False
     except Exception:  # the first is whole, those after it are not: there are some
-        return 2
+        return True
+    return True
 
 
 def _grey(image: Image.Image) -> NDArray[np.float64]:
-    """(32, 32) brightness, over white."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image, np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return np.asarray(image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BOX), np.float64)
+    """(32, 32) brightness of RGB or RGBA, over white."""
+    small = image.resize((_SIDE, _SIDE), Image.Resampling.BOX)
+    if small.mode == "RGBA":
+        small = Image.alpha_composite(Image.new("RGBA", small.size, "white"), small)
+    return np.asarray(small.convert("L"), np.float64)
 
 
 def phash(grey: NDArray[np.float64]) -> tuple[int, int]:
@@ -205,13 +208,12 @@ def _same(examples: Sequence[Example], looks: Sequence[Looks]) -> Iterator[Findi
     # one of each, so that a copy is not told as looking alike too
     once = [group[0] for group in by_bytes.values() if looks[group[0]].hashes]
     plain, mirrored = (_bits([hashes[side] for k in once if (hashes := looks[k].hashes)]) for side in (0, 1))
-    near = _groups(once, _pairs(plain, plain))
-    together = {(a, b) for group in near for a in group for b in group}
-    turned = [pair for pair in _pairs(plain, mirrored) if (once[pair[0]], once[pair[1]]) not in together]
+    near = _groups(plain, plain)
+    turned = _groups(plain, mirrored, apart=near)
     for groups, text in (
         (copies, "are the same file; each copy counts as a picture: remove all but one"),
-        (near, "look alike; keep the best, so that training does not see them more often than others"),
-        (_groups(once, turned), "are mirror images; keep one of each, and let flip do the rest if sides do not matter"),
+        (_sorted(near, once), "look alike; keep the best, so that training does not see them more often than others"),
+        (_sorted(turned, once), "are mirror images; keep one of each, and let flip do the rest if sides do not matter"),
     ):
         if groups:
             named = [" = ".join(examples[k].path.name for k in group[:4]) for group in groups]
@@ -225,22 +227,30 @@ def _bits(hashes: Sequence[int]) -> NDArray[np.float32]:
     return np.unpackbits(each).reshape(-1, 64).astype(np.float32) * 2 - 1
 
 
-def _pairs(these: NDArray[np.float32], those: NDArray[np.float32], rows: int = 1024) -> Iterator[tuple[int, int]]:
-    """Places a < b that differ in few bits."""
-    for first in range(0, len(these), rows):
-        close = these[first : first + rows] @ those.T >= 64 - 2 * ALIKE
-        yield from ((a + first, b) for a, b in np.argwhere(close).tolist() if a + first < b)
+def _groups(
+    these: NDArray[np.float32], those: NDArray[np.float32], apart: NDArray[np.int64] | None = None
+) -> NDArray[np.int64]:
+    """The group of each place (its first place), where places a < b that differ in few bits are of one group.
+
+    apart: groups within which pairs do not count. Thousands of places may be all alike: pairs are not listed.
+    """
+    group = np.arange(len(these))
+    for a in range(len(these)):
+        close = these[a] @ those[a + 1 :].T >= 64 - 2 * ALIKE
+        if apart is not None:
+            close &= apart[a + 1 :] != apart[a]
+        if (others := group[a + 1 :][close])[others != group[a]].size:
+            joined = np.unique(np.append(others, group[a]))
+            group[np.isin(group, joined)] = joined[0]
+    return group
 
 
-def _groups(names: Sequence[int], pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
-    """Names that pairs of places connect, in order."""
-    group: dict[int, list[int]] = {}
-    for pair in pairs:
-        a, b = (group.setdefault(k, [k]) for k in pair)
-        if a is not b:
-            a += b
-            group.update(dict.fromkeys(b, a))
-    return [[names[k] for k in sorted(each)] for each in {id(x): x for x in group.values()}.values()]
+def _sorted(group: NDArray[np.int64], names: Sequence[int]) -> list[list[int]]:
+    """The names of each group of two or more."""
+    members: dict[int, list[int]] = defaultdict(list)
+    for name, which in zip(names, group.tolist(), strict=True):
+        members[which].append(name)
+    return [some for some in members.values() if len(some) > 1]
 
 
 def _size(examples: Sequence[Example], resolution: int) -> Iterator[Finding]:
@@ -270,7 +280,7 @@ def _kind(examples: Sequence[Example], looks: Sequence[Looks], *, alpha_counts: 
         (
             "warning",
             "are animated; only the first frame is trained: save the frames you want",
-            lambda _, x: x.frames > 1,
+            lambda _, x: x.moves,
         ),
         ("warning", "are CMYK; their colours are guessed: save them as RGB", lambda _, x: x.mode == "CMYK"),
         ("note", "have 16 bits a channel; the 8 upper ones are used", lambda _, x: x.deep),
@@ -321,7 +331,7 @@ def _unused(examples: Sequence[Example], folder: Path, elsewhere: Sequence[Path]
     used = {e.path for e in examples} | {e.mask for e in examples if e.mask}
     left: dict[str, list[Path]] = defaultdict(list)
     skipped = {place.resolve() for place in elsewhere}
-    for listing in _walk(folder, skipped):
+    for listing in _walk(folder, skipped, by_folder):
         here = by_folder[listing.folder]
         known = used | {file for path in here for file in listing.captions(path)}
         if here or listing.folder == folder:
@@ -349,15 +359,25 @@ def _unused(examples: Sequence[Example], folder: Path, elsewhere: Sequence[Path]
             yield Finding(level, f"{len(paths)} {text}: {first_few(names)}", tuple(paths))
 
 
-def _walk(folder: Path, seen: set[Path]) -> Iterator[Listing]:
-    """A folder and those below, links too; none that was seen."""
-    if folder.resolve() in seen:
-        return
-    seen.add(folder.resolve())
-    listing = Listing(folder)
-    yield listing
-    for inner in listing.folders:
-        yield from _walk(inner, seen)
+def _walk(folder: Path, seen: set[Path], used: Collection[Path]) -> Iterator[Listing]:
+    """A folder and those below, links too where they stay in it or lead to what is `used`; none that was seen.
+
+    Raises:
+        DataError: there is more than anyone would look through.
+    """
+    whole, waiting, count = folder.resolve(), [folder], 0
+    while waiting:
+        place = waiting.pop()
+        real = place.resolve()
+        if real in seen or not (place in used or real.is_relative_to(whole)):
+            continue
+        seen.add(real)
+        listing = Listing(place)
+        count += len(listing.files) + len(listing.folders)
+        if count > MOST_FILES:
+            raise DataError(f"{folder}: more than {MOST_FILES:,} files and folders in it; give one with pictures only")
+        yield listing
+        waiting += reversed(listing.folders)
 
 
 def _paths(examples: Iterable[Example]) -> tuple[Path, ...]:

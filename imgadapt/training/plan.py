@@ -18,6 +18,7 @@ from imgadapt.training import recipe, subject, words
 from imgadapt.training.config import DreamBoothConfig, InversionConfig, TrainConfig
 from imgadapt.training.data import Example, scan
 from imgadapt.training.families import hub, single_file
+from imgadapt.training.reading import read
 
 Kind = Literal["style", "character", "concept"]
 PROGRAMS: Mapping[Kind, tuple[str, type[TrainConfig]]] = {
@@ -59,6 +60,7 @@ USUAL: Mapping[str, Usual] = {
 }  # fmt: skip
 _FACTORS = {"full": 0.15, "glora": 0.5, "lokr": 5.0, "ia3": 15.0, "norm": 15.0}
 """Of the rates that were best on the embedded base, to LoRA's usual one (docs/training.md)."""
+_MOST_JSON = 2**20  # bytes
 _FILES = {"v1": "sd1", "v2": "sd2", "xl_base": "sdxl", "sd3": "sd3", "sd35_medium": "sd3", "sd35_large": "sd3",
           "flux-dev": "flux", "flux-schnell": "flux"}  # fmt: skip
 _CLASSES = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}
@@ -103,7 +105,7 @@ def kind_of_base(base: str) -> str:
     """A key of USUAL, from names and config files only; "sd1" where nothing tells.
 
     Raises:
-        ConfigError: there is no such base.
+        ConfigError: there is no such base, or its settings cannot be read.
     """
     if base == "demo":
         return "demo"
@@ -118,17 +120,24 @@ def kind_of_base(base: str) -> str:
         raise ConfigError(
             f"base {base} has no model_index.json; wanted 'demo', a diffusers folder, or a checkpoint file"
         )
-    return _of_class(_json(index)["_class_name"], _json(unet) if unet.is_file() else {})
+    return _of_class(str(_json(index).get("_class_name")), _json(unet) if unet.is_file() else {})
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return cast("dict[str, Any]", json.loads(path.read_text("utf-8")))
+    try:
+        found = json.loads(read(path, _MOST_JSON))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: wanted the settings of a model, an object")
+    return cast("dict[str, Any]", found)
 
 
 def _of_class(name: str, unet: Mapping[str, Any]) -> str:
     if name in _CLASSES:
         return _CLASSES[name]
-    if int(unet.get("sample_size") or 64) < 32:
+    side = unet.get("sample_size")
+    if isinstance(side, int) and 0 < side < 32:
         return "demo"  # so small a base learns as the embedded one does
     return "sd2" if unet.get("cross_attention_dim") == 1024 else "sd1"
 
@@ -141,7 +150,9 @@ def of(given: Mapping[str, Any], kind: Kind | None = None) -> Plan:
     """
     if "folder" not in given:
         raise ConfigError("'folder' is not given: imgadapt train ./pictures")
-    TrainConfig.of({name: value for name, value in given.items() if name in TrainConfig.model_fields})
+    shared = {name: value for name, value in given.items() if name in TrainConfig.model_fields}
+    said = TrainConfig.of(shared)
+    given = {**given, **{name: getattr(said, name) for name in shared}}
     why: dict[str, str] = {}
     examples = scan(Path(given["folder"]), given.get("caption") or _stand_in(given, kind), given.get("trigger"))
     if kind is None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
-from imgadapt.errors import DataError
+from imgadapt.errors import DataError, printable
 from imgadapt.training.buckets import View
 from imgadapt.training.framing import Crop, Masking, Options, Placement, flat, mask_of, placement, upright
 
@@ -60,7 +60,7 @@ def _tile(view: View, crop: Crop, use_mask: Masking, variants: int, seed: int) -
     made = Image.new("RGB", (TILE + 8, TILE + 8 + 2 * (_TEXT + 3)), "white")
     made.paste(picture, ((TILE + 8 - picture.width) // 2, (TILE + 8 - picture.height) // 2))
     draw, font = ImageDraw.Draw(made), ImageFont.load_default(_TEXT)
-    draw.text((4, TILE + 7), _short(view.example.path.name, font), "black", font)
+    draw.text((4, TILE + 7), _short(printable(view.example.path.name), font), "black", font)
     share = f"{'pad' if crop == 'pad' else 'cut'} {view.cut:.0%}"
     larger = f", x{view.enlarged:.2f}" if view.enlarged > 1 else ""
     draw.text((4, TILE + 10 + _TEXT), f"{view.size[0]} x {view.size[1]}, {share}{larger}", "black", font)
