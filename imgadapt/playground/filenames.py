@@ -6,7 +6,9 @@ import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
+from imgadapt.atomic import make_folder, sync, told_of
 from imgadapt.errors import OutputError
+from imgadapt.temporary import claimed
 
 MOST = 100
 """Bytes of a name; file systems take 255, and endings and numbers come on top."""
@@ -20,18 +22,44 @@ def cleaned(name: str, otherwise: str, most: int = MOST) -> str:
     last = re.split(r"[/\\]", unicodedata.normalize("NFC", name))[-1]
     kept = re.sub(r"[^\w.+() -]+|\s+", " ", last)
     short = kept.strip(" .-").encode("utf-8", "ignore")[:most].decode("utf-8", "ignore").strip(" .-")
-    return f"{short}_" if _DEVICES.fullmatch(short) else short or otherwise
+    device = _DEVICES.fullmatch(short)
+    return f"{device[1]}_{device[2] or ''}" if device else short or otherwise
 
 
-def reserved(folder: Path, name: str, suffix: str) -> Path:
-    """An empty file of this name in a folder, or of the name with a number where there is one already.
+def placed(folder: Path, name: str, suffix: str, write: Callable[[Path], object]) -> Path:
+    """A file of this name in a folder, or of the name with a number where there is one already. write: writes it to the
+    path that it is given, as `atomically` does.
 
     Raises:
         OutputError: the folder cannot be written.
     """
-    return _first(
-        folder, name, suffix, lambda path: os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-    )
+    _candidates(folder, name, suffix)
+    make_folder(folder)
+    try:
+        with claimed(folder.resolve() / f"{name}{suffix}", os.mkdir) as inside:
+            written = inside / f"new{suffix}"
+            with told_of(folder / f"{name}{suffix}", written):
+                write(written)
+            path = _first(folder, name, suffix, lambda path: _moved(written, path))
+        sync(folder)
+    except OSError as error:
+        raise OutputError(f"cannot write to {folder}: {error.strerror or error}") from error
+    return path
+
+
+def _moved(source: Path, target: Path) -> None:
+    """Raises FileExistsError: there is something at `target`."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:  # no hard links here, or worse, which is then said
+        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        try:
+            os.replace(source, target)
+        except OSError:
+            os.unlink(target)
+            raise
 
 
 def made(folder: Path, name: str) -> Path:

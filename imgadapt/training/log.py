@@ -47,9 +47,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def _step(line: str) -> int | None:
     """The step of a line; None for one that a crash tore."""
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
+    return step if isinstance(step, int) and not isinstance(step, bool) else None
 
 
 def check(config: TrainConfig) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,10 @@ from imgadapt.playground.requests import GenerateRequest
 
 VERSION = 1
 _ID = re.compile(r"[0-9a-f]{16}")
+_UNREADABLE = (
+    *(OSError, ValueError, TypeError, LookupError, AttributeError, ConfigError),
+    *(OverflowError, RecursionError),  # whole numbers without end, brackets without end
+)
 _READ = 64
 """Grids that are kept in memory."""
 
@@ -51,7 +55,7 @@ class Shelf:
             if id in self._read and self._read[id][0] == stamp:
                 return self._read[id][1]
             grid = self._of(id, json.loads(path.read_bytes()))
-        except (OSError, ValueError, TypeError, LookupError, AttributeError, ConfigError) as error:
+        except _UNREADABLE as error:
             raise ConfigError(f"the grid {id} cannot be read any more ({type(error).__name__})") from error
         self._read[id] = stamp, grid
         while len(self._read) > _READ:
@@ -69,6 +73,8 @@ class Shelf:
         x, y, z = (tuple(str(label) for label in labels) for labels in said["labels"])
         cells = [self._cell(k, row) for k, row in enumerate(said["cells"])]
         request = GridRequest.of(said["request"])
+        if not all(_is_laid_out(cell, (x, y, z), len(cells)) for cell in cells):
+            raise ValueError("a cell lies outside of it")
         more = {str(name): str(value) for name, value in said["more"].items()}
         return Grid(id, request, (x, y, z), cells, str(said["owner"]), float(said["made"]), more)
 
@@ -82,6 +88,12 @@ class Shelf:
                 picture = None
         difference = Difference(**row["difference"]) if picture is not None and row["difference"] else None
         return Cell(index, (x, y, z), GenerateRequest.of(row["request"]), picture, difference, row["base"])
+
+
+def _is_laid_out(cell: Cell, labels: Sequence[Sequence[str]], count: int) -> bool:
+    """Whether it is at one of these labels, and compared with one of so many cells."""
+    inside = all(0 <= at < len(row) for at, row in zip(cell.place, labels, strict=True))
+    return inside and (cell.base is None or (isinstance(cell.base, int) and 0 <= cell.base < count))
 
 
 def told(grid: Grid) -> dict[str, Any]:

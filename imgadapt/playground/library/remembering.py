@@ -3,16 +3,17 @@
 import json
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 import imgadapt
 from imgadapt import __version__
 from imgadapt.atomic import write_bytes
 from imgadapt.errors import OutputError
-from imgadapt.playground.library.cards import Header, Kind
+from imgadapt.playground.library.cards import Header
 
 Stamp = tuple[int, int]
 """When a file was changed (ns), and its bytes."""
@@ -26,12 +27,12 @@ class Memory:
         self._headers: dict[str, tuple[Stamp, Header]] = {}
         self._digests: dict[str, tuple[Stamp, str]] = {}
         try:
-            said: Any = json.loads(path.read_text("utf-8"))
-            if said["version"] == _VERSION:
-                self._headers = {id: (_stamp(row), _header(row[2])) for id, row in said["headers"].items()}
-                self._digests = {id: (_stamp(row), str(row[2])) for id, row in said["digests"].items()}
-        except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
-            self._headers, self._digests = {}, {}
+            kept = _Kept.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError):
+            return
+        if kept.version == _VERSION:
+            self._headers = {id: ((row[0], row[1]), row[2]) for id, row in kept.headers.items()}
+            self._digests = {id: ((row[0], row[1]), row[2]) for id, row in kept.digests.items()}
 
     def header(self, id: str, stamp: Stamp) -> Header | None:
         with self._lock:
@@ -71,7 +72,17 @@ class Memory:
             self._changed = True
 
 
-def _version() -> list[Any]:
+class _Kept(BaseModel):
+    """What the file has: headers and digests by id, each behind its stamp."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)  # of headers, too
+
+    version: list[str | int]
+    headers: dict[str, tuple[int, int, Header]]
+    digests: dict[str, tuple[int, int, str]]
+
+
+def _version() -> list[str | int]:
     """Another imgadapt may read a file in another way; so may the same one, changed in place."""
     package = Path(imgadapt.__file__).parent
     files = [*package.glob("formats/*.py"), *package.glob("methods/*.py"), package / "file.py", package / "summary.py"]
@@ -79,15 +90,3 @@ def _version() -> list[Any]:
 
 
 _VERSION = _version()
-
-
-def _stamp(row: Any) -> Stamp:
-    return int(row[0]), int(row[1])
-
-
-def _header(said: Mapping[str, Any]) -> Header:
-    values: dict[str, Any] = {
-        key: tuple(cast("list[Any]", value)) if isinstance(value, list) else value for key, value in said.items()
-    }
-    values["kinds"] = tuple(Kind(**kind) for kind in said["kinds"])
-    return Header(**values)

@@ -34,6 +34,8 @@ def ours(info: Mapping[Any, Any]) -> Mapping[str, Any] | None:
         return None
     try:
         record = json.loads(text)
+        if "\\u" in text:
+            json.dumps(record, ensure_ascii=False).encode()  # half a character goes into no file of ours again
     except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None  # pyright: ignore[reportUnknownVariableType]

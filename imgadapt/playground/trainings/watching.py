@@ -54,7 +54,7 @@ def _loss(line: bytes) -> list[Loss]:
     try:
         row = json.loads(line)
         found = (int(row["step"]) + 1, float(row["loss"]), float(row["lr"]))
-    except (ValueError, KeyError, TypeError):  # torn by a crash, or a step that fp16 skipped
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # torn by a crash; a skipped step
         return []
     return [found] if math.isfinite(found[1]) else []
 
@@ -133,6 +133,6 @@ def _some(folder: Path) -> list[Path]:
 def _json(path: Path) -> Mapping[str, Any]:
     try:
         found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
