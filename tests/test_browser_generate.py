@@ -4,6 +4,7 @@ import hashlib
 import re
 import urllib.request
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -226,6 +227,14 @@ def test_a_hostile_files_metadata_is_shown_as_text(page: Page) -> None:
     page.locator("#details summary", has_text="Metadata").click()
     expect(page.locator("#details dd", has_text=HOSTILE).first).to_be_visible()
     assert page.locator("#details script, #details img").count() == 0
+    assert page.title() != "broken into"
+
+
+def test_what_a_link_asks_for_is_told_as_text(page: Page, server: Server) -> None:
+    visit(page, server, f"?adapter={quote(HOSTILE)}&seed={quote(HOSTILE)}")
+    told = page.get_by_test_id("toast-text").first
+    expect(told).to_contain_text(HOSTILE[:60])
+    assert page.get_by_test_id("toast-text").locator("img, script, a").count() == 0
     assert page.title() != "broken into"
 
 

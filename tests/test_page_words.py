@@ -1,10 +1,13 @@
 """What the page says in a few words: methods, times, the header's status, cards, and drawings that are lost."""
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gradio as gr
 import pytest
-from imgadapt_ui import cards_html, page, results, stack
+from imgadapt_ui import cards_html, page, results, stack, telling
 from imgadapt_ui.jobs import Jobs
 
 from imgadapt.playground.desk import Ticket
@@ -67,3 +70,16 @@ def test_jobs_of_this_process_are_known_and_those_of_one_before_are_not() -> Non
     jobs = Jobs()
     job = jobs.add(Ticket(lambda ticket: None, "user-a", desk))
     assert (jobs.knows(job.id), jobs.knows("0" * 16)) == (True, False)
+
+
+def test_messages_are_text_and_nobody_shows_one_but_by_telling(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = list[str]()
+    monkeypatch.setattr(gr, "Warning", shown.append)
+    monkeypatch.setattr(gr, "Info", shown.append)
+    telling.warn("<b>x</b> & 'y'")
+    telling.inform("<i>")
+    assert shown == ["&lt;b&gt;x&lt;/b&gt; &amp; &#x27;y&#x27;", "&lt;i&gt;"]
+    assert str(telling.fault("<b>").message) == "&lt;b&gt;"
+    folder = Path(page.__file__).parent
+    users = {path.name for path in folder.glob("*.py") if re.search(r"gr\.(Warning|Info|Error)\(", path.read_text())}
+    assert users == {"telling.py", "api.py"}  # programs are told as they are

@@ -18,7 +18,7 @@ from imgadapt_ui import analysing, axes, boxes, grid_html
 from imgadapt_ui.axes import AxisForm
 from imgadapt_ui.grid_view import GridView
 from imgadapt_ui.parts import QUIET, Shared
-from imgadapt_ui.telling import LATEST, LIVE, open_number, told
+from imgadapt_ui.telling import LATEST, LIVE, fault, open_number, told
 from imgadapt_ui.who import owner
 
 
@@ -174,7 +174,7 @@ def _wire_drawing(
 
     async def go_on(id: str, request: gr.Request) -> AsyncGenerator[list[Any], None]:
         if not id:
-            raise gr.Error("Choose one of the earlier grids first", print_exception=False)
+            raise fault("Choose one of the earlier grids first")
         who = owner(request)
         with told():
             ticket = await asyncio.to_thread(lambda: house.grids.resume(id, owner=who))

@@ -12,6 +12,7 @@ from imgadapt_ui import results, start_picture
 from imgadapt_ui.jobs import Job, Jobs
 from imgadapt_ui.parts import QUIET, Shared, error_box, samplers
 from imgadapt_ui.stack import Stack
+from imgadapt_ui.telling import inform
 from imgadapt_ui.who import owner
 
 _LOST = "The playground was started anew while it drew: that drawing is lost. Press Generate to draw it again."
@@ -196,7 +197,7 @@ class Generate:
         offered = samplers(self.house)
         if chosen in {name for _, name in offered}:
             return gr.Dropdown(choices=offered)  # pyright: ignore[reportArgumentType]
-        gr.Info(f"This base cannot be drawn with {chosen}; its own sampler is chosen instead")
+        inform(f"This base cannot be drawn with {chosen}; its own sampler is chosen instead")
         return gr.Dropdown(choices=offered, value="base")  # pyright: ignore[reportArgumentType]
 
     def _stop(self, request: gr.Request) -> None:
@@ -205,6 +206,6 @@ class Generate:
     def _last_seed(self, latest: str, request: gr.Request) -> Any:
         record = results.record_of(self.house, latest, owner(request))
         if record is None:
-            gr.Info("No picture has been drawn yet")
+            inform("No picture has been drawn yet")
             return gr.skip()
         return record["request"]["seed"]

@@ -17,7 +17,7 @@ from imgadapt_ui import boxes, grid_html
 from imgadapt_ui.following import follow
 from imgadapt_ui.jobs import Job, Jobs
 from imgadapt_ui.parts import QUIET, Shared, bar, empty, link
-from imgadapt_ui.telling import LIVE, told
+from imgadapt_ui.telling import LIVE, fault, told, warn
 from imgadapt_ui.who import owner
 
 NOTHING = empty("No grid yet", "Choose what differs along X and Y, and press Draw. It stops within a step and resumes.")
@@ -100,7 +100,7 @@ class GridView:
                 yield self.show(grid, drawing=True, progress=bar(now.now))
         ended = job.ended
         if isinstance(ended, Failed) and not ended.cancelled:
-            gr.Warning(ended.message)
+            warn(ended.message)
         if isinstance(ended, Done):
             grid = ended.result
         yield self.show(grid) if grid is not None else self.nothing()
@@ -114,7 +114,7 @@ class GridView:
         grid = self.house.grids.get(id, owner)
         found = next((cell for cell in grid.cells if cell.index == index), None)
         if found is None or found.picture is None:
-            raise gr.Error("This cell is not drawn yet", print_exception=False)
+            raise fault("This cell is not drawn yet")
         return grid, found
 
     def look(self, id: str, event: gr.EventData, request: gr.Request) -> list[Any]:

@@ -8,6 +8,7 @@ from imgadapt.errors import ImgadaptError
 from imgadapt.playground.house import House
 from imgadapt_ui import results
 from imgadapt_ui.parts import QUIET, Shared, chosen, empty, text, thumb, tiles
+from imgadapt_ui.telling import warn
 from imgadapt_ui.who import owner
 
 COUNT = 120
@@ -48,7 +49,7 @@ def build(shared: Shared) -> None:
         try:
             house.playground.album.remove(id, house.playground.whose(owner(request)))
         except ImgadaptError as error:
-            gr.Warning(str(error))
+            warn(str(error))
         return ["", NOBODY, gr.Row(visible=False), _shown(house, owner(request))]
 
     refresh.click(show, None, grid, **QUIET)

@@ -11,6 +11,7 @@ from imgadapt_ui import cards_html
 from imgadapt_ui.parts import QUIET, Shared, chosen, counted, empty, text, tiles
 from imgadapt_ui.results import picture_of
 from imgadapt_ui.stack import added, known
+from imgadapt_ui.telling import fault, inform
 from imgadapt_ui.who import owner
 
 NOBODY = empty("No adapter chosen", "Choose a card to see what it is, and whether it goes on the loaded base.")
@@ -81,12 +82,12 @@ def _preview(shared: Shared) -> Any:
     def use(id: str, latest: str, request: gr.Request) -> Any:
         picture = picture_of(shared.house, latest, owner(request)) if latest else None
         if picture is None:
-            gr.Info("No picture has been drawn yet")
+            inform("No picture has been drawn yet")
             return gr.skip()
         try:
             shared.house.playground.library.set_preview(id, picture.path.read_bytes())
         except ImgadaptError as error:
-            raise gr.Error(str(error), print_exception=False, title="No preview set") from None
+            raise fault(str(error), title="No preview set") from None
         return counted()
 
     return use

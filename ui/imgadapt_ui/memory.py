@@ -11,6 +11,7 @@ from imgadapt.playground import forms
 from imgadapt.playground.requests import GenerateRequest, Use
 from imgadapt_ui.generate import Generate
 from imgadapt_ui.parts import QUIET, TABS, Shared, counted
+from imgadapt_ui.telling import warn
 
 VERSION = 1
 """Of what is kept; another version's is not read."""
@@ -35,7 +36,7 @@ def wire(page: gr.Blocks, shared: Shared, places: Mapping[str, gr.Tab], generate
         found = remembered(kept) if isinstance(kept, Mapping) else None
         wanted, missing = linked(shared, query, several, found)
         if missing:
-            gr.Warning("; ".join(missing), title="Not all of the link can be had", duration=30)
+            warn("; ".join(missing), title="Not all of the link can be had", duration=30)
         where = query.get("tab", tab)
         where = "generate" if query.keys() & {"adapter", *_LINKED} and "tab" not in query else where
         loaded = shared.house.playground.studio.base

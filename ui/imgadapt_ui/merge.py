@@ -15,7 +15,7 @@ from imgadapt_ui.following import follow
 from imgadapt_ui.merge_form import MergeForm
 from imgadapt_ui.parts import QUIET, Shared, adapters, bar, counted, empty, link
 from imgadapt_ui.stack import added
-from imgadapt_ui.telling import LIVE, told
+from imgadapt_ui.telling import LIVE, fault, inform, told
 from imgadapt_ui.who import owner
 
 NOTHING = empty(
@@ -57,7 +57,7 @@ def _wire_stack(
         with told():
             stack = shared.asked(values).adapters
         if not stack:
-            gr.Info("There are no adapters in the Generate tab yet")
+            inform("There are no adapters in the Generate tab yet")
         return form.with_stack(stack)
 
     def tried(*values: Any) -> list[Any]:
@@ -66,7 +66,7 @@ def _wire_stack(
 
     def replayed(id: str | None) -> list[Any]:
         if not id:
-            raise gr.Error("Choose a merged adapter first", print_exception=False)
+            raise fault("Choose a merged adapter first")
         with told():
             return form.filled(shared.house.lab.replay(id))
 

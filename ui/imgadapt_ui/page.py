@@ -13,6 +13,7 @@ from imgadapt_ui import compare, convert, history, library, memory, merge, theme
 from imgadapt_ui.following import follow
 from imgadapt_ui.generate import Generate
 from imgadapt_ui.parts import QUIET, Shared, bases, counted, text
+from imgadapt_ui.telling import fault, warn
 from imgadapt_ui.who import owner
 
 _HERE = Path(__file__).parent
@@ -95,10 +96,10 @@ def _header(shared: Shared, status: gr.HTML, dark: gr.Button) -> None:
         try:
             ticket = house.playground.switch(id, owner=owner(request))
         except ImgadaptError as error:
-            raise gr.Error(str(error), print_exception=False, title="Base not loaded") from None
+            raise fault(str(error), title="Base not loaded") from None
         async for event in follow(ticket):
             if isinstance(event, Failed):
-                gr.Warning(event.message, title="Base not loaded")
+                warn(event.message, title="Base not loaded")
                 yield [_load(house, owner(request)), counted()]
             elif isinstance(event, Done):
                 yield [_said(f"{event.result.name} is loaded"), counted()]

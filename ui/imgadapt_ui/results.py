@@ -14,6 +14,7 @@ from imgadapt.playground.requests import GenerateRequest
 from imgadapt_ui.jobs import Job
 from imgadapt_ui.parts import QUIET, Shared, bar, chosen, empty, error_box, link, preview, text, thumb, tiles
 from imgadapt_ui.start_picture import StartPicture
+from imgadapt_ui.telling import inform, warn
 from imgadapt_ui.who import owner
 
 NOTHING = empty("Nothing drawn yet", "Write a prompt and press Generate (Ctrl + Enter). Esc stops.")
@@ -53,7 +54,7 @@ class Results:
 
         def further(latest: str, request: gr.Request) -> list[Any]:
             if picture_of(self.house, latest, owner(request)) is None:
-                gr.Info("No picture has been drawn yet")
+                inform("No picture has been drawn yet")
             return start.begin(latest, owner(request))
 
         shared.latest.change(lambda id: gr.Row(visible=bool(id)), shared.latest, self.buttons, **QUIET)
@@ -215,10 +216,10 @@ def refill(shared: Shared, id: str, owner: str, tab: str) -> list[Any]:
     """Updates of `shared.filled`: the settings of a picture."""
     made = record_of(shared.house, id, owner)
     if made is None:
-        gr.Info("No picture has been drawn yet")
+        inform("No picture has been drawn yet")
         return shared.unchanged()
     try:
         return shared.fill(GenerateRequest.of(made["request"]), tab)
     except ConfigError as error:
-        gr.Warning(f"The settings of this picture cannot be used: {error}")
+        warn(f"The settings of this picture cannot be used: {error}")
         return shared.unchanged()

@@ -13,6 +13,7 @@ from imgadapt.playground.house import House
 from imgadapt.playground.library.library import Card
 from imgadapt.playground.requests import Use
 from imgadapt_ui.parts import QUIET, Shared, adapters, text
+from imgadapt_ui.telling import fault, inform, warn
 
 _CALLED = {method.name: method.__name__ for method in METHODS}
 _PRESETS = ["", *dict.fromkeys([*(name for table in PRESETS.values() for name in table), *CONSTANT])]
@@ -158,13 +159,13 @@ def added(shared: Shared, id: str, values: Any, tab: str | None = None) -> list[
         return shared.unchanged()
     card = known(shared.house, id)
     if card is None or card.fault:
-        gr.Warning("This adapter cannot be used" + (f": {card.fault}" if card else "; it is no longer here"))
+        warn("This adapter cannot be used" + (f": {card.fault}" if card else "; it is no longer here"))
         return shared.unchanged()
     if any(use.adapter == id for use in stack):
-        gr.Info(f"{card.name} is in the stack already")
+        inform(f"{card.name} is in the stack already")
         return [*shared.unchanged()[:-1], gr.Tabs(selected=tab) if tab else gr.skip()]
     if len(stack) >= forms.ROWS:
-        gr.Warning(f"The stack has room for {forms.ROWS} adapters; take one out first")
+        warn(f"The stack has room for {forms.ROWS} adapters; take one out first")
         return shared.unchanged()
     return shared.fill_stack([*stack, Use(adapter=id, weight=card.weight)], tab)
 
@@ -181,4 +182,4 @@ def _uses(values: Any) -> list[Use]:
     try:
         return [Use.of(row) for row in forms.uses(form)]
     except ConfigError as error:
-        raise gr.Error(str(error), print_exception=False) from None
+        raise fault(str(error)) from None

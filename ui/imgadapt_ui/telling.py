@@ -8,7 +8,7 @@ import gradio as gr
 
 from imgadapt.errors import ImgadaptError
 from imgadapt.playground.desk import public
-from imgadapt_ui.parts import QUIET
+from imgadapt_ui.parts import QUIET, text
 
 LIVE: Mapping[str, Any] = {**QUIET, "concurrency_limit": None}
 """Of events that follow a ticket: they wait, as many at once as there are viewers."""
@@ -22,7 +22,24 @@ def told() -> Generator[None]:
     try:
         yield
     except ImgadaptError as error:
-        raise gr.Error(public(str(error)), title="Not possible", print_exception=False) from None
+        raise fault(public(str(error)), title="Not possible") from None
+
+
+def fault(message: object, **more: Any) -> gr.Error:
+    """An error to raise, of a line for the user. (Gradio shows messages as HTML, and parts of ours come from files and
+    links; for programs, which want the text, see api.py.)
+    """
+    return gr.Error(text(message), print_exception=False, **more)
+
+
+def warn(message: object, **more: Any) -> None:
+    """Tell the user what did not go as it was wanted."""
+    gr.Warning(text(message), **more)
+
+
+def inform(message: object) -> None:
+    """Tell the user something."""
+    gr.Info(text(message))
 
 
 def open_number(label: str, left: str, elem_id: str | None = None, width: int = 100, **more: Any) -> gr.Textbox:
