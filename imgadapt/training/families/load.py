@@ -39,7 +39,7 @@ _OTHERS = {
 
 _UNREADABLE = (
     *(OSError, ValueError, KeyError, AttributeError, RuntimeError, TypeError),
-    *(SafetensorError, pickle.UnpicklingError),
+    *(SafetensorError, pickle.UnpicklingError, ImportError),
 )
 
 
