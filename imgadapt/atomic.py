@@ -137,7 +137,12 @@ def _end_of(path: Path) -> Path:
 
 def _create(path: str, mode: int | None) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-    os.close(os.open(path, flags, 0o666 if mode is None else mode | 0o600))
+    descriptor = os.open(path, flags, 0o666 if mode is None else mode | 0o600)
+    try:
+        os.close(descriptor)
+    except OSError:
+        os.unlink(path)
+        raise
 
 
 def _mode_at(path: Path) -> int | None:
@@ -183,9 +188,9 @@ def sync(folder: Path) -> None:
 
 def _cannot(path: Path, error: OSError, names: set[str], *, replaced: bool) -> OutputError:
     """names: of which the error's own says nothing more."""
-    of = error.filename2 or error.filename
-    why = error.strerror or str(error)
-    why = why if of is None or os.fspath(of) in names or isinstance(of, int) else f"{os.fsdecode(of)}: {why}"
+    of, why = error.filename, error.strerror or str(error)
+    if isinstance(of, str | bytes) and os.fsdecode(of) not in names:
+        why = f"{os.fsdecode(of)}: {why}"
     if replaced:
         return OutputError(
             f"{path} is written, but may be gone after a power cut, as its folder cannot be synced: {why}"

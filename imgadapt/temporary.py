@@ -1,6 +1,7 @@
 """Temporary names beside files: claimed by one process, locked while it is at work, swept when it was killed."""
 
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -16,7 +17,8 @@ try:
 except ImportError:  # Windows, where nothing is swept: there is no telling who is at work
     fcntl = None
 
-_AT_ONCE = 8  # writers of one file that have its numbered names; others have random ones, which are not swept
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]+\.tmp")
+_AT_ONCE = 8  # writers of one file that have its numbered names; others have random ones, which `sweep` finds
 _LONGEST = 200  # bytes of a file's name within its temporary one; file systems take 255 in all
 
 
@@ -67,6 +69,14 @@ def _leave(name: Path, about: os.stat_result) -> None:
             _remove(name)
         if held is not None:
             os.close(held)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left in a folder of files that have another name each time."""
+    with suppress(OSError):  # another time
+        for entry in os.scandir(folder):
+            if _TEMPORARY.fullmatch(entry.name):
+                _sweep(Path(entry.path))
 
 
 def _name(target: Path, what: str) -> Path:

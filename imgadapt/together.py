@@ -84,8 +84,13 @@ def _exchanged(folder: Path, inside: Path) -> bool:
 
 def _one_by_one(folder: Path, inside: Path, names: Sequence[str]) -> None:
     """Move files out of a folder within this one; the last of them is away meanwhile, if it is another."""
-    old, new = folder / names[-1], inside / names[-1]
+    old, new, away = folder / names[-1], inside / names[-1], inside / f"{names[-1]}.old"
     if old.exists() and old.read_bytes() != new.read_bytes():
-        old.unlink()
-    for name in names:
-        os.replace(inside / name, folder / name)
+        os.replace(old, away)
+    for k, name in enumerate(names):
+        try:
+            os.replace(inside / name, folder / name)
+        except OSError:
+            if k == 0 and away.exists():
+                os.replace(away, old)
+            raise

@@ -282,11 +282,11 @@ def test_a_full_disk_is_said_and_leaves_no_file(
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write to"):
-        filenames.reserved(tmp_path / "file", "x", ".safetensors")
+        filenames.placed(tmp_path / "file", "x", ".safetensors", Path.touch)
     with pytest.raises(OutputError, match="cannot write to"):
         filenames.made(tmp_path / "file", "x")
     with pytest.raises(OutputError, match="no name of a file"):
-        filenames.reserved(tmp_path, "../x", "")
+        filenames.placed(tmp_path, "../x", "", Path.touch)
 
 
 @pytest.mark.parametrize("rule", ["weighted", "ties"])

@@ -20,7 +20,7 @@ def cleaned(name: str, otherwise: str, most: int = MOST) -> str:
     otherwise: where nothing is left of it.
     """
     last = re.split(r"[/\\]", unicodedata.normalize("NFC", name))[-1]
-    kept = re.sub(r"[^\w.+() -]+|\s+", " ", last)
+    kept = re.sub(r"(?:[^\w.+() -]|\s)+", " ", last)
     short = kept.strip(" .-").encode("utf-8", "ignore")[:most].decode("utf-8", "ignore").strip(" .-")
     device = _DEVICES.fullmatch(short)
     return f"{device[1]}_{device[2] or ''}" if device else short or otherwise

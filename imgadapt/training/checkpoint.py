@@ -64,7 +64,8 @@ def resume(
     A torn or altered file is passed over for the one before it, and set aside as `.torn`.
 
     Raises:
-        TrainingError: the checkpoint is of a run with other settings, data or base; or all of them are torn.
+        TrainingError: the checkpoint is of a run with other settings, data or base; or all of them are torn; or the
+            disk does not give it.
         OutputError: a torn one cannot be set aside.
     """
     torn = 0
@@ -73,7 +74,9 @@ def resume(
             held, metadata = read_tensors(path)
             content = {key: value for key, value in metadata.items() if key != "sha256"}
             whole = metadata.get("sha256") == tensors_digest(held) + _digest(content)
-        except FormatError:
+        except FormatError as error:
+            if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+                raise TrainingError(f"{error}; it may be whole: try again when the disk is well") from error
             held, metadata, whole = {}, {}, False
         if not whole:
             _set_aside(path)

@@ -2,9 +2,9 @@
 
 from contextlib import suppress
 
-from imgadapt.atomic import make_folder, write_bytes
+from imgadapt.atomic import write_bytes
 from imgadapt.errors import ConfigError, FormatError
-from imgadapt.playground.filenames import cleaned, reserved
+from imgadapt.playground.filenames import cleaned, placed
 from imgadapt.playground.library.library import Card, Library
 from imgadapt.playground.settings import Settings
 
@@ -26,10 +26,9 @@ def bring(settings: Settings, library: Library, name: str, data: bytes) -> Card:
     if not name.lower().endswith(".safetensors"):
         raise FormatError("only .safetensors files are taken; a .ckpt, .pt or .bin may run anything that is in it")
     folder = settings.folder("adapters") / FOLDER
-    make_folder(folder)
-    path = reserved(folder, cleaned(name[: -len(".safetensors")], "adapter"), ".safetensors")
+    stem = cleaned(name[: -len(".safetensors")], "adapter")
+    path = placed(folder, stem, ".safetensors", lambda place: write_bytes(place, data))
     try:
-        write_bytes(path, data)
         library.scan()
         card = next((card for card in library.cards() if card.path.resolve() == path), None)
         if card is None or card.fault:

@@ -1,16 +1,13 @@
 """Lab: merging what a stack of adapters does into one file, after looking at it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from imgadapt import save
-from imgadapt.atomic import make_folder
 from imgadapt.combining import printing
 from imgadapt.combining.combine import DTYPES, combine_inputs
 from imgadapt.combining.files import cast, metadata_of, opened
@@ -60,7 +57,8 @@ class MergeRequest(Request):
             if use.start or use.stop is not None:
                 raise ValueError("start and stop are of steps, and a merged file acts in all of them; leave them out")
         for name, value in self.options.items():
-            if len(name) > 40 or not isinstance(value, bool | int | float | str) or len(str(value)) > 40:
+            plain = isinstance(value, bool | float | str) or (isinstance(value, int) and abs(value) < 2**63)
+            if len(name) > 40 or not plain or len(str(value)) > 40 or not f"{name}{value}".isprintable():
                 raise ValueError("options map names to a number, a short text, true or false")
         return self
 
@@ -183,13 +181,9 @@ class Lab:
         made, _ = combine_inputs(recipe, inputs, base=base, metadata=told, progress=ticket.progress)
         made = cast(made, DTYPES[recipe.dtype or DTYPE_NAMES[0]])
         ticket.progress("writing", 0, 1)
-        path = self._vacant(request)
-        try:
-            save(made, path, format=recipe.format)
-        except BaseException:
-            with suppress(OSError):  # what went wrong first is what is said
-                path.unlink()
-            raise
+        folder = self.playground.settings.folder("adapters") / "merged"
+        write = partial(save, made, format=recipe.format)
+        path = filenames.placed(folder, self._name(request), ".safetensors", write)
         library = self.playground.library
         library.scan()
         found = next((card for card in library.cards() if card.path.resolve() == path), None)
@@ -197,13 +191,11 @@ class Lab:
             raise OutputError(f"{path.name} was written, and is gone again; who removed it?")
         return found
 
-    def _vacant(self, request: MergeRequest) -> Path:
-        folder = self.playground.settings.folder("adapters") / "merged"
-        make_folder(folder)
+    def _name(self, request: MergeRequest) -> str:
         inputs = [filenames.cleaned(self.playground.library.get(use.adapter).name, "") for use in request.adapters]
         joined = "+".join(filter(None, inputs)) if len(inputs) < 4 else f"{inputs[0]} and {len(inputs) - 1} more"
         usual = filenames.cleaned(f"{joined} merged" if len(inputs) == 1 else joined, "merged", 60)
-        return filenames.reserved(folder, filenames.cleaned(request.name, usual), ".safetensors")
+        return filenames.cleaned(request.name, usual)
 
 
 def _watched(weight: Callable[[str], float], check: Callable[[], None]) -> Callable[[str], float]:

@@ -19,6 +19,7 @@ from imgadapt.atomic import write_bytes
 from imgadapt.errors import ConfigError, DataError, OutputError
 from imgadapt.playground.decoding import decoded
 from imgadapt.playground.pictures import infotext, owners
+from imgadapt.temporary import sweep
 
 _DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 _FILE = re.compile(r"([0-9a-f]{16})\.png")
@@ -73,6 +74,8 @@ class Album:
         self._thumbnails: OrderedDict[tuple[str, int], bytes] = OrderedDict()
         self._lent: dict[str, None] = {}  # in the order of coming
         days = [day for day in _within(folder) if day.is_dir() and _DAY.fullmatch(day.name)]
+        for place in (*days, uploads):
+            sweep(place)
         found = [*(one for day in days for one in _files(day, given=False)), *_files(uploads, given=True)]
         self._owners = folder / ".owners"
         whose = owners.read(self._owners, {id for id, _ in found})

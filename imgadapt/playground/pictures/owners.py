@@ -2,6 +2,7 @@
 are passed on.
 """
 
+import errno
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -55,10 +56,9 @@ def add(file: Path, id: str, owner: str) -> None:
         with locking.alone(file.with_name(_LOCK)):
             descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, _PRIVATE)
             try:
-                whole = os.write(descriptor, line) == len(line)
+                if os.write(descriptor, line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             finally:
                 os.close(descriptor)
     except OSError as error:
         raise OutputError(f"cannot write {file}: {error.strerror or error}") from error
-    if not whole:
-        raise OutputError(f"cannot write {file}: the disk is full")
