@@ -18,7 +18,7 @@ from imgadapt.errors import FormatError, shortened
 
 MOST_BYTES = 32 * 2**20
 """Of a header; the largest of real files are metadata of 5 MB."""
-MOST_TENSORS = 100_000
+MOST_TENSORS = 50_000
 """Of a file; real ones have some 5,000 at most."""
 _LONGEST_ROW = 2000  # characters of what is said of one tensor
 _LARGEST = 2**60  # elements of a tensor, bytes of a file
@@ -155,7 +155,7 @@ class _Reader:
                 raise FormatError(f"more than {MOST_TENSORS:,} tensors, which no model has")
             else:
                 rows[key] = self._row(key)
-        if self._text[self._place :].strip(" \n\r\t\0"):
+        if self._text[self._place :].strip(" \n\r\t"):
             raise FormatError("not safetensors: there is something after its header's end")
         return rows, metadata or {}
 

@@ -548,20 +548,8 @@ def test_a_folder_of_pefts_and_a_pickle_are_merged_into_a_folder(files: list[Ada
         run("merge", [*AB[:1], "style.pt", "--output", "both"])
     run("convert", ["--pickle", "style.pt", "style.kohya.safetensors", "--to", "kohya"])
     only = ["--te", "0", "--mask", "conv1=0"]
-    run(
-        "merge",
-        [
-            "folder:2",
-            "style.kohya.safetensors:-0.5",
-            *only[:2],
-            "--mask",
-            "2:conv1=0",
-            "--format",
-            "peft",
-            "--output",
-            "both",
-        ],
-    )
+    inputs = ["folder:2", "style.kohya.safetensors:-0.5", *only[:2], "--mask", "2:conv1=0"]
+    run("merge", [*inputs, "--format", "peft", "--output", "both"])
     both = load("both")
     assert (both.format, set(both.parts)) == ("peft", set(unet))
     for name in unet:

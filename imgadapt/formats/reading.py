@@ -16,11 +16,12 @@ from imgadapt.formats.meaning import Note, meaning
 from imgadapt.formats.names import PREFIXES, Naming, Place, find, find_without_table, prefixes_of
 from imgadapt.formats.own import OWN, is_own, read_own
 from imgadapt.formats.part import Part, Parts, Source
-from imgadapt.formats.peft_config import config_of
+from imgadapt.formats.peft_config import config_key, config_of
 from imgadapt.formats.tools import KOHYA_OFT, TOOLS
 from imgadapt.methods import Method
 
 _SAMPLE = 40  # layers by which architectures are told apart, before the best ones get a full look
+_LAYERS = 2000  # more than any architecture has; of a file of more, as many are looked at to tell what it is
 _FIRST = ("sd1", "sdxl", "flux", "sd2", "sd3")  # of those that fit alike
 
 
@@ -160,14 +161,14 @@ def _architecture(
     architectures: Sequence[Architecture],
 ) -> tuple[Architecture | None, Naming]:
     """The one that has most of the layers; of those that have as many, the one whose shapes agree."""
-    names = list(stems)
-    sample = names[:: max(1, len(names) // _SAMPLE)]
+    names = _some(list(stems), _LAYERS)
+    sample = _some(names, _SAMPLE)
     forms = [{form_of(stem[len(prefix.text) :]) for prefix in prefixes_of(stem)} for stem in sample]
     hits = {a: sum(not a.forms.isdisjoint(spelled) for spelled in forms) for a in architectures}
     most = max(hits.values(), default=0)
     if not most:
         return None, "diffusers"
-    looked = names[:: max(1, len(names) // 100)]
+    looked = _some(names, 100)
     sizes = {stem: _sizes(stems[stem], tensors) for stem in looked}
     rows: list[tuple[int, int, int, Architecture, Naming]] = []
     for architecture in (a for a, n in hits.items() if n >= most - len(sample) // 10):
@@ -188,11 +189,16 @@ def _architecture(
     return (best, naming) if there else (None, "diffusers")
 
 
+def _some(names: Sequence[str], count: int) -> Sequence[str]:
+    """About as many of them, from all over."""
+    return names[:: max(1, len(names) // count)]
+
+
 def _component(stems: Sequence[str], architecture: Architecture, naming: Naming) -> str | None:
     """The component that most layers are of where a prefix says none: peft's files are of one, and CLIP's two encoders
     have layers of the same names.
     """
-    unsaid = [stem for stem in stems if len(prefixes_of(stem)[0].components) > 3]
+    unsaid = [stem for stem in _some(stems, _LAYERS) if len(prefixes_of(stem)[0].components) > 3]
     counts = (
         {
             component: sum(
@@ -256,13 +262,15 @@ def _parts(
     raw = {key: tensors[key] for key in layer.keys.values()}
     shape = architecture.shape_of(place.name) if architecture else None
     note = Note("kohya-oft" if tool is KOHYA_OFT else tool.name, config_of(metadata, place.name), shape)
+    # what a config says that the tool does not write must be spelled out, so it cannot be written back as it was
+    origin = tool.name if not note.config or config_key(metadata) in tool.own_metadata else ""
     slices = architecture.native.get(place.name, ()) if architecture and place.naming == "native" else ()
     pieces = sorted({piece for _, piece in layer.keys if piece is not None})
     if pieces:
-        return _from_pieces(layer, tensors, note, tool, slices, pieces)
+        return _from_pieces(layer, tensors, note, origin, slices, pieces)
     method, own = meaning({name: tensors[key] for (name, _), key in layer.keys.items()}, note)
     if not slices:
-        return {place.name: Part(method, own, Source(tool.name, raw, {place.name: (method, own)}, len(tensors)))}
+        return {place.name: Part(method, own, Source(origin, raw, {place.name: (method, own)}, len(tensors)))}
     assert architecture is not None
     rows = splitting.rows_of(method, own)
     total = architecture.native_rows[place.name]
@@ -272,9 +280,9 @@ def _parts(
     split_up: Mapping[str, tuple[Method, dict[str, Tensor]]] | None = splitting.split(method, own, own_slices)
     if split_up is None:
         return {
-            place.name: Part(method, own, Source(tool.name, raw, {place.name: (method, own)}, len(tensors)), own_slices)
+            place.name: Part(method, own, Source(origin, raw, {place.name: (method, own)}, len(tensors)), own_slices)
         }
-    source = Source(tool.name, raw, split_up, len(tensors))
+    source = Source(origin, raw, split_up, len(tensors))
     return {name: Part(made, t, source) for name, (made, t) in split_up.items()}
 
 
@@ -282,7 +290,7 @@ def _from_pieces(
     layer: _Layer,
     tensors: Mapping[str, Tensor],
     note: Note,
-    tool: Format,
+    origin: str,
     slices: Sequence[Slice],
     pieces: Sequence[int],
 ) -> dict[str, Part]:
@@ -295,7 +303,7 @@ def _from_pieces(
     for piece, row in enumerate(order):
         own = {name: tensors[key] for (name, k), key in layer.keys.items() if k == piece}
         made[row.layer] = meaning({**common, **own}, note)
-    source = Source(tool.name, {key: tensors[key] for key in layer.keys.values()}, made, len(tensors))
+    source = Source(origin, {key: tensors[key] for key in layer.keys.values()}, made, len(tensors))
     return {name: Part(method, t, source) for name, (method, t) in made.items()}
 
 
