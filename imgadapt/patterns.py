@@ -7,11 +7,12 @@ groups) and flags other than a `(?i)` at the start.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from imgadapt.errors import ConfigError
 from imgadapt.expressions import CLASSES, At, Either, Look, Node, One, Repeat, Row, parsed
 
-_STATES = 4000
+_STATES = 1000
 _FIRST = 16  # states that are looked at for the first character
 
 
@@ -35,9 +36,8 @@ class Pattern:
     """
 
     def __init__(self, text: str, steps: Steps | None = None) -> None:
-        self._steps, tree = steps or Steps(), parsed(text)
-        self._literal = _literal(tree)
-        self._program = [] if self._literal is not None else _Compiler().compiled(tree)
+        self._steps = steps or Steps()
+        self._literal, self._program = _made(text)
         self._first = _first(self._program)
 
     def search(self, text: str) -> bool:
@@ -53,6 +53,14 @@ class Pattern:
         if self._first is not None:
             places = [k for k, c in enumerate(text) if any(fits(c) for fits in self._first)]
         return _Search(self._program, text, self._steps).at(places)
+
+
+@lru_cache(256)
+def _made(text: str) -> "tuple[str | None, Sequence[_Code]]":
+    """A pattern's literal, or else its states."""
+    tree = parsed(text)
+    literal = _literal(tree)
+    return literal, () if literal is not None else _Compiler().compiled(tree)
 
 
 def _literal(node: Node) -> str | None:

@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from imgadapt import Entry, toml
+from imgadapt.combining.recipes import from_toml
 from imgadapt.combining.weights import factor_of
 from imgadapt.errors import ConfigError
 from imgadapt.patterns import Pattern, Steps
@@ -87,6 +88,15 @@ def test_the_steps_of_all_masks_are_counted_together() -> None:
     assert not first.search(text)
     with pytest.raises(ConfigError, match="too long"):
         second.search(text)
+
+
+def test_a_recipe_has_no_more_than_can_be_looked_for() -> None:
+    masks = ", ".join(f"m{k} = 1" for k in range(251))
+    inputs = f'[[inputs]]\npath = "a"\nmasks = {{ {masks} }}\n'
+    assert len(from_toml(inputs).inputs[0].masks) == 251
+    for text, said in ((inputs * 2, "502 masks and blocks; 500"), ("[[inputs]]\npath = 'a'\n" * 501, "501 inputs")):
+        with pytest.raises(ConfigError, match=said):
+            from_toml(text)
 
 
 TOMLS: list[tuple[str, str]] = [

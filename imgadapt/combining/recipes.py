@@ -18,7 +18,7 @@ masks = { 'attn2\\.to_v' = 0.0 }
 
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, fields, replace
 from difflib import get_close_matches
 from pathlib import Path, PurePath, PureWindowsPath
@@ -34,6 +34,7 @@ _VERSION, _OUTPUT = "imgadapt", "output"
 _TEXTS = ("rule", "space", "base", "base_sha256", "dtype", "format")
 _NUMBERS = ("error", "energy", "size")
 _WHOLE = ("rank", "seed")
+_MOST = 500
 _OF_ENTRY = tuple(field.name for field in fields(Entry))
 
 
@@ -97,8 +98,18 @@ def _recipe_of(table: Mapping[str, Any], where: object) -> MergeRecipe:
             _typed(data[name], kinds, wanted, f"{where}: {name}")
     if "inputs" not in data:
         raise ConfigError(f"{where}: no [[inputs]]; each has a path, and most have a weight")
+    _check_few(data["inputs"], where)
     data["inputs"] = tuple(_entry(row, f"{where}: input {k}") for k, row in enumerate(data["inputs"], 1))
     return MergeRecipe(**data)
+
+
+def _check_few(rows: Sequence[Any], where: object) -> None:
+    """Each mask, and each block, is looked for in all layers."""
+    tables = [row.get(name) for row in rows if isinstance(row, dict) for name in ("masks", "blocks")]  # pyright: ignore[reportUnknownMemberType] # checked later
+    said = sum(len(table) for table in tables if isinstance(table, dict))  # pyright: ignore[reportUnknownArgumentType]
+    for count, what in ((len(rows), "inputs"), (said, "masks and blocks")):
+        if count > _MOST:
+            raise ConfigError(f"{where}: {count:,} {what}; {_MOST} are the most")
 
 
 def _entry(row: Any, where: str) -> Entry:

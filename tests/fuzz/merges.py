@@ -17,7 +17,9 @@ from tests.fuzz.target import Target
 @cache
 def _architecture(name: str) -> tuple[Architecture, list[str]]:
     found = next(one for one in architectures() if one.name == name)
-    return found, [layer for layer in found.layers if layer.endswith(("to_q", "attn.to_out.0", "q_proj", "conv_in"))]
+    return found, [
+        layer for layer in found.layers if layer.endswith(("attn1.to_q", "attn.to_q", "7.self_attn.q_proj", "conv_in"))
+    ]
 
 
 # --- recipes
@@ -151,7 +153,7 @@ _MASK_WORDS = (
 def _pattern(data: bytes) -> None:
     """One pattern, over names as long as a hostile file's."""
     pattern = Pattern(data.decode("utf-8", "replace"))
-    for name in ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_out.0", "a" * 5000, "to.\n" * 300):
+    for name in ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_out.0", "a" * 500, "to.\n" * 50):
         pattern.search(name)
 
 

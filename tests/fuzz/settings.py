@@ -90,10 +90,8 @@ def _train(data: bytes) -> None:
 
 def _accounts(data: bytes) -> None:
     path = placed(data, "accounts")
-    found = accounts.read(path)
-    allowed = accounts.Accounts(path)
-    for name in list(found)[:1]:
-        allowed.check(name, "a password")
+    for stored in list(accounts.read(path).values())[:1]:
+        accounts._matches("a password", stored)
 
 
 def _account_files() -> Iterator[bytes]:

@@ -56,7 +56,8 @@ def read(image: Image.Image) -> Said:
         if tool is not None:
             raise DataError(f"the picture is of {tool}, whose settings are not read here; those of A1111's kind are")
         raise DataError("the picture does not say how it was made; it may have been saved anew or screenshot")
-    return _swarm(text) if text.lstrip().startswith("{") else _a1111(text)
+    is_json = text.lstrip().startswith("{") and not infotext.split(text)[2]  # a prompt may begin with {red|blue}
+    return _swarm(text) if is_json else _a1111(text)
 
 
 def _text(image: Image.Image) -> str:

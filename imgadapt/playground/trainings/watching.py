@@ -22,7 +22,7 @@ SAMPLES = 32
 """Of a run's samples, so many are shown."""
 _TAIL = 16 * 1024  # bytes of the console that are looked at
 _SAMPLE = re.compile(r"step-[0-9]{1,12}\.png")
-_BAR = re.compile(r"\d+%\|")  # tqdm's
+_BAR = re.compile(r"\d%\|")  # tqdm's
 
 
 class Losses:
