@@ -96,7 +96,11 @@ class Stored:
     def _read(self, descriptor: int, into: "np.ndarray[Any, np.dtype[np.uint8]]", place: int) -> None:
         done = 0
         while done < len(into):
-            got = os.preadv(descriptor, [memoryview(into[done:])], self.start + place + done)  # pyright: ignore[reportArgumentType] # an array is a buffer
+            rest = memoryview(into[done:])  # pyright: ignore[reportArgumentType] # an array is a buffer
+            try:
+                got = os.preadv(descriptor, [rest], self.start + place + done)
+            except OSError as error:
+                raise StateError(f"{self.file}, which keeps {self.key}, cannot be read: {error.strerror}") from error
             if not got:
                 raise StateError(f"{self.file}, which keeps {self.key}, has become shorter; put it back")
             done += got
