@@ -202,6 +202,8 @@ def _set(t: dict[str, Tensor], alpha: float | None, note: Note) -> Made:
     """Weights that are put in the place of the base's (BFL's control norms; ComfyUI's `set_weight`)."""
     weight = t.get("set_norm", t.get("set_weight"))
     assert weight is not None
+    if weight.ndim == 0:
+        raise FormatError("it sets a weight to one number")
     if weight.ndim == 1:
         return Norm(bias=False, absolute=True), {"w_norm": weight}
     return Full(bias=False, absolute=True), {"diff": weight}

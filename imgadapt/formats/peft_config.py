@@ -9,96 +9,13 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
-from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 from imgadapt.errors import FormatError, first_few
+from imgadapt.formats.layer_config import DIFFUSERS_KEY, PEFT_KEY, LayerConfig
 from imgadapt.formats.part import Part, Parts
 from imgadapt.methods.lokr import split
 from imgadapt.targets import TEXT_ENCODERS
-
-DIFFUSERS_KEY = "lora_adapter_metadata"
-PEFT_KEY = "peft_config"
-LONGEST_JSON = 2**22
-"""Characters of a config; one with patterns for 5,000 layers has a tenth."""
-
-
-@lru_cache(maxsize=8)  # one file asks for every layer
-def _config(key: str, text: str) -> dict[str, Any]:
-    if len(text) > LONGEST_JSON:
-        raise FormatError(f"the metadata '{key}' is larger than any config of peft's")
-    try:
-        config: Any = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"the metadata '{key}' is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise FormatError(f"the metadata '{key}' is {type(config).__name__}, wanted an object")
-    return cast("dict[str, Any]", config)
-
-
-# a quantifier on a group that has a quantifier, or an alternative, inside: exponential in the length of a name
-_NESTED = re.compile(r"\([^()]*[*+{|?][^()]*\)\s*[*+{]|\)\)\s*[*+{]|[*+}]\s*[*+{]|\\\d|\(\?P=")
-
-
-def _is_dangerous(pattern: str) -> bool:
-    """Whether matching it can take for ever."""
-    return _NESTED.search(pattern) is not None or len(re.findall(r"[*+{]", pattern)) > 4
-
-
-@lru_cache(maxsize=32)
-def _patterns(key: str, text: str, field: str) -> list[tuple[re.Pattern[str], Any]]:
-    """Rows of an `alpha_pattern` or `rank_pattern`, as peft matches them (`get_pattern_key`: the first that does)."""
-    patterns: Any = _config(key, text).get(field) or {}
-    if not isinstance(patterns, dict):
-        raise FormatError(f"'{field}' in the metadata '{key}' is {type(patterns).__name__}, wanted an object")
-    if dangerous := [p for p in cast("dict[str, Any]", patterns) if _is_dangerous(p)]:
-        raise FormatError(
-            f"'{field}' in the metadata '{key}' repeats a repetition ({dangerous[0]!r}), which can take for ever"
-        )
-    try:
-        return [(re.compile(rf"(.*\.)?({pattern})$"), v) for pattern, v in cast("dict[str, Any]", patterns).items()]
-    except (re.error, RecursionError, OverflowError) as error:
-        raise FormatError(f"'{field}' in the metadata '{key}' is not all regular expressions: {error}") from error
-
-
-def config_of(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
-    """What a file's peft config says of one layer: its fields, with `r` and `alpha` as the patterns have them.
-
-    name: canonical, or a fused layer's own. CLIP's `text_model.` may be there or not.
-
-    Raises:
-        FormatError: it is no config, or says what cannot be.
-    """
-    key = DIFFUSERS_KEY if DIFFUSERS_KEY in metadata else PEFT_KEY
-    if key not in metadata:
-        return {}
-    component, _, path = name.partition(".")
-    start = f"{component}." if key == DIFFUSERS_KEY else ""
-    text = metadata[key]
-    fields = {k.removeprefix(start): v for k, v in _config(key, text).items() if k.startswith(start)}
-    paths = {path, path.removeprefix("text_model.")}
-
-    def at(default: Any, pattern: str) -> Any:
-        rows = _patterns(key, text, f"{start}{pattern}")
-        return next((value for regex, value in rows if any(regex.match(p) for p in paths)), default)
-
-    alpha = at(fields.get("lora_alpha", fields.get("alpha")), "alpha_pattern")
-    feeds = any(_is_among(p, fields.get("feedforward_modules") or [], key) for p in paths)
-    return {**fields, "r": at(fields.get("r"), "rank_pattern"), "alpha": alpha, "feedforward": feeds} if fields else {}
-
-
-def _is_among(path: str, modules: Any, key: str) -> bool:
-    """Whether a peft config's modules, a list of ends or a regular expression of whole names, have this one."""
-    if not isinstance(modules, str):
-        return any(path.endswith(str(module)) for module in modules)
-    if _is_dangerous(modules):
-        raise FormatError(
-            f"'feedforward_modules' in the metadata '{key}' repeats a repetition, which can take for ever"
-        )
-    try:
-        return re.fullmatch(modules, path) is not None
-    except (re.error, RecursionError, OverflowError) as error:
-        raise FormatError(f"'feedforward_modules' in the metadata '{key}' is no regular expression: {error}") from error
 
 
 def _modules(paths: Collection[str]) -> list[str] | str:
@@ -252,8 +169,9 @@ def still_true(metadata: Mapping[str, str], key: str, parts: Parts) -> bool:
         return False
     components = {name.partition(".")[0] for name in parts}
     try:
+        config = LayerConfig({key: metadata[key]})
         for name, part in parts.items():
-            said = config_of({key: metadata[key]}, name)
+            said = config.of(name)
             rank: Any = said.get("r")
             alpha: Any = said.get("alpha")
             stabilised = said.get("use_rslora") is True
@@ -261,7 +179,6 @@ def still_true(metadata: Mapping[str, str], key: str, parts: Parts) -> bool:
                 return False
             if not math.isclose(float(alpha) / (math.sqrt(rank) if stabilised else rank), _scale(part), rel_tol=1e-12):
                 return False
-        said_components = {field.partition(".")[0] for field in _config(key, metadata[key])}
     except (FormatError, TypeError, ValueError, OverflowError, ZeroDivisionError):
         return False
-    return key != DIFFUSERS_KEY or said_components == components
+    return key != DIFFUSERS_KEY or config.components == components

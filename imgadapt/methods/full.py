@@ -6,6 +6,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from imgadapt.errors import ShapeError
 from imgadapt.methods.base import Method, Tensors
 from imgadapt.sites import Site
 
@@ -51,6 +52,10 @@ class Full(Method):
 
     @classmethod
     def infer(cls, t: Tensors, alpha: float | None) -> Self:
+        weight, bias = t[cls.of_weight].shape, t[cls.of_bias].shape if cls.of_bias in t else None
+        if not weight or (cls is not Full and len(weight) > 1) or bias not in (None, weight[:1]):
+            shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in t.items())
+            raise ShapeError(f"{shapes} are no weight and bias of {'a norm' if cls is not Full else 'a layer'}")
         return cls(bias=cls.of_bias in t)
 
 

@@ -4,6 +4,7 @@ by the coverage of imgadapt's code where atheris is installed, else by chance. I
 
 import argparse
 import importlib
+import io
 import json
 import os
 import pkgutil
@@ -17,7 +18,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass, field
 from hashlib import sha1
 from mmap import mmap
@@ -32,10 +33,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.fuzz.target import Target  # noqa: E402
 
-try:
-    import atheris  # pyright: ignore[reportMissingImports] # Linux only
-except ImportError:
-    atheris: Any = None
+atheris: Any = None
+"""The fuzzer, where it is installed, once a run wants it: code that is imported then is slower."""
 
 LONGEST = 2**20
 """Bytes of an input."""
@@ -45,14 +44,20 @@ _HEAD = 24  # bytes of a tally's numbers
 
 
 def targets() -> dict[str, Target]:
-    """By name: those of all modules in this folder, instrumented."""
+    """By name: those of all modules in this folder."""
     names = sorted(module.name for module in pkgutil.iter_modules([str(HERE)]))
-    with _instrumented():
+    with _instrumented(), redirect_stderr(io.StringIO()):  # atheris names every module
         modules = [importlib.import_module(f"tests.fuzz.{name}") for name in names if name not in ("run", "target")]
     found = [target for module in modules for target in getattr(module, "TARGETS", ())]
     if len(by_name := {target.name: target for target in found}) < len(found):
         raise ValueError("two targets of one name")
     return by_name
+
+
+def _instrument() -> None:
+    global atheris
+    with suppress(ImportError):  # there are wheels for Linux only
+        atheris = importlib.import_module("atheris")
 
 
 def _instrumented() -> Any:
@@ -184,14 +189,18 @@ class Outcome:
     failures: list[str] = field(default_factory=list[str])
 
 
+def _bytes(word: str) -> bytes:
+    return word.encode("latin-1" if max(word) <= "\xff" else "utf-8")
+
+
 def fuzz(target: Target, options: Options, tally: Tally) -> None:
     """Try inputs until time is over. Under atheris it ends the process."""
-    corpus, words = options.corpus / target.name, [word.encode() for word in target.words]
+    corpus, words = options.corpus / target.name, [_bytes(word) for word in target.words]
     corpus.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     one = tried(target, tally, options.found / target.name)
     seeds = [*target.seeds(), *(path.read_bytes() for path in regressions(target.name))]
-    with _instrumented() if options.guided else nullcontext():
+    with _instrumented():
         for seed in seeds:  # what imports late is imported now
             (corpus / sha1(seed).hexdigest()).write_bytes(seed)
             one(seed)
@@ -204,7 +213,7 @@ def fuzz(target: Target, options: Options, tally: Tally) -> None:
             one(next(inputs))
         return
     listed = corpus.parent / f"{target.name}.words"
-    listed.write_text("".join('"' + "".join(f"\\x{byte:02x}" for byte in word) + '"\n' for word in words if word))
+    listed.write_text("".join('"' + "".join(f"\\x{byte:02x}" for byte in word) + '"\n' for word in words or [b"\0"]))
     flags = [f"-max_total_time={int(left)}", f"-max_len={longest}", f"-timeout={_HANGS}", "-rss_limit_mb=0"]
     flags += [f"-dict={listed}", f"-seed={options.seed}", f"-artifact_prefix={tempfile.gettempdir()}/"]
     flags += [] if options.runs is None else [f"-runs={options.runs}"]
@@ -235,7 +244,8 @@ def run(chosen: Sequence[Target], options: Options, jobs: int) -> list[Outcome]:
     """Fuzz each of these, so many at a time; those that were done, if stopped by Ctrl-C."""
     waiting, outcomes = list(chosen), list[Outcome]()
     running: dict[int, tuple[Target, Tally, Path, float]] = {}
-    with tempfile.TemporaryDirectory(prefix="fuzz_") as temporary:
+    quick = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="fuzz_", dir=quick) as temporary:
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
@@ -307,13 +317,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--unguided", action="store_true", help="by chance, as without atheris")
     parser.add_argument("--list", action="store_true", help="print the targets' names only")
     asked = parser.parse_args(arguments)
+    if not (asked.unguided or asked.list):
+        _instrument()
     known = targets()
     if asked.list:
         print("\n".join(known))
         return 0
     if strange := [name for name in asked.names if name not in known]:
         parser.error(f"no target {', '.join(strange)}; there are: {', '.join(known)}")
-    guided = atheris is not None and not asked.unguided
+    guided = atheris is not None
     with tempfile.TemporaryDirectory(prefix="fuzz_corpus_") as temporary:
         corpus = (asked.corpus or Path(temporary)).absolute()
         options = Options(asked.seconds, asked.runs, asked.seed, corpus, asked.found.absolute(), guided)
