@@ -17,7 +17,7 @@ from imgadapt.embeddings import Embedding, read_embeddings, write_embeddings
 from imgadapt.errors import ConfigError, FormatError, first_few, shortened
 from imgadapt.formats import DIFFUSERS, FORMATS, Format, Parts, Step, Writer, architecture_of, exact_alpha, read, write
 from imgadapt.formats.kohya import HASHES
-from imgadapt.formats.peft_config import LONGEST_JSON, PEFT_KEY
+from imgadapt.formats.layer_config import LONGEST_JSON, PEFT_KEY
 from imgadapt.header import opened
 from imgadapt.pickles import is_pickle, is_picture, read_pickle, read_picture
 from imgadapt.tensors import DTYPES, bytes_of, header_bytes, read_outline, read_tensors, write_tensors

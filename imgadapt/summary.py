@@ -13,7 +13,7 @@ import torch
 from imgadapt.arch import Architecture
 from imgadapt.file import AdapterFile
 from imgadapt.formats import Part
-from imgadapt.formats.peft_config import PEFT_KEY
+from imgadapt.formats.layer_config import PEFT_KEY
 from imgadapt.sites import Kind, Site
 
 NO_CONFIG = "peft's file without its adapter_config.json: alpha is not known and taken as the rank; keep them together"

@@ -12,11 +12,11 @@ from imgadapt.formats import splitting
 from imgadapt.formats.cloneofsimo import CLONEOFSIMO, aliases
 from imgadapt.formats.ends import End, split
 from imgadapt.formats.format import Format
+from imgadapt.formats.layer_config import LayerConfig
 from imgadapt.formats.meaning import Note, meaning
 from imgadapt.formats.names import PREFIXES, Naming, Place, find, find_without_table, prefixes_of
 from imgadapt.formats.own import OWN, is_own, read_own
 from imgadapt.formats.part import Part, Parts, Source
-from imgadapt.formats.peft_config import config_key, config_of
 from imgadapt.formats.tools import KOHYA_OFT, TOOLS
 from imgadapt.methods import Method
 
@@ -143,9 +143,10 @@ def _read(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], architectu
                 layer.ends.add(end)
     tool = CLONEOFSIMO if renamed else _tool(list(layers.values()), metadata, architecture, naming)
     parts: dict[str, Part] = {}
+    config = LayerConfig(metadata)
     for layer in layers.values():
         try:
-            made = _parts(layer, tensors, metadata, tool, architecture)
+            made = _parts(layer, tensors, config, tool, architecture)
             if again := [name for name in made if name in parts]:
                 raise FormatError(f"it has {first_few(again)} twice, under two names")
             parts |= made
@@ -253,7 +254,7 @@ def _tool(
 def _parts(
     layer: _Layer,
     tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
+    config: LayerConfig,
     tool: Format,
     architecture: Architecture | None,
 ) -> dict[str, Part]:
@@ -261,9 +262,9 @@ def _parts(
     place = layer.place
     raw = {key: tensors[key] for key in layer.keys.values()}
     shape = architecture.shape_of(place.name) if architecture else None
-    note = Note("kohya-oft" if tool is KOHYA_OFT else tool.name, config_of(metadata, place.name), shape)
+    note = Note("kohya-oft" if tool is KOHYA_OFT else tool.name, config.of(place.name), shape)
     # what a config says that the tool does not write must be spelled out, so it cannot be written back as it was
-    origin = tool.name if not note.config or config_key(metadata) in tool.own_metadata else ""
+    origin = tool.name if not note.config or config.key in tool.own_metadata else ""
     slices = architecture.native.get(place.name, ()) if architecture and place.naming == "native" else ()
     pieces = sorted({piece for _, piece in layer.keys if piece is not None})
     if pieces:

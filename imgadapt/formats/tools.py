@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from imgadapt.formats import kohya, own, spelling
 from imgadapt.formats.ends import LEGACY, LYCORIS, OTHERS, PEFT, XLABS
 from imgadapt.formats.format import Format
+from imgadapt.formats.layer_config import DIFFUSERS_KEY, PEFT_KEY
 from imgadapt.formats.part import Parts
-from imgadapt.formats.peft_config import DIFFUSERS_KEY, PEFT_KEY, diffusers_metadata, peft_metadata, still_true
+from imgadapt.formats.peft_config import diffusers_metadata, peft_metadata, still_true
 from imgadapt.targets import DENOISERS, TEXT_ENCODERS
 
 _DENOISER = ("unet", "transformer")
