@@ -25,7 +25,7 @@ from imgadapt.combining.files import digest_of, merge_files
 from imgadapt.combining.recipe import MergeRecipe
 from imgadapt.combining.recipes import KEY, text_for
 from imgadapt.combining.report import json_of
-from imgadapt.errors import ConfigError
+from imgadapt.errors import ConfigError, shortened
 from imgadapt.progress import bar
 
 
@@ -100,7 +100,7 @@ def main(argv: Sequence[str]) -> None:
         return
     print("\n".join(printing.lines(report)))
     if made.embeddings:
-        print(f"words: {', '.join(made.embeddings)}")
+        print(shortened(f"words: {', '.join(made.embeddings)}", 1000))
     if written:
         size, sha256 = f"{written['bytes'] / 1e6:.2f} MB", f"SHA-256 {written['sha256'][:12]}..."
         print(f"{written['written']}: {written['format']}, {size}, {sha256}")

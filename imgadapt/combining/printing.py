@@ -7,9 +7,10 @@ from imgadapt.combining.combine import DTYPES
 from imgadapt.combining.recipe import MergeRecipe
 from imgadapt.combining.report import Component, Report
 from imgadapt.combining.rules import RULES
-from imgadapt.errors import first_few
+from imgadapt.errors import first_few, shortened
 
 _MOST = 6  # inputs whose cosines are shown as a matrix
+_LONGEST = 4000  # characters of a line
 _HIGH, _ALIKE = 0.3, 0.98
 
 
@@ -24,8 +25,12 @@ def said(recipe: MergeRecipe) -> str:
 
 def lines(report: Report, *, baked: bool = False) -> Iterator[str]:
     """The report as text: the inputs, what each component has of them and became, and notes. baked: into a checkpoint,
-    and so whole.
+    and so whole. Names in it are of files: nothing of them moves a terminal's cursor.
     """
+    return (shortened(line, _LONGEST) for line in _lines(report, baked))
+
+
+def _lines(report: Report, baked: bool) -> Iterator[str]:
     yield said(report.recipe)
     width = max(len(name) for name in report.inputs)
     for k, (name, entry) in enumerate(zip(report.inputs, report.recipe.inputs, strict=True), 1):
