@@ -40,7 +40,16 @@ _UNREADABLE = (
         ValueError,
         KeyError,
     ),
-    *(AttributeError, TypeError, IndexError, MemoryError, RecursionError, OverflowError, NotImplementedError),
+    *(
+        AssertionError,
+        AttributeError,
+        TypeError,
+        IndexError,
+        MemoryError,
+        RecursionError,
+        OverflowError,
+        NotImplementedError,
+    ),
 )
 
 
