@@ -34,7 +34,8 @@ class Lock:
     def close(self) -> None:
         """Give it back; any number of times."""
         if self._descriptor >= 0:
-            os.close(self._descriptor)
+            with suppress(OSError):  # what it wrote says who has the lock, and no more
+                os.close(self._descriptor)
             self._descriptor = -1
 
     def __enter__(self) -> Self:
@@ -107,7 +108,8 @@ def alone(path: Path) -> Generator[None]:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(descriptor)
+        with suppress(OSError):  # nothing was written by it
+            os.close(descriptor)
 
 
 def _own() -> str:

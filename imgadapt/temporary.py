@@ -68,7 +68,8 @@ def _leave(name: Path, about: os.stat_result) -> None:
         if held is not None or stat.S_ISDIR(now.st_mode):
             _remove(name)
         if held is not None:
-            os.close(held)
+            with suppress(OSError):  # nothing was written by it
+                os.close(held)
 
 
 def sweep(folder: Path) -> None:

@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
-from imgadapt.atomic import make_folder, sync, told_of
+from imgadapt.atomic import make_folder, sync, sync_tree, told_of
 from imgadapt.errors import OutputError
 from imgadapt.temporary import claimed
 
@@ -45,6 +45,35 @@ def placed(folder: Path, name: str, suffix: str, write: Callable[[Path], object]
     except OSError as error:
         raise OutputError(f"cannot write to {folder}: {error.strerror or error}") from error
     return path
+
+
+def folder_placed(folder: Path, name: str, write: Callable[[Path], object]) -> Path:
+    """A folder of this name in a folder, or with a number. write: fills the empty one that it is given.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    _candidates(folder, name, "")
+    try:
+        with claimed(folder.resolve() / name, os.mkdir) as inside:
+            with told_of(folder / name, inside):
+                write(inside)
+            sync_tree(inside)
+            path = _first(folder, name, "", lambda path: _moved_folder(inside, path))
+        sync(folder)
+    except OSError as error:
+        raise OutputError(f"cannot write to {folder}: {error.strerror or error}") from error
+    return path
+
+
+def _moved_folder(source: Path, target: Path) -> None:
+    """Raises FileExistsError: there is something at `target`."""
+    os.mkdir(target)
+    try:
+        os.replace(source, target)
+    except OSError:
+        os.rmdir(target)
+        raise
 
 
 def _moved(source: Path, target: Path) -> None:

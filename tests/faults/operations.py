@@ -338,7 +338,7 @@ def rooms(inputs: Inputs) -> list[Operation]:
         Operation("converter, peft", home, partial(converting, form="peft"), public=True, loose=("*",), dear=True),
         Operation("shelf, a grid", nothing, shelf, loose=("grid.json",)),
         Operation("a run's record", partial(record, steps=5), record),
-        Operation("a data set", before, given, loose=("data/mine*/*",)),
+        Operation("a data set", before, given, loose=("data/mine*/*", ".owners.json")),
         Operation(
             "accounts",
             lambda f: accounts.add(f / "users", "ann", "password"),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from imgadapt import demo, locking
-from imgadapt.atomic import folder_atomically, write_bytes
+from imgadapt.atomic import write_bytes
 from imgadapt.errors import ConfigError, DataError, OutputError, first_few
 from imgadapt.playground import filenames
 from imgadapt.playground.decoding import decoded
@@ -78,11 +78,12 @@ class Datasets:
             raise DataError(f"none of the {len(given)} files is a picture{f': {notes[0]}' if notes else ''}")
         root = self.settings.folder("data")
         with self._lock:
-            folder = filenames.made(root, filenames.cleaned(name, "pictures"))
+            folder = filenames.folder_placed(
+                root,
+                filenames.cleaned(name, "pictures"),
+                lambda inside: [write_bytes(inside / file, data) for file, data in kept.items()],
+            )
             try:
-                with folder_atomically(folder) as inside:
-                    for file, data in kept.items():
-                        write_bytes(inside / file, data)
                 with locking.alone(root / f"{_OWNERS}.lock"):  # of another playground in this home
                     owners = {k: v for k, v in {**self._owners(), folder.name: owner}.items() if (root / k).is_dir()}
                     write_bytes(root / _OWNERS, json.dumps(owners).encode())
