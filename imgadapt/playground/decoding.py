@@ -22,7 +22,7 @@ def opened(data: bytes, most_pixels: int) -> Image.Image:
     if not data:
         raise DataError("the picture is empty (0 bytes)")
     try:
-        image = Image.open(decoding.Counted(data), formats=FORMATS)
+        image = Image.open(decoding.bounded(data), formats=FORMATS)
     except DataError as error:
         raise DataError(f"this is no picture that can be read: {error}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

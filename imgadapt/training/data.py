@@ -115,7 +115,7 @@ class Listing:
     def __init__(self, folder: Path) -> None:
         try:
             with os.scandir(folder) as entries:
-                rows = sorted((e.name, _is_folder(e)) for e in entries if not e.name.startswith("."))
+                rows = sorted((e.name, is_folder(e)) for e in entries if not e.name.startswith("."))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise DataError(f"{folder}: no such folder") from error
         except (OSError, ValueError) as error:  # the latter of NUL in a name
@@ -174,10 +174,11 @@ class Listing:
         return [(path, next(iter(masks.get(key(path.stem), [])), None)) for path in plain]
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def is_folder(entry: os.DirEntry[str] | Path) -> bool:
+    """Whether it is a folder, or leads to one."""
     try:
         return entry.is_dir()
-    except OSError:  # links in a circle, a disk at its end: reading it will tell
+    except OSError:  # links in a circle, a disk at its end, a name of thousands of letters: reading it will tell
         return False
 
 
@@ -230,7 +231,7 @@ def _pictures(top: Listing) -> list[tuple[Path, list[str], Path | None]]:
     if len(tables) > 1:
         raise DataError(f"{tables[0]} and {tables[1]} are both there; remove one of them")
     rows = {top.folder / name: said for name, said in table(tables[0]).items()} if tables else {}
-    listings = {d: Listing(d) for d in dict.fromkeys(path.parent for path in rows) if d.is_dir()} or {top.folder: top}
+    listings = {d: Listing(d) for d in dict.fromkeys(path.parent for path in rows) if is_folder(d)} or {top.folder: top}
     files = {path: listings[path.parent].find(path.name) if path.parent in listings else None for path in rows}
     said = {file: rows[path] for path, file in files.items() if file}
     paired = [pair for listing in listings.values() for pair in listing.paired(said)]
@@ -250,7 +251,7 @@ def _pictures(top: Listing) -> list[tuple[Path, list[str], Path | None]]:
 
 def _none(paths: Sequence[Path], where: Path, fault: str) -> None:
     if paths:
-        raise DataError(f"{where}: {len(paths)} pictures ({first_few([p.name for p in paths])}) {fault}")
+        raise DataError(f"{where}: {len(paths)} pictures ({first_few([p.name[:255] for p in paths])}) {fault}")
 
 
 # --- what is in a picture

@@ -29,7 +29,7 @@ _SCANNED = 2**30  # pixels of all scans
 _COLOURS = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"})
 
 
-class Counted(io.BytesIO):
+class _Counted(io.BytesIO):
     """Bytes that are not read in millions of pieces: Pillow's readers take some microseconds for each, and a chunk, a
     marker or a frame may have three bytes.
     """
@@ -45,6 +45,32 @@ class Counted(io.BytesIO):
         return super().read(size)
 
 
+def bounded(data: bytes) -> io.BytesIO:
+    """The bytes of a picture for Pillow to open, which sets memory aside for a WebP before it looks at its sides.
+
+    Raises:
+        DataError: it is a WebP that has too many pixels; reading it does, if it would take very long.
+    """
+    width, height = _sides_of_webp(data)
+    if width * height > MOST_WEBP:
+        raise DataError(f"{width}x{height} pixels; of a WebP {MOST_WEBP:,} pixels are read")
+    return _Counted(data)
+
+
+def _sides_of_webp(data: bytes) -> tuple[int, int]:
+    """(width, height) as the first chunk says; (0, 0) of others. Layout:
+    https://developers.google.com/speed/webp/docs/riff_container.
+    """
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
+        return 0, 0
+    if data[12:16] == b"VP8X":
+        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+    if data[12:16] == b"VP8L":
+        both = int.from_bytes(data[21:25], "little")
+        return 1 + (both & 0x3FFF), 1 + (both >> 14 & 0x3FFF)
+    return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
+
+
 def opened(data: bytes) -> Image.Image:
     """A picture of which the header is read; its pixels follow when they are asked for, and may raise anything.
 
@@ -54,7 +80,7 @@ def opened(data: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sizes between the limit and half of it, and of damage that is no harm
-            image = Image.open(Counted(data), formats=FORMATS)
+            image = Image.open(bounded(data), formats=FORMATS)
     except UnidentifiedImageError as error:
         raise DataError("not a picture, whatever its name says") from error
     except Exception as error:  # Pillow's readers raise whatever damaged bytes lead them to
@@ -70,8 +96,6 @@ def check(image: Image.Image, data: bytes) -> None:
         DataError: they would take very long, or very much memory.
     """
     pixels = image.width * image.height
-    if image.format == "WEBP" and pixels > MOST_WEBP:
-        raise DataError(f"{image.width}x{image.height} pixels, more than the {MOST_WEBP:,} of a WebP that are read")
     scans = sum(data.count(header) for header in _SCAN_HEADERS) if image.format in ("JPEG", "MPO") else 0
     if scans > _SCANS and scans * pixels > _SCANNED:
         raise DataError(f"a JPEG of {scans} scans, which takes very long; save it anew")

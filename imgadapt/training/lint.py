@@ -330,7 +330,7 @@ def _unused(examples: Sequence[Example], folder: Path, elsewhere: Sequence[Path]
         by_folder[example.path.parent].append(example.path)
     used = {e.path for e in examples} | {e.mask for e in examples if e.mask}
     left: dict[str, list[Path]] = defaultdict(list)
-    skipped = {place.resolve() for place in elsewhere}
+    skipped = {None, *map(_identity, elsewhere)}
     for listing in _walk(folder, skipped, by_folder):
         here = by_folder[listing.folder]
         known = used | {file for path in here for file in listing.captions(path)}
@@ -359,7 +359,7 @@ def _unused(examples: Sequence[Example], folder: Path, elsewhere: Sequence[Path]
             yield Finding(level, f"{len(paths)} {text}: {first_few(names)}", tuple(paths))
 
 
-def _walk(folder: Path, seen: set[Path], used: Collection[Path]) -> Iterator[Listing]:
+def _walk(folder: Path, seen: set[tuple[int, int] | None], used: Collection[Path]) -> Iterator[Listing]:
     """A folder and those below, links too where they stay in it or lead to what is `used`; none that was seen.
 
     Raises:
@@ -368,16 +368,26 @@ def _walk(folder: Path, seen: set[Path], used: Collection[Path]) -> Iterator[Lis
     whole, waiting, count = folder.resolve(), [folder], 0
     while waiting:
         place = waiting.pop()
-        real = place.resolve()
-        if real in seen or not (place in used or real.is_relative_to(whole)):
+        if place.is_symlink() and place not in used and not place.resolve().is_relative_to(whole):
             continue
-        seen.add(real)
+        if (identity := _identity(place)) in seen:
+            continue
+        seen.add(identity)
         listing = Listing(place)
         count += len(listing.files) + len(listing.folders)
         if count > MOST_FILES:
             raise DataError(f"{folder}: more than {MOST_FILES:,} files and folders in it; give one with pictures only")
         yield listing
         waiting += reversed(listing.folders)
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """What a folder is, whatever the way to it; None: there is none that one can get to."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _paths(examples: Iterable[Example]) -> tuple[Path, ...]:

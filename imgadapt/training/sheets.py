@@ -99,8 +99,9 @@ def _scaled(sides: tuple[int, int], factor: float) -> tuple[int, int]:
 
 def _box(place: Placement, image: Image.Image) -> tuple[int, int, int, int]:
     left, top, right, bottom = place.window
-    box = left * image.width, top * image.height, right * image.width - 1, bottom * image.height - 1
-    return round(box[0]), round(box[1]), round(box[2]), round(box[3])
+    first = round(left * image.width), round(top * image.height)
+    last = round(right * image.width - 1), round(bottom * image.height - 1)
+    return *first, max(first[0], last[0]), max(first[1], last[1])  # of a long strip, less than a pixel is seen
 
 
 def _short(name: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
