@@ -103,6 +103,8 @@ def _bundled(key: str) -> tuple[str, str]:
 
 
 def _made(token: str, keys: Mapping[str, str], tensors: Mapping[str, Tensor], form: Form) -> Embedding:
+    if not token:
+        raise FormatError("an embedding of a word without a letter")
     vectors: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
     for kind, key in keys.items():

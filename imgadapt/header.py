@@ -225,7 +225,8 @@ class _Reader:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise FormatError(f"not safetensors: what its header says of {shortened(key)} is no tensor's") from error
         self._place = end
-        if len(said) != 3 or not all(type(number) is int and 0 <= number <= _LARGEST for number in numbers):
+        sound = len(said) == 3 and isinstance(shape, list) and isinstance(places, list)
+        if not sound or not all(type(number) is int and 0 <= number <= _LARGEST for number in numbers):
             raise FormatError(f"not safetensors: what its header says of {shortened(key)} is no tensor's")
         if not isinstance(dtype, str) or dtype not in BITS:
             raise FormatError(f"{shortened(key)} is of type {shortened(str(dtype))}, which safetensors has not")

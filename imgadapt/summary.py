@@ -18,6 +18,7 @@ from imgadapt.sites import Kind, Site
 
 NO_CONFIG = "peft's file without its adapter_config.json: alpha is not known and taken as the rank; keep them together"
 _TAGS = 10
+_LONGEST = 2**23  # characters of tags; real files have 5 million at most
 _WIDE = 512  # rank of a pair above which its norm is not worked out
 
 
@@ -149,8 +150,9 @@ def trigger_words(metadata: Mapping[str, str]) -> list[str]:
     for key in ("modelspec.trigger_phrase", "trigger_words", "ss_trigger_words", "modelspec.trigger_words"):
         if said := metadata.get(key, "").strip():
             return [said]
+    said = metadata.get("ss_tag_frequency", "{}")
     try:
-        tables: Any = json.loads(metadata.get("ss_tag_frequency", "{}"))
+        tables: Any = json.loads(said if len(said) <= _LONGEST else "{}")
         counts = Counter[str]()
         for tags in tables.values():
             for tag, count in tags.items():

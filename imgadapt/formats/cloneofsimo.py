@@ -15,6 +15,7 @@ from imgadapt.arch import architectures
 from imgadapt.errors import FormatError
 from imgadapt.formats import own, spelling
 from imgadapt.formats.format import Format
+from imgadapt.formats.layer_config import LONGEST_JSON
 
 _KEY = re.compile(r"(unet|text_encoder):(\d+):(up|down)")
 _BLOCKS = ("down_blocks", "up_blocks", "mid_block")
@@ -49,20 +50,28 @@ def aliases(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[
         return {}
     walked = {"unet": {"CrossAttention", "Attention", "GEGLU"}, "text_encoder": {"CLIPAttention"}}
     renamed: dict[str, str] = {}
+    classes = {component: _classes(component, metadata) for component in {match[1] for match in found.values()}}
     for key, match in found.items():
-        component, number, end = match[1], int(match[2]), match[3]
-        try:
-            classes = set(json.loads(metadata.get(component, "[]")))
-        except (ValueError, TypeError) as error:
-            raise FormatError(f"the metadata '{component}' is no list of classes: {error}") from error
+        component, number, end = match[1], match[2], match[3]
         order = _order(component)
-        if classes - walked[component] or number >= len(order):
+        if classes[component] - walked[component] or len(number) > 4 or int(number) >= len(order):
             raise FormatError(
-                f"{key}: layers are numbered over {', '.join(sorted(classes))} of another model or version; "
+                f"{key}: layers are numbered over {', '.join(sorted(classes[component]))} of another model or version; "
                 f"known is the order of {', '.join(sorted(walked[component]))} in SD1 ({len(order)} layers)"
             )
-        renamed[key] = f"{component}.{order[number]}.lora.{end}.weight"
+        renamed[key] = f"{component}.{order[int(number)]}.lora.{end}.weight"
     return renamed
+
+
+def _classes(component: str, metadata: Mapping[str, str]) -> set[str]:
+    """Of the layers that he walked."""
+    said = metadata.get(component, "[]")
+    try:
+        if len(said) > LONGEST_JSON:
+            raise ValueError("too long")
+        return {str(name) for name in json.loads(said)}
+    except (ValueError, TypeError, RecursionError) as error:
+        raise FormatError(f"the metadata '{component}' is no list of classes: {error}") from error
 
 
 CLONEOFSIMO = Format(

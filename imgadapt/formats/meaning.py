@@ -64,7 +64,8 @@ def meaning(t: Mapping[str, Tensor], note: Note) -> Made:
 def _alpha(tensor: Tensor) -> float | None:
     value = tensor.to(torch.float64).item() if tensor.numel() == 1 else math.nan
     if not value >= 0:
-        raise FormatError(f"alpha is {tensor.tolist()}, wanted one number, 0 or more")
+        said = tensor.item() if tensor.numel() == 1 else f"of shape {tuple(tensor.shape)}"
+        raise FormatError(f"alpha is {said}, wanted one number, 0 or more")
     return value  # infinity is ai-toolkit's 9,999,999,999 in fp16, which a LoKr of full factors does not read
 
 

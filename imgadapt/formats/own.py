@@ -6,13 +6,13 @@
 import json
 from collections.abc import Mapping
 from dataclasses import fields
-from functools import lru_cache
 from typing import Any, cast
 
 from torch import Tensor
 
 from imgadapt.errors import FormatError, ImgadaptError
 from imgadapt.formats.format import Format
+from imgadapt.formats.layer_config import LONGEST_JSON
 from imgadapt.formats.part import Part, Parts, Source
 from imgadapt.formats.spelling import own
 from imgadapt.methods import METHODS, Method
@@ -30,9 +30,10 @@ def _described(method: Method) -> dict[str, Any]:
     }
 
 
-@lru_cache(maxsize=8)  # one file asks for every layer
 def _contents(text: str) -> tuple[list[tuple[type[Method], dict[str, Any]]], dict[str, int]]:
     try:
+        if len(text) > LONGEST_JSON:
+            raise ValueError("it is larger than any")
         said = cast("dict[str, Any]", json.loads(text))
         rows = [(_values(row), _kind(row)) for row in said["methods"]]
         methods = [(kind, values) for values, kind in rows]
