@@ -252,7 +252,7 @@ def _same(one: AdapterFile, other: AdapterFile, format: str = "") -> None:
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
     if any(part.slices for file in (one, other) for part in file.parts.values()):
         return  # of a fused layer, which formats have under different names
-    if format and one.architecture != other.architecture:
+    if one.architecture != other.architecture:
         return  # a layer or two, whose names there are another model's, too
     more = {name: part for name, part in other.parts.items() if name not in one.parts}
     assert one.parts.keys() <= other.parts.keys(), f"{format}: {sorted(one.parts)} became {sorted(other.parts)}"
