@@ -33,7 +33,8 @@ class Target:
             self.run(data)
             taken = True
         except ImgadaptError as error:
-            assert str(error), "an error that says nothing"
+            if not str(error):
+                raise AssertionError("an error that says nothing") from error
             str(error).encode()  # half a character would break whatever prints it
             taken = False
         seconds = time.thread_time() - began
