@@ -174,7 +174,7 @@ def test_what_is_no_base_is_refused_with_the_reason(tmp_path: Path) -> None:
         open_base(tmp_path / "pickle.ckpt")
     whole = (tmp_path / "adapter.safetensors").read_bytes()
     (tmp_path / "short.safetensors").write_bytes(whole[:-3])
-    with pytest.raises(FormatError, match="its header says"):
+    with pytest.raises(FormatError, match="not whole"):
         open_base(tmp_path / "short.safetensors")
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "b.safetensors"}}))

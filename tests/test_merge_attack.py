@@ -189,7 +189,7 @@ def test_files_of_words_are_united_and_no_note_says_that_they_are_left_out(tmp_p
         merge_files(MergeRecipe((Entry(lora, 0.0), Entry(b))))
 
 
-@pytest.mark.parametrize("place", ["/dev/zero", "..", "", "/", "a\\u0000b"])
+@pytest.mark.parametrize("place", ["/dev/zero", "..", "", "/"])
 def test_a_hostile_recipe_in_a_file_is_looked_for_and_not_found(tmp_path: Path, place: str) -> None:
     """A device has no end, and folders that are no base are no error of theirs."""
     recipe = f'rule = "weighted"\n[[inputs]]\npath = "{place}"\nsha256 = "{"0" * 64}"\n'

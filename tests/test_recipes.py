@@ -36,7 +36,7 @@ def asked(*arguments: str) -> MergeRecipe:
 # --- TOML
 
 NUMBERS = st.floats(-1e6, 1e6, allow_nan=False)
-TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12)
 TABLES = st.dictionaries(TEXTS, NUMBERS, max_size=3)
 ENTRIES = st.builds(
     Entry, TEXTS, NUMBERS, st.dictionaries(st.sampled_from(["te", "unet"]), NUMBERS), TEXTS | TABLES,
@@ -93,6 +93,8 @@ def test_block_weights_may_be_a_list() -> None:
         ('rank = true\n[[inputs]]\npath = "a"', "rank is True; wanted a whole number"),
         ('rank = 4\nerror = 0.1\n[[inputs]]\npath = "a"', "rank and error: one of them"),
         ('options = 3\n[[inputs]]\npath = "a"', "options is 3; wanted a table"),
+        ('[[inputs]]\npath = "a\\u0000b"', "is no path"),
+        ('output = "a\\u0000b"\n[[inputs]]\npath = "a"', "is no path"),
         ('output = 3\n[[inputs]]\npath = "a"', "output is 3; wanted text"),
         (
             'rule = "ties"\n[options]\ndensty = 0.3\n[[inputs]]\npath = "a"',

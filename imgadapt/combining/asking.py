@@ -82,7 +82,8 @@ def recipe_of(args: argparse.Namespace) -> MergeRecipe:
         if len(args.inputs) > 1:
             raise ConfigError(f"a recipe has its own inputs: give {args.inputs[0]} alone")
         recipe, output = read_recipe(Path(args.inputs[0]))
-        args.output = output if getattr(args, "output", None) is None else args.output
+        if getattr(args, "output", None) is None:
+            args.output = _inside(output, Path(args.inputs[0]))
         entries = list(recipe.inputs)
     else:
         entries = [entry_of(text) for text in args.inputs]
@@ -164,6 +165,14 @@ def _part(labels: Sequence[set[str]], text: str, flag: str) -> tuple[list[int], 
         if left[k] == ":" and any(left[:k] in own for own in labels):
             return _which(labels, left[:k], flag), left[k + 1 :], value
     return list(range(len(labels))), left, value
+
+
+def _inside(output: Path | None, recipe: Path) -> Path | None:
+    """Raises ConfigError: a recipe, which may be anyone's, would have something written outside of its folder."""
+    folder = recipe.parent.resolve()
+    if output is not None and folder not in output.resolve().parents:
+        raise ConfigError(f"{recipe}: its output is {output}, outside of its folder; say where it goes with --output")
+    return output
 
 
 def _set_component(entries: list[Entry], labels: Sequence[set[str]], text: str, flag: str, component: str) -> None:

@@ -42,6 +42,7 @@ class Entry:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", os.fspath(self.path))
+        no_nul(str(self.path))
         blocks = {} if isinstance(self.blocks, str) else self.blocks
         rows = {"weight": self.weight, **self.components, **blocks, **self.masks}
         for name, value in rows.items():
@@ -93,6 +94,7 @@ class MergeRecipe:
 
     def __post_init__(self) -> None:
         row = self.row
+        no_nul(self.base or "")
         if not row.least <= len(self.inputs) <= row.most:
             wanted = f"{row.least} or more" if row.most > 99 else f"{row.least} to {row.most}"
             wanted = str(row.least) if row.least == row.most else wanted
@@ -151,3 +153,9 @@ def finite(value: Any) -> bool:
 def _one_of(what: str, value: str | None, known: Collection[str]) -> None:
     if value is not None and value not in known:
         raise ConfigError(f"{what} is {value!r}; there are: {', '.join(known)}")
+
+
+def no_nul(path: str) -> None:
+    """Raises ConfigError: a path that is none."""
+    if "\0" in path:
+        raise ConfigError(f"{path.replace(chr(0), '?')} is no path: it has a character 0")

@@ -25,7 +25,7 @@ from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
 from imgadapt import toml
-from imgadapt.combining.recipe import Entry, MergeRecipe
+from imgadapt.combining.recipe import Entry, MergeRecipe, no_nul
 from imgadapt.errors import ConfigError, FormatError
 
 KEY = "imgadapt_recipe"
@@ -84,7 +84,8 @@ def from_toml(text: str, where: object = "the recipe") -> MergeRecipe:
 def _recipe_of(table: Mapping[str, Any], where: object) -> MergeRecipe:
     data = dict(table)
     data.pop(_VERSION, None)
-    _typed(data.pop(_OUTPUT, ""), str, "text", f"{where}: {_OUTPUT}")
+    _typed(output := data.pop(_OUTPUT, ""), str, "text", f"{where}: {_OUTPUT}")
+    no_nul(output)
     _known(data, [field.name for field in fields(MergeRecipe)], where)
     for kinds, names, wanted in (
         (str, _TEXTS, "text"),

@@ -100,7 +100,7 @@ def _found(entry: Entry, path: Path, look_in: Path | None) -> Path:
     folders = [path.parent, *([look_in] if look_in is not None else [])]
     places = dict.fromkeys([said, path.parent / said, *(folder / name for folder in folders)])
     others: dict[Path, str] = {}
-    for place in (place for place in places if place.is_file() or place.is_dir()):  # and no device, which has no end
+    for place in (place for place in places if _may_be(place)):
         if (digest := _digest(place)) == entry.sha256:
             return place
         others |= {} if digest is None else {place: digest}
@@ -116,6 +116,14 @@ def _found(entry: Entry, path: Path, look_in: Path | None) -> Path:
         )
     seen = f"nor by its hash in {look_in}" if look_in else "look in a folder by its hash with --look-in FOLDER"
     raise FormatError(f"{entry.path} ({wanted}) is neither there nor beside {path}; {seen}")
+
+
+def _may_be(place: Path) -> bool:
+    """Whether an input can be there: the recipe is in the file, from anyone, and no other file is read for it."""
+    try:
+        return place.is_dir() or (place.is_file() and place.suffix.lower() in _ENDS)
+    except (OSError, ValueError):  # no path at all
+        return False
 
 
 def _digest(place: Path) -> str | None:

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from imgadapt.atomic import atomically
-from imgadapt.errors import FormatError, OutputError
-from imgadapt.header import Row, header_of
+from imgadapt.errors import FormatError, OutputError, StateError
+from imgadapt.header import Row, header_of, stamp_of
 
 _CHUNK = 2**25  # bytes copied at a time
 _FLUSH = 0.5  # seconds between flushes
@@ -30,13 +30,16 @@ _PIECE = 2**17  # bytes written at a time: more at once takes Linux 6 (ext4) two
 
 @dataclass(frozen=True)
 class Layout:
-    """A safetensors file. rows: what its header says of each tensor, in its order; start: where the data begins."""
+    """A safetensors file. rows: what its header says of each tensor, in its order; start: where the data begins; stamp:
+    see `Header`.
+    """
 
     path: Path
     rows: Mapping[str, Row]
     metadata: Mapping[str, str]
     start: int
     size: int
+    stamp: tuple[int, int]
 
     def span(self, key: str) -> tuple[int, int]:
         """Where a tensor is within the data: (first byte, last + 1)."""
@@ -56,7 +59,7 @@ class Layout:
 def layout_of(path: Path) -> Layout:
     """Raises FormatError: it is not a safetensors file."""
     header = header_of(path)
-    return Layout(path, header.rows, header.metadata, header.start, header.size)
+    return Layout(path, header.rows, header.metadata, header.start, header.size, header.stamp)
 
 
 class Rewriting:
@@ -94,6 +97,7 @@ def rewriting(
 
     Raises:
         OutputError: it cannot be written; what was there is untouched. FormatError: the layout's file cannot be read.
+        StateError: that has changed since, or meanwhile.
     """
     text = _header(layout, metadata)
     need = 8 + len(text) + layout.size - layout.start
@@ -109,6 +113,8 @@ def rewriting(
             _write(file.fileno(), memoryview(final), 8)
         if (size := os.fstat(file.fileno()).st_size) != need:
             raise OutputError(f"{target}: {size} bytes written, {need} wanted; not all of its tensors came")
+        if stamp_of(source) != layout.stamp:
+            raise StateError(f"{layout.path} changed while it was read, so {target} is not written; try again")
 
 
 def _header(layout: Layout, metadata: Mapping[str, str]) -> bytes:

@@ -1,20 +1,18 @@
 """Load a base by name or path, and find its family."""
 
-import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from imgadapt import demo
-from imgadapt.errors import ConfigError, MissingExtra
+from imgadapt.errors import ConfigError, MissingExtra, shortened
 from imgadapt.training.families import hub, single_file
 from imgadapt.training.families import quantise as quantising
 from imgadapt.training.families.family import Family
 from imgadapt.training.families.flux import Flux
+from imgadapt.training.families.folder import INDEX, check, check_whole, pipeline_class
 from imgadapt.training.families.quantise import Storage
 from imgadapt.training.families.sd import StableDiffusion
 from imgadapt.training.families.sd3 import StableDiffusion3
@@ -36,11 +34,6 @@ _OTHERS = {
     "Depth": "led by depth",
 }
 """What a pipeline is whose class has such a word in its name."""
-
-_UNREADABLE = (
-    *(OSError, ValueError, KeyError, AttributeError, RuntimeError, TypeError),
-    *(SafetensorError, pickle.UnpicklingError, ImportError),
-)
 
 
 def load(
@@ -78,11 +71,18 @@ def open_pipeline(base: str, dtype: torch.dtype = torch.float32) -> Any:
     path = Path(base).expanduser()
     try:
         if path.is_file():
-            return single_file.open_pipeline(path, dtype)
-        return _open_folder(base, path if path.is_dir() else hub.folder(base), dtype)
-    except _UNREADABLE as error:
+            pipeline, folder = single_file.open_pipeline(path, dtype), None
+        else:
+            folder = path if path.is_dir() else hub.folder(base)
+            pipeline = _open_folder(base, folder, dtype)
+        check_whole(pipeline, folder)
+        return pipeline
+    except (ConfigError, MissingExtra):
+        raise
+    except Exception as error:  # diffusers and transformers raise whatever a config leads them to
         hint = "" if path.exists() else f" (if it is not whole: {hub.command(hub.NAMES.get(base, base))})"
-        raise ConfigError(f"{base} cannot be read as a base: {error}{hint}") from error
+        said = shortened(str(error) or type(error).__name__, 400)
+        raise ConfigError(f"{base} cannot be read as a base: {said}{hint}") from error
 
 
 def family_of(base: str, pipeline_class: str) -> type[Family]:
@@ -98,12 +98,10 @@ def family_of(base: str, pipeline_class: str) -> type[Family]:
 
 
 def _open_folder(base: str, folder: Path, dtype: torch.dtype) -> Any:
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise ConfigError(
-            f"base {base} has no model_index.json; wanted 'demo', a diffusers folder, or a checkpoint file"
-        )
-    family_of(base, json.loads(index.read_text("utf-8"))["_class_name"])  # before gigabytes are read
+    if not (folder / INDEX).is_file():
+        raise ConfigError(f"base {base} has no {INDEX}; wanted 'demo', a diffusers folder, or a checkpoint file")
+    family_of(base, pipeline_class(folder))  # before gigabytes are read
+    check(folder)
     try:
         from diffusers import DiffusionPipeline
     except ModuleNotFoundError as error:
@@ -111,5 +109,5 @@ def _open_folder(base: str, folder: Path, dtype: torch.dtype) -> Any:
     weights = [*folder.glob("unet/*.safetensors"), *folder.glob("transformer/*.safetensors")]
     half = {"variant": "fp16"} if weights and all(".fp16." in file.name for file in weights) else {}
     return DiffusionPipeline.from_pretrained(
-        folder, local_files_only=True, dtype={"default": dtype, "vae": torch.float32}, **half
+        folder, local_files_only=True, use_safetensors=True, dtype={"default": dtype, "vae": torch.float32}, **half
     )

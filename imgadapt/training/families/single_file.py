@@ -70,20 +70,20 @@ def open_pipeline(path: Path, dtype: torch.dtype) -> Any:
     return _with_prediction(pipeline, kind, keys, path)
 
 
-def shapes(path: Path) -> dict[str, Any]:
-    """The file's keys, each with an object that has a `shape`; of safetensors, nothing but the header is read.
+def shapes(path: Path) -> Mapping[str, Any]:
+    """The file's keys, each with an object that has a `shape`; nothing but the header is read.
 
     Raises:
-        ConfigError: it is neither safetensors nor a pickled checkpoint. FormatError: it is not whole.
+        ConfigError: it is not safetensors, by its name. FormatError: nor by its content, or not whole.
     """
-    if path.suffix == ".safetensors":
-        return dict(header_of(path).rows)
-    if path.suffix not in (".ckpt", ".pt", ".pth", ".bin"):
-        raise ConfigError(f"{path} is not a checkpoint; wanted .safetensors or .ckpt")
-    from diffusers.loaders.single_file_utils import load_single_file_checkpoint
-
-    checkpoint: Any = load_single_file_checkpoint(os.fspath(path), local_files_only=True)
-    return dict(checkpoint)
+    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        raise ConfigError(
+            f"{path}: a pickle, which can hold code, and is not read; write it as .safetensors first (docs/training.md "
+            "says how)"
+        )
+    if path.suffix != ".safetensors":
+        raise ConfigError(f"{path} is not a checkpoint; wanted .safetensors")
+    return header_of(path).rows
 
 
 def kind_of(path: Path, keys: Mapping[str, Any]) -> str:
