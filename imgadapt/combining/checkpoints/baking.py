@@ -12,7 +12,8 @@ from torch import Tensor
 
 from imgadapt.atomic import folder_atomically
 from imgadapt.combining.checkpoints.adding import Chance, add, turned
-from imgadapt.combining.checkpoints.base import BaseFile, Place, index_in, rows_in
+from imgadapt.combining.checkpoints.base import BaseFile, Place, rows_in
+from imgadapt.combining.checkpoints.shards import index_in
 from imgadapt.combining.checkpoints.streams import Layout, Rewriting, copy_file, layout_of, rewriting
 from imgadapt.combining.engine import Engine
 from imgadapt.combining.layers import Merged

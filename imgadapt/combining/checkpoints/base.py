@@ -1,8 +1,6 @@
 """Base: the weights of a model in files, as layers by canonical names: a diffusers folder or a single file."""
 
-import json
 import math
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
@@ -14,15 +12,13 @@ from torch import Tensor
 
 from imgadapt.arch import Architecture
 from imgadapt.combining.checkpoints.naming import DENOISERS, Naming, component_folders, plain, whole_file
+from imgadapt.combining.checkpoints.shards import all_stored, weight_files
 from imgadapt.errors import FormatError, ShapeError, StateError
 from imgadapt.formats.splitting import scaled
-from imgadapt.header import opened
 from imgadapt.sites import Kind, Site
-from imgadapt.stored import DTYPES, Stored, stored
+from imgadapt.stored import DTYPES, Stored
 
 _EMBEDDINGS = ("token_embedding", "position_embedding", "shared", "embed_tokens", "relative_attention_bias")
-_LONGEST_INDEX = 16 * 2**20  # bytes
-_MOST_SHARDS = 1000
 _DEMO = Path(__file__).parents[2] / "demo" / "pipeline"
 _SCALES = ("scale_weight", "weight_scale")
 """What ComfyUI's scaled float8 multiplies a weight by."""
@@ -183,7 +179,7 @@ def open_base(path: str | PathLike[str]) -> BaseFile:
         raise FormatError(
             f"{path}: no safetensors in it, nor in a folder unet/ or transformer/; wanted a diffusers base"
         )
-    tensors = _all_stored(files)
+    tensors = all_stored(files)
     modules = _modules(tensors)
     shapes = {module: tensors[own["weight"]].shape for module, own in modules.items()}
     naming = whole_file(shapes)
@@ -196,7 +192,7 @@ def open_base(path: str | PathLike[str]) -> BaseFile:
 
 def _folder(path: Path, folders: Mapping[str, Sequence[Path]]) -> BaseFile:
     by_component = {
-        component: {f"{component}.{key}": one for key, one in _all_stored(files).items()}
+        component: {f"{component}.{key}": one for key, one in all_stored(files).items()}
         for component, files in folders.items()
     }
     tensors = {key: one for own in by_component.values() for key, one in own.items()}
@@ -219,65 +215,6 @@ def _component_folders(path: Path) -> dict[str, list[Path]]:
     names.sort(key=lambda name: not name.startswith(DENOISERS))
     found = {name: weight_files(path / name) for name in names}
     return {name: files for name, files in found.items() if files}
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that one set of a component's weights is in; of several variants, the plain one.
-
-    Raises:
-        FormatError: an index names a file that is not there, or that is elsewhere; or it cannot be read.
-    """
-    index = index_in(folder)
-    if index is not None:
-        names = _shards(index)
-        if lost := [name for name in names if not (folder / name).is_file()]:
-            raise FormatError(f"{folder / lost[0]}: {index.name} names it, and it is not there; copy it there")
-        return [folder / name for name in names]
-    whole = [(one.name.count("."), one.name, one) for one in folder.glob("*.safetensors")]
-    return [min(whole)[-1]] if whole else []
-
-
-def _shards(index: Path) -> list[str]:
-    with opened(index) as file:
-        text = file.read(_LONGEST_INDEX + 1)
-    try:
-        if len(text) > _LONGEST_INDEX:
-            raise ValueError(f"more than {_LONGEST_INDEX:,} bytes")
-        names = sorted({*json.loads(text)["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise FormatError(f"{index}: not an index of shards ({error})") from error
-    if wrong := [n for n in names if not isinstance(n, str) or not re.fullmatch(r"[^/\\\x00]+\.safetensors", n)]:
-        raise FormatError(f"{index}: it names {wrong[0]!r}; wanted safetensors files beside it")
-    if len(names) > _MOST_SHARDS:
-        raise FormatError(f"{index}: it names {len(names):,} files; no model has more than {_MOST_SHARDS:,}")
-    return names
-
-
-def index_in(folder: Path) -> Path | None:
-    """The list of a folder's shards; of several variants, the plain one."""
-    found = [(one.name.count("."), one.name, one) for one in folder.glob("*.safetensors.index*.json")]
-    return min(found)[-1] if found else None
-
-
-def _all_stored(files: Sequence[Path]) -> dict[str, Stored]:
-    """Raises FormatError: a tensor is in two of the files, and which is meant nobody knows; see `_stored`."""
-    found: dict[str, Stored] = {}
-    for file in files:
-        own = _stored(file)
-        if twice := found.keys() & own.keys():
-            one = min(twice)
-            raise FormatError(f"{one} is in {found[one].file} and in {file}; wanted each tensor in one of them")
-        found |= own
-    return found
-
-
-def _stored(path: Path) -> dict[str, Stored]:
-    if not path.is_file():
-        raise FormatError(f"{path}: no such file or folder")
-    try:
-        return stored(path)
-    except StateError as error:
-        raise FormatError(f"{path} is no file of weights: {error.__cause__ or error}") from error
 
 
 def _modules(tensors: Mapping[str, Stored]) -> dict[str, dict[str, str]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from imgadapt.combining.checkpoints.base import weight_files
+from imgadapt.combining.checkpoints.shards import weight_files
 from imgadapt.errors import ConfigError, first_few
 from imgadapt.header import header_of, opened
 

@@ -1,0 +1,72 @@
+"""Shards: which files a folder's weights are in, and where in them each tensor is."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from imgadapt.errors import FormatError, StateError
+from imgadapt.header import opened
+from imgadapt.stored import Stored, stored
+
+_LONGEST_INDEX = 16 * 2**20  # bytes
+_MOST_SHARDS = 1000
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that one set of a component's weights is in; of several variants, the plain one.
+
+    Raises:
+        FormatError: an index names a file that is not there, or that is elsewhere; or it cannot be read.
+    """
+    index = index_in(folder)
+    if index is not None:
+        names = _shards(index)
+        if lost := [name for name in names if not (folder / name).is_file()]:
+            raise FormatError(f"{folder / lost[0]}: {index.name} names it, and it is not there; copy it there")
+        return [folder / name for name in names]
+    whole = [(one.name.count("."), one.name, one) for one in folder.glob("*.safetensors")]
+    return [min(whole)[-1]] if whole else []
+
+
+def _shards(index: Path) -> list[str]:
+    with opened(index) as file:
+        text = file.read(_LONGEST_INDEX + 1)
+    try:
+        if len(text) > _LONGEST_INDEX:
+            raise ValueError(f"more than {_LONGEST_INDEX:,} bytes")
+        names = sorted({*json.loads(text)["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FormatError(f"{index}: not an index of shards ({error})") from error
+    if wrong := [n for n in names if not isinstance(n, str) or not re.fullmatch(r"[^/\\\x00]+\.safetensors", n)]:
+        raise FormatError(f"{index}: it names {wrong[0]!r}; wanted safetensors files beside it")
+    if len(names) > _MOST_SHARDS:
+        raise FormatError(f"{index}: it names {len(names):,} files; no model has more than {_MOST_SHARDS:,}")
+    return names
+
+
+def index_in(folder: Path) -> Path | None:
+    """The list of a folder's shards; of several variants, the plain one."""
+    found = [(one.name.count("."), one.name, one) for one in folder.glob("*.safetensors.index*.json")]
+    return min(found)[-1] if found else None
+
+
+def all_stored(files: Sequence[Path]) -> dict[str, Stored]:
+    """Raises FormatError: a tensor is in two of the files, and which is meant nobody knows; see `_stored`."""
+    found: dict[str, Stored] = {}
+    for file in files:
+        own = _stored(file)
+        if twice := found.keys() & own.keys():
+            one = min(twice)
+            raise FormatError(f"{one} is in {found[one].file} and in {file}; wanted each tensor in one of them")
+        found |= own
+    return found
+
+
+def _stored(path: Path) -> dict[str, Stored]:
+    if not path.is_file():
+        raise FormatError(f"{path}: no such file or folder")
+    try:
+        return stored(path)
+    except StateError as error:
+        raise FormatError(f"{path} is no file of weights: {error.__cause__ or error}") from error
