@@ -928,10 +928,27 @@ def test_a_pattern_that_re_could_try_for_ever_is_answered_at_once(pattern: str) 
     assert time.thread_time() - began < 2
 
 
-def test_a_pattern_that_no_bound_holds_is_refused() -> None:
-    config = json.dumps({"unet.lora_alpha": 2, "unet.alpha_pattern": {r"(a)\1": 1}})
-    with pytest.raises(FormatError, match=r"'alpha_pattern' has .*, no regular expression that is read"):
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ("(a{99}){999}", r"'alpha_pattern' has .*, no regular expression that is read: it is too large"),
+        (r"(.|..|\w{3})*[!?]", "it takes too long over so many names"),
+    ],
+)
+def test_a_pattern_that_no_bound_holds_is_refused(pattern: str, said: str) -> None:
+    config = json.dumps({"unet.lora_alpha": 2, "unet.alpha_pattern": {pattern: 1}})
+    with pytest.raises(FormatError, match=said):
         known(dotted(QUERY), {CONFIG: config})
+
+
+def test_feedforward_modules_that_are_no_texts_are_refused_before_they_are_compared() -> None:
+    """As text, this list would be made anew for every layer."""
+    tensors = {f"unet.b.{k}.lora_{side}.weight": torch.ones(2, 2) for k in range(2000) for side in "AB"}
+    config = json.dumps({"unet.r": 2, "unet.feedforward_modules": [[0] * 300_000]})
+    began = time.thread_time()
+    with pytest.raises(FormatError, match="'feedforward_modules' is a list of other things than texts"):
+        known(tensors, {CONFIG: config})
+    assert time.thread_time() - began < 5
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "bias", "loha", "lokr", "oft", "ia3"])

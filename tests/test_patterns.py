@@ -13,19 +13,24 @@ from imgadapt import Entry, toml
 from imgadapt.combining.recipes import from_toml
 from imgadapt.combining.weights import factor_of
 from imgadapt.errors import ConfigError
-from imgadapt.patterns import Pattern, Steps
+from imgadapt.patterns import Budget, Pattern
 
 SIGNS = st.sampled_from([
     *"ab01_A.*+?()[]|^$\\{}-,", "(?:", "(?=", "(?!", "(?<=", "(?<!", r"\d", r"\W", r"\b", r"\B", r"\.", "[a-b]", "[^a]",
     "{1,2}", "{,1}", "a*", "(a|b)", "(?P<x>", r"\Z", r"\A", r"[\s.]", "+?", r"\x61", "(a|)*",
+    "(?P=x)", r"\1", "(?>", "a++", "(?(1)", "(?i)", "(?s:", "(?-i:", "{e}", "{e<=1}", "{,}", "{}", "[[:alpha:]]", "[]",
+    "(?R)", r"\p{L}", r"\N{DIGIT ONE}", "(?#a)", "--", "&&", "||", "(?x) ", "{ 1}", r"\h", r"\R", "(?m)", "(?a)", "\n",
 ])  # fmt: skip
 
 
 @settings(max_examples=1000, deadline=None)
-@given(st.lists(SIGNS, max_size=9).map("".join), st.lists(st.text("ab01_.A\n -", max_size=7), max_size=4))
+@given(st.lists(SIGNS, max_size=9).map("".join), st.lists(st.text("ab01_.A\n -", min_size=1, max_size=7), max_size=4))
 @example("(?i)[^a]B", ["xb", "Ab"])
+@example("(?:ab){e<=2}", ["_", "ab{e<=2}"])
+@example("[[:alpha:]]", ["a]", "b]", ":]", "1"])
+@example(r"(?:\\\{a){e}", ["_"])
 @example(r"(?<!\.)to_q$", ["attn.to_q", "xto_q"])
-def test_a_pattern_finds_what_re_finds_or_says_that_it_does_not_read_it(pattern: str, texts: list[str]) -> None:
+def test_a_pattern_finds_what_re_finds_or_is_refused(pattern: str, texts: list[str]) -> None:
     try:
         own = Pattern(pattern)
     except ConfigError:
@@ -40,7 +45,8 @@ def test_what_masks_use_is_read() -> None:
     found = [r"attn2\.to_(out|v)\.?",
              r"^unet\.(down|up)_blocks\.\d+\.", r"(?i)ATTN[12]", r"^(?!.*attn1)", r"\bto_out\b", "attn2",
              
-             r"(?<=attn)2", r"(?P<n>\d)\.attn", "a{0,2}t{2}n", "[^_]$", "(down(_blocks)?)+.*(0)+$"]  # fmt: skip
+             r"(?<=attn)2", r"(?P<n>\d)\.attn", "a{0,2}t{2}n", "[^_]$", "(down(_blocks)?)+.*(0)+$",
+             r"(t)\1", "(?>a|t)+n", "t++n", "(?P<t>t)(?P=t)", "(d)?(?(1)own|x)", "(?s:.)n", r"\.0{1}$"]  # fmt: skip
     assert [pattern for pattern in found if not Pattern(pattern).search(name)] == []
     missed = [r"attn2\.to_v", "^attn2", r"(?!.*attn2)^", "to_out$", r"(?<!attn)2", "A", r"\bo_out"]
     assert [pattern for pattern in missed if Pattern(pattern).search(name)] == []
@@ -49,12 +55,17 @@ def test_what_masks_use_is_read() -> None:
 @pytest.mark.parametrize(
     ("pattern", "said"),
     [
-        (r"(a)\1", r"\1 is not read here"), ("(?>a)", "not read"), ("a++", "going back"), ("(?P=x)", "not read"),
-        ("(?(1)a|b)", "not read"), ("(", "without its )"), ("a)", "unbalanced"), ("[a", "without its ]"),
-        ("*", "nothing"),
-        ("[b-a]", "a range"), ("a{3,2}", "the least"), ("(?<=a*)b", "no one length"), ("(" * 40 + ")" * 40, "deep"),
-        ("(a{99}){99}", "too large"), ("a" * 1001, "1,001 characters"), ("\\", "not read"), (r"\x4", "number"),
-        ("(?P<1>a)", "name"), ("(?m)^a", "not read"),
+        ("(", "unterminated"), ("a)", "unbalanced"), ("[a", "unterminated"), ("*", "nothing to repeat"),
+        ("\\", "bad escape"),
+        ("[b-a]", "bad character range"), ("a{3,2}", "min repeat"), ("(?<=a*)b", "fixed-width"), (r"\x4", "incomplete"),
+        ("(?P<1>a)", "group name"), ("a(?i)b", "start"), ("(?R)", "unknown"), (r"\p{L}", "may mean two things"),
+        (r"\pL", "bad escape"), ("(?r)a", "unknown"), ("(*FAIL)", "nothing"), ("(?V1)a", "unknown"),
+        (r"\K", "bad escape"), ("a{", "write \\{"), ("[a||b]", "may mean two"),
+        ("(?:ab){e<=1}", "the { at position 6 may mean two things"), (r"\\{e}", "the { at position 2"),
+        ("[[:alpha:]]", "the [ at position 1"), ("[a--b]", "the - at position 3"),
+        ("(" * 400 + ")" * 400, "recursion"), ("(" * 330 + "a" + ")*" * 330, "recursion"),
+        ("(a{99}){99}", "too large"), ("(?:a?){4294967294}", "too large"), ("a{" + "9" * 900 + "}", "too large"),
+        ("a{0,99999999999999}", "too large"), ("a" * 1001, "1,001 characters"),
     ],
 )  # fmt: skip
 def test_what_is_no_pattern_here_says_why(pattern: str, said: str) -> None:
@@ -63,9 +74,8 @@ def test_what_is_no_pattern_here_says_why(pattern: str, said: str) -> None:
     assert said in str(caught.value)
 
 
-BOMBS = ["(a+)+$", "(a|a)*$", "(a|aa)+$", "(.*)*x", ".*.*.*.*.*.*.*.*x", "(?=(a+)+$)b", "((a?){30}){30}$", 
-         "(?!(a*)*b)x",
-         "(.|\\w)*(.|\\d)*x$", "(?=.*.*x)" * 90]  # fmt: skip
+BOMBS = ["(a+)+$", "(a|aa)+$", ".*.*.*.*.*.*.*.*[xy]", "(?!(a*)*b)x", "(?=.*.*[xy])" * 80, "(?:a{50}){10}",
+         r"(.*)(.*)(.*)\3\2\1[xy]", "(" * 60 + "a|b" + ")*" * 60 + "[xy]"]  # fmt: skip
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
@@ -80,14 +90,28 @@ def test_no_mask_of_a_recipe_takes_for_ever(bomb: str) -> None:
     assert time.thread_time() - began < 5
 
 
-def test_the_steps_of_all_masks_are_counted_together() -> None:
-    text, whole = "0123456789" * 4, Steps()
-    assert not Pattern("(.*1.*)+x", whole).search(text)
-    steps = Steps(int(1.5 * (Steps().left - whole.left)))
-    first, second = (Pattern("(.*1.*)+x", steps) for _ in range(2))
-    assert not first.search(text)
-    with pytest.raises(ConfigError, match="too long"):
-        second.search(text)
+def test_the_seconds_of_all_searches_are_counted_together() -> None:
+    budget, text = Budget(0.5), "ab" * 60
+    first, second = (Pattern(pattern, budget) for pattern in ("(a|b|ab)*[xy]", "a"))
+    assert second.search(text)
+    assert 0.4 < budget.seconds < 0.5
+    for pattern in (first, second):  # the first has used all of them
+        with pytest.raises(ConfigError, match="too long"):
+            pattern.search(text)
+    assert Pattern("a").search(text)
+
+
+def test_a_name_that_is_none_is_not_searched() -> None:
+    assert Pattern("^a").search("a" * 10_000)
+    with pytest.raises(ConfigError, match="10,001 characters"):
+        Pattern("^a").search("a" * 10_001)
+
+
+def test_a_mask_that_takes_long_is_named_with_its_file_whenever_it_is_asked() -> None:
+    factor = factor_of(Entry("x.safetensors", masks={"(a|b|ab)*[xy]": 2.0}), None, ["unet.x"])
+    assert factor("unet.x") == 2.0
+    with pytest.raises(ConfigError, match=r"x\.safetensors: the mask '\(a\|b\|ab\)\*\[xy\]': it takes too long"):
+        factor("ab" * 60)
 
 
 def test_a_recipe_has_no_more_than_can_be_looked_for() -> None:

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, partial
 
 from imgadapt.arch import Architecture
 from imgadapt.combining.blocks import CONSTANT, LISTS, PRESETS, block_of, expanded
 from imgadapt.combining.recipe import Entry
 from imgadapt.errors import ConfigError, first_few
-from imgadapt.patterns import Pattern, Steps
+from imgadapt.patterns import Budget, Pattern
 from imgadapt.targets import DENOISERS, TEXT_ENCODERS, matches
 
 Factor = Callable[[str], float]
@@ -70,18 +70,21 @@ def _components(entry: Entry) -> Factor:
 
 
 def _masks(entry: Entry, own: Collection[str]) -> Factor:
-    steps = Steps()  # recipes come from anyone: all searches of an entry have one budget
+    budget = Budget()  # of all searches of an entry: recipes come from anyone
     made: list[tuple[Callable[[str], bool], float]] = []
     for text, value in entry.masks.items():
-        try:
-            found = cache(Pattern(text, steps).search)
-            there = [layer for layer in own if found(layer)]
-        except ConfigError as error:
-            raise ConfigError(f"{entry.path}: the mask '{text[:80]}': {error}") from error
-        if not there:
+        found = cache(partial(_found, entry, text, Pattern(text, budget)))
+        if not sum(map(found, own)):  # all of them: what takes too long says so now
             raise ConfigError(f"{entry.path}: the mask '{text}' matches none of its {_shown(own)}")
         made.append((found, float(value)))
     return lambda layer: math.prod(value for found, value in made if found(layer))
+
+
+def _found(entry: Entry, text: str, pattern: Pattern, layer: str) -> bool:
+    try:
+        return pattern.search(layer)
+    except ConfigError as error:
+        raise ConfigError(f"{entry.path}: the mask '{text[:80]}': {error}") from error
 
 
 def _shown(own: Collection[str]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from imgadapt.errors import ConfigError, FormatError, shortened
-from imgadapt.patterns import Pattern, Steps
+from imgadapt.patterns import Budget, Pattern
 
 DIFFUSERS_KEY = "lora_adapter_metadata"
 PEFT_KEY = "peft_config"
@@ -14,7 +14,7 @@ LONGEST_JSON = 2**22
 """Characters of a config; one with patterns for 5,000 layers has a tenth."""
 _MOST_FIELDS = 1000  # of one component's; peft has some 60
 _MOST_PATTERNS = 100  # that are no layer's name
-_STEPS = 4_000_000  # of all patterns in all names of a file
+_LOOK = 2.5e-7  # seconds, for a look at one name
 _NAME = re.compile(r"(?:[\w.\-]|\\\W)+")
 
 
@@ -30,7 +30,7 @@ class LayerConfig:
     """
 
     def __init__(self, metadata: Mapping[str, str]) -> None:
-        self.key, self._steps = config_key(metadata), Steps(_STEPS)
+        self.key, self._budget = config_key(metadata), Budget()
         self._wrong: FormatError | None = None
         self._fields: dict[str, dict[str, Any]] = {}  # of components; of a file of one, under ""
         self._patterns: dict[tuple[str, str], _Patterns] = {}
@@ -92,7 +92,7 @@ class LayerConfig:
         if not isinstance(rows, dict):
             raise FormatError(f"'{field}' is {type(rows).__name__}, wanted an object")
         if (component, field) not in self._patterns:
-            made = _Patterns(field, list(cast("dict[str, Any]", rows)), self._steps, ends=True)
+            made = _Patterns(field, list(cast("dict[str, Any]", rows)), self._budget, ends=True)
             self._patterns[component, field] = made
         key = self._patterns[component, field].first(path)
         return default if key is None else cast("dict[str, Any]", rows)[key]
@@ -102,12 +102,15 @@ class LayerConfig:
         field = "feedforward_modules"
         modules: Any = fields.get(field) or []
         if isinstance(modules, list):
-            self._steps.take(len(cast("list[Any]", modules)))
-            return any(path.endswith(str(module)) for module in cast("list[Any]", modules))
+            ends = cast("list[Any]", modules)
+            self._budget.take(_LOOK * len(ends))
+            if not all(isinstance(end, str) for end in ends):
+                raise FormatError(f"'{field}' is a list of other things than texts")
+            return path.endswith(tuple(ends))
         if not isinstance(modules, str):
             raise FormatError(f"'{field}' is {type(modules).__name__}, wanted a list or a text")
         if (component, field) not in self._patterns:
-            self._patterns[component, field] = _Patterns(field, [modules], self._steps, ends=False)
+            self._patterns[component, field] = _Patterns(field, [modules], self._budget, ends=False)
         return self._patterns[component, field].first(path) is not None
 
 
@@ -116,8 +119,8 @@ class _Patterns:
     last parts of a name, from a dot on; else of whole names.
     """
 
-    def __init__(self, field: str, rows: list[str], steps: Steps, *, ends: bool) -> None:
-        self._rows, self._steps, self._ends = rows, steps, ends
+    def __init__(self, field: str, rows: list[str], budget: Budget, *, ends: bool) -> None:
+        self._rows, self._budget = rows, budget
         self._whole: dict[str, int] = {}
         self._last: dict[str, int] = {}
         self._others: list[tuple[int, Pattern]] = []
@@ -130,7 +133,7 @@ class _Patterns:
                     raise FormatError(f"'{field}' has more than {_MOST_PATTERNS} regular expressions")
                 try:
                     start = r"^(.*\.)?" if ends else "^"
-                    self._others.append((place, Pattern(f"{start}({text})$", steps)))
+                    self._others.append((place, Pattern(f"{start}({text})$", budget)))
                 except ConfigError as error:
                     raise FormatError(
                         f"'{field}' has {shortened(text)!r}, no regular expression that is read: {error}"
@@ -144,7 +147,7 @@ class _Patterns:
         for one in {path, path.removeprefix("text_model.")}:
             found = min(found, self._whole.get(one, found))
             if self._last:
-                self._steps.take((1 + one.count(".")) * (1 + len(one) // 100))
+                self._budget.take(_LOOK * (1 + one.count(".")) * (1 + len(one) // 100))
                 start = 0
                 while True:
                     found = min(found, self._last.get(one[start:], found))
