@@ -5,6 +5,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from imgadapt import reading
 from imgadapt.errors import ConfigError
 
 MOST_BYTES = 2**20
@@ -19,27 +20,15 @@ def read_file(path: Path) -> dict[str, Any]:
     """The table that a file is.
 
     Raises:
-        ConfigError: it cannot be read, is not UTF-8, or see `read`.
-    """
-    return read(text_of(path), path)
-
-
-def text_of(path: Path) -> str:
-    """The text of a file.
-
-    Raises:
-        ConfigError: it cannot be read, has more than `MOST_BYTES`, or is not UTF-8.
+        ConfigError: it cannot be read, has more than `MOST_BYTES`, is not UTF-8, or see `read`.
     """
     try:
-        with path.open("rb") as file:
-            data = file.read(MOST_BYTES + 1)
-        if len(data) > MOST_BYTES:
-            raise ConfigError(f"{path}: more than {MOST_BYTES:,} bytes; is it another file than the TOML you mean?")
-        return data.decode("utf-8-sig")
+        text = reading.read(path, MOST_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start:,})") from error
-    except (OSError, ValueError) as error:  # a NUL in its name
-        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); wanted a TOML file") from error
+    return read(text, path)
 
 
 def read(text: str, where: object) -> dict[str, Any]:

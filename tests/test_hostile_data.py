@@ -19,11 +19,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from imgadapt import reading
 from imgadapt.errors import ConfigError, DataError, ImgadaptError
 from imgadapt.playground.decoding import decoded
 from imgadapt.playground.settings import Settings
 from imgadapt.playground.trainings import datasets
-from imgadapt.training import data, flags, framing, lint, plan, reading, sheets
+from imgadapt.training import data, flags, framing, lint, plan, sheets
 from imgadapt.training.buckets import View
 from imgadapt.training.config import DreamBoothConfig, InversionConfig, TrainConfig
 from imgadapt.training.data import Example, scan
@@ -590,7 +591,7 @@ def test_no_setting_takes_what_is_of_no_use(kind: type[TrainConfig], name: str) 
         (b"steps = [" + b"[" * 10**5, "not TOML|nested"),
         (b"a" + b".a" * 10**5 + b" = 1", "a key of more than 32 parts"),
         (b"steps = " + b"9" * 10**5, "not TOML|64 bits"),
-        (b"x = '" + b"x" * 10**7 + b"'", "more than 1,048,576 bytes"),
+        (b"x = '" + b"x" * 10**7 + b"'", "wanted 1,048,576 at most"),
         (b"steps = 1\nsteps = 2", "not TOML"),
         (b"learning_rate = nan", "'learning_rate' is nan"),
         (b"learning_rate = inf", "'learning_rate' is inf"),

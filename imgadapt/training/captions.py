@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from imgadapt.errors import ConfigError, DataError, first_few
+from imgadapt.reading import read
 from imgadapt.training.noise import generator, number
-from imgadapt.training.reading import read
 
 if TYPE_CHECKING:  # data.py reads captions with this module
     from imgadapt.training.data import Example

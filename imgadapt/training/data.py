@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imgadapt.errors import DataError, first_few, printable
+from imgadapt.reading import read
 from imgadapt.training import decoding
 from imgadapt.training.captions import beside, table, with_trigger, wordings
-from imgadapt.training.reading import read
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 UNREAD = frozenset({".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw"})

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from imgadapt.errors import DataError, first_few, printable
+from imgadapt.reading import read
 from imgadapt.training import decoding
 from imgadapt.training.captions import says
 from imgadapt.training.data import CAPTIONS, METADATA, SUFFIXES, UNREAD, Example, Listing, key
-from imgadapt.training.reading import read
 
 Level = Literal["error", "warning", "note"]
 ALIKE = 6  # bits of 64

@@ -14,11 +14,11 @@ import torch
 
 from imgadapt.errors import ConfigError
 from imgadapt.methods import DoRA, LoRA
+from imgadapt.reading import read
 from imgadapt.training import recipe, subject, words
 from imgadapt.training.config import DreamBoothConfig, InversionConfig, TrainConfig
 from imgadapt.training.data import Example, scan
 from imgadapt.training.families import hub, single_file
-from imgadapt.training.reading import read
 
 Kind = Literal["style", "character", "concept"]
 PROGRAMS: Mapping[Kind, tuple[str, type[TrainConfig]]] = {
