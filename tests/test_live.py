@@ -362,7 +362,7 @@ def test_a_checkpoint_of_other_weights_is_refused_before_anything_changes(tmp_pa
         imgadapt.merge(model, originals=tmp_path / "x.safetensors")
     assert torch.equal(model.to_q.weight, kept)
     assert not any(merged for merged, _, _ in states(model))
-    with pytest.raises(StateError, match="not a safetensors file"):
+    with pytest.raises(StateError, match="wanted safetensors to restore weights from"):
         imgadapt.merge(model, originals=tmp_path / "none.safetensors")
 
 
