@@ -16,12 +16,18 @@ ImgadaptError
 import unicodedata
 from collections.abc import Sequence
 
+_LONGEST = 4000
+"""Characters of a message; a file's names may have millions."""
+
 
 class ImgadaptError(Exception):
     """Base of all errors of imgadapt. Its text is fit for a terminal and a page, whatever of a file it repeats."""
 
     def __str__(self) -> str:
-        return "\n".join(map(printable, super().__str__().split("\n")))
+        text = super().__str__()
+        if len(text) > _LONGEST:
+            text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+        return "\n".join(map(printable, text.split("\n")))
 
 
 def printable(text: str) -> str:

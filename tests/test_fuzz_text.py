@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from imgadapt import cli
+from imgadapt.combining import recipes
 from imgadapt.errors import ConfigError, DataError, ImgadaptError
 from imgadapt.playground import filenames, prompts
 from imgadapt.playground.grids import ranges
@@ -146,6 +147,17 @@ def test_what_an_error_repeats_moves_no_cursor(text: str) -> None:
     shown.encode()
     if text.isprintable():
         assert shown == f"a{text}b"
+
+
+def test_a_message_is_as_long_as_one_can_read_whatever_it_repeats() -> None:
+    name = "a" * 900_000
+    assert str(ConfigError("b" * 4000)) == "b" * 4000
+    for text in (f"{name} = 1\n[[inputs]]\npath='a'", f"rule = '{name}'\n[[inputs]]\npath = 'a'"):
+        with pytest.raises(ConfigError) as caught:
+            recipes.from_toml(text, "x.toml")
+        said = str(caught.value)
+        assert len(said) < 4100
+        assert "there are: " in said
 
 
 @given(TEXTS | st.sampled_from(["con", "CON.txt", "nul.tar.gz", "a/../b", "x" * 300, ".", "\ud800"]))
