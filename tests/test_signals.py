@@ -178,7 +178,7 @@ DRAWERS = {
 def test_drawing_and_zipping_stop_at_any_moment_and_leave_no_temporary_folder(
     name: str, tmp_path: Path, quick: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for setting, value in (("_HELD_OUT", 1), ("_TIMES", 1), ("_SCALES", (1.0,))):
+    for setting, value in (("_HELD_OUT", 1), ("_TIMES", 1), ("_SCALES", (0.0, 1.0))):
         monkeypatch.setattr(zipping, setting, value)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
