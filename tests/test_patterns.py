@@ -119,7 +119,14 @@ def test_a_recipe_has_no_more_than_can_be_looked_for() -> None:
     masks = ", ".join(f"m{k} = 1" for k in range(251))
     inputs = f'[[inputs]]\npath = "a"\nmasks = {{ {masks} }}\n'
     assert len(from_toml(inputs).inputs[0].masks) == 251
-    for text, said in ((inputs * 2, "502 masks and blocks; 500"), ("[[inputs]]\npath = 'a'\n" * 501, "501 inputs")):
+    rows = "".join(f"'{k:02}{'(a)?' * 240}' = 1\n" for k in range(52))
+    long = f"[[inputs]]\npath = 'a'\n[inputs.masks]\n{rows}"
+    assert len(from_toml(long.replace("(a)?" * 240, "", 1)).inputs[0].masks) == 52
+    for text, said in (
+        (inputs * 2, "502 masks and blocks; 500"),
+        ("[[inputs]]\npath = 'a'\n" * 501, "501 inputs"),
+        (long, "50,024 characters of masks and blocks; 50,000"),
+    ):
         with pytest.raises(ConfigError, match=said):
             from_toml(text)
 

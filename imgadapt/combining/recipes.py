@@ -34,7 +34,7 @@ _VERSION, _OUTPUT = "imgadapt", "output"
 _TEXTS = ("rule", "space", "base", "base_sha256", "dtype", "format")
 _NUMBERS = ("error", "energy", "size")
 _WHOLE = ("rank", "seed")
-_MOST = 500
+_MOST, _MOST_CHARACTERS = 500, 50_000
 _OF_ENTRY = tuple(field.name for field in fields(Entry))
 
 
@@ -107,10 +107,14 @@ def _recipe_of(table: Mapping[str, Any], where: object) -> MergeRecipe:
 def _check_few(rows: Sequence[Any], where: object) -> None:
     """Each mask, and each block, is looked for in all layers."""
     tables = [row.get(name) for row in rows if isinstance(row, dict) for name in ("masks", "blocks")]  # pyright: ignore[reportUnknownMemberType] # checked later
-    said = sum(len(table) for table in tables if isinstance(table, dict))  # pyright: ignore[reportUnknownArgumentType]
-    for count, what in ((len(rows), "inputs"), (said, "masks and blocks")):
-        if count > _MOST:
-            raise ConfigError(f"{where}: {count:,} {what}; {_MOST} are the most")
+    said: list[str] = [key for table in tables if isinstance(table, dict) for key in table]
+    for count, what, most in (
+        (len(rows), "inputs", _MOST),
+        (len(said), "masks and blocks", _MOST),
+        (sum(map(len, said)), "characters of masks and blocks", _MOST_CHARACTERS),
+    ):
+        if count > most:
+            raise ConfigError(f"{where}: {count:,} {what}; {most:,} are the most")
 
 
 def _entry(row: Any, where: str) -> Entry:
