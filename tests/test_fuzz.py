@@ -1,10 +1,9 @@
-"""Inputs that failed once, the good ones, and a minute of new ones; for more: `python tests/fuzz/run.py --help`."""
+"""Fuzzing: inputs that failed once, and the good ones; new ones are in test_fuzz_minute.py."""
 
 import json
 import os
 import re
-import subprocess
-import sys
+from hashlib import sha1
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,6 @@ from tests.fuzz import run
 from tests.fuzz.target import Target
 
 TARGETS = run.targets()
-_MINUTE = 100.0
-"""Seconds of a core for all targets, their start not counted."""
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
@@ -30,15 +27,6 @@ def test_regressions_are_of_targets_that_there_are() -> None:
     kept = run.HERE / "regressions"
     assert {folder.name for folder in kept.iterdir()} <= TARGETS.keys()
     assert all(path.stat().st_size <= 2**16 for path in kept.rglob("*"))
-
-
-def test_a_minute_of_new_inputs_finds_nothing(tmp_path: Path) -> None:
-    seconds = max(1.0, _MINUTE / len(TARGETS))
-    told = _run(tmp_path, "--seconds", str(seconds), "--jobs", str(min(2, os.cpu_count() or 1)))
-    assert told.returncode == 0, told.stdout + told.stderr
-    tried: dict[str, int] = json.loads((tmp_path / "counts.json").read_text())
-    assert tried.keys() == TARGETS.keys()
-    assert all(tried[name] >= len([*target.seeds()]) for name, target in TARGETS.items()), tried
 
 
 def test_the_runner_finds_counts_and_keeps_what_fails(tmp_path: Path) -> None:
@@ -57,13 +45,31 @@ def test_the_runner_finds_counts_and_keeps_what_fails(tmp_path: Path) -> None:
     assert re.match(r"AssertionError at tests/test_fuzz.py:\d+: an x", kept[0].with_suffix(".why").read_text())
 
 
-def _run(found: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, str(run.HERE / "run.py"), "--found", str(found), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=run.ROOT, timeout=900)
+def test_a_run_fails_when_an_input_does_and_when_a_process_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def reads(data: bytes) -> None:
+        if data == b"end":
+            os._exit(3)
+        assert data != b"x", "an x"
+
+    fine, odd = (
+        Target(name, reads, lambda seeds=seeds: seeds) for name, seeds in (("fine", [b"a"]), ("x", [b"a", b"x"]))
+    )
+    targets = {"fine": fine, "odd": odd, "end": Target("end", reads, lambda: [b"a", b"end"])}
+    monkeypatch.setattr(run, "targets", lambda: targets)
+    given = ["--runs", "2", "--unguided", "--seed", "1", "--found", str(tmp_path)]
+    assert run.main(["fine", *given]) == 0
+    assert [run.main([name, *given]) for name in ("odd", "end")] == [1, 1]
+    assert (tmp_path / "x" / sha1(b"x").hexdigest()).read_bytes() == b"x"
+    assert (tmp_path / "end" / sha1(b"end").hexdigest()).read_bytes() == b"end"
+    told = capsys.readouterr().out
+    assert "AssertionError at tests/test_fuzz.py" in told
+    assert "the process ended with 768" in told
 
 
-def test_without_a_fuzzer_inputs_are_changed_by_chance(tmp_path: Path) -> None:
-    told = _run(tmp_path, "header", "--seconds", "20", "--runs", "300", "--unguided", "--seed", "1")
-    assert told.returncode == 0, told.stdout + told.stderr
+def test_without_a_fuzzer_inputs_are_changed_by_chance(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--seconds", "20", "--runs", "300", "--unguided", "--seed", "1", "--found", str(tmp_path)]
+    assert run.main(["header", *given]) == 0
     assert json.loads((tmp_path / "counts.json").read_text()) == {"header": 300}
-    assert "by chance" in told.stdout
+    assert "300 inputs, by chance" in capsys.readouterr().out

@@ -3,7 +3,7 @@
 import os
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from imgadapt.atomic import make_folder, sync, sync_tree, told_of
@@ -113,9 +113,8 @@ def _first(folder: Path, name: str, suffix: str, make: Callable[[Path], None]) -
     raise OutputError(f"{name} is taken too often in {folder.name}; choose another name")
 
 
-def _candidates(folder: Path, name: str, suffix: str) -> list[Path]:
+def _candidates(folder: Path, name: str, suffix: str) -> Iterator[Path]:
     root = folder.resolve()
-    paths = [root / f"{name}{suffix}", *(root / f"{name}-{k}{suffix}" for k in range(2, 1000))]
-    if not all(path.parent == root for path in paths):
+    if (root / f"{name}{suffix}").parent != root:
         raise OutputError(f"{name!r} is no name of a file")
-    return paths
+    return (root / f"{name}{end}{suffix}" for end in ("", *(f"-{k}" for k in range(2, 1000))))

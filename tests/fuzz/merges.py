@@ -18,7 +18,7 @@ from tests.fuzz.target import Target
 def _architecture(name: str) -> tuple[Architecture, list[str]]:
     found = next(one for one in architectures() if one.name == name)
     return found, [
-        layer for layer in found.layers if layer.endswith(("attn1.to_q", "attn.to_q", "7.self_attn.q_proj", "conv_in"))
+        layer for layer in found.layers if layer.endswith(("attn2.to_q", "attn.to_q", "7.self_attn.q_proj", "conv_in"))
     ]
 
 
