@@ -49,6 +49,7 @@ class Operation:
     """prepare: puts what is there before into a folder. run: does it, in the folder. loose: files (globs) that are not
     the same each time, or change on the way: each has to be whole. away: files
     that may be missing after a fault. together: files that have to be all old or all new.
+    littered: what a crash leaves lies in a folder of its own, and goes with that.
     public: errors are told to anyone, without folders.
     dear: takes long; fewer calls are tried. reads: calls that read fail, and no others.
     """
@@ -61,6 +62,7 @@ class Operation:
     together: Sequence[str] = ()
     dear: bool = False
     public: bool = False
+    littered: bool = False
     reads: bool = False
 
 
@@ -235,7 +237,8 @@ class _Judge:
             self._wrong(f"{what}, and cannot be done again: {type(error).__name__}: {error}")
             return
         found = _content(self.place)
-        if left := [name for name in found if _TEMPORARY.search(name)]:
+        left = [name for name in found if _TEMPORARY.search(name)]
+        if left and not self.operation.littered:
             self._wrong(f"{what}, and done again left {left}")
         if differing := [name for name in self.after if self._strict(name) and found.get(name) != self.after[name]]:
             self._wrong(f"{what}, and done again {differing} are not as they should be")

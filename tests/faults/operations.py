@@ -5,6 +5,7 @@ import runpy
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 
 from imgadapt import AdapterFile, LoRA, adapters, attach, cli, collect, demo, detach, load, plan, save
 from imgadapt.embeddings import Embedding
+from imgadapt.errors import ImgadaptError
 from imgadapt.formats import FORMATS, Part
 from imgadapt.playground.converting import Converter, ConvertRequest
 from imgadapt.playground.grids.cells import Grid, GridRequest
@@ -84,8 +86,17 @@ def words(seed: int) -> AdapterFile:
 
 
 def program(name: str, *arguments: str) -> None:
-    """Call a program's main in this process."""
-    runpy.run_path(str(cli._folder() / cli.PROGRAMS[name][0]), run_name="tried")["main"](list(arguments))
+    """Call a program's main in this process; what it says before it ends with a status is its error.
+
+    Raises:
+        ImgadaptError: its own, or that.
+    """
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            runpy.run_path(str(cli._folder() / cli.PROGRAMS[name][0]), run_name="tried")["main"](list(arguments))
+    except SystemExit as end:
+        raise ImgadaptError(said.getvalue()) from end
 
 
 def by(name: str, *arguments: str) -> Callable[[Path], None]:
@@ -225,6 +236,7 @@ def programs(inputs: Inputs) -> list[Operation]:
             "generate",
             lambda f: (f / "x.png").write_bytes(b"old"),
             by("generate", "a fox", *few, "--output", "{}/x.png"),
+            loose=("*.png",),
             dear=True,
         ),
         Operation(
@@ -334,8 +346,24 @@ def rooms(inputs: Inputs) -> list[Operation]:
         Operation("library's memory", with_adapter, lambda f: Library(Settings(f)).scan(), loose=("*.json",)),
         Operation("an adapter brought", home, bringing, loose=("*.json",)),
         Operation("lab, a merge", home, lab, public=True, loose=("*.json", "*.safetensors"), dear=True),
-        Operation("converter, kohya", home, partial(converting, form="kohya"), public=True, loose=("*",), dear=True),
-        Operation("converter, peft", home, partial(converting, form="peft"), public=True, loose=("*",), dear=True),
+        Operation(
+            "converter, kohya",
+            home,
+            partial(converting, form="kohya"),
+            littered=True,
+            public=True,
+            loose=("*",),
+            dear=True,
+        ),
+        Operation(
+            "converter, peft",
+            home,
+            partial(converting, form="peft"),
+            littered=True,
+            public=True,
+            loose=("*",),
+            dear=True,
+        ),
         Operation("shelf, a grid", nothing, shelf, loose=("grid.json",)),
         Operation("a run's record", partial(record, steps=5), record),
         Operation("a data set", before, given, loose=("data/mine*/*", ".owners.json")),
