@@ -110,6 +110,7 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=1800.0)
     parser.add_argument("--warm", type=float, default=120.0, help="seconds before memory counts [120]")
+    parser.add_argument("--fill", type=int, default=16, help="adapters drawn with before, of which 12 are kept [16]")
     parser.add_argument("--rate", type=float, default=6.0, help="requests a second, of each kind [6]")
     parser.add_argument("--every", type=float, default=60.0, help="seconds between lines [60]")
     parser.add_argument("--seed", type=int, default=0)
@@ -140,6 +141,9 @@ def start(folder: Path) -> Server:
 
 def soak(server: Server, args: argparse.Namespace) -> None:
     tally, good, hostile = Tally(), Good(server), Hostile(server)
+    held = server.holds()[0]
+    good.fill(args.fill)
+    print(f"{held:.0f} MB at the start, {server.holds()[0]:.0f} with {args.fill} adapters on the base")
     began = time.monotonic()
     until = began + args.seconds
     workers = [(good.kinds, True)] * 3 + [(hostile.kinds, False)] * 3
@@ -305,6 +309,12 @@ class Good:
         drawn = self._drawn(http, 2, adapters=[{"adapter": made["id"]}])
         (self.server.home / "adapters" / "merged" / f"{name}.safetensors").unlink()
         return drawn
+
+    def fill(self, count: int) -> None:
+        """Draw with so many adapters, which the playground keeps on the base for the next request."""
+        with self.server.client() as http:
+            for _ in range(count):
+                self._merge(http)
 
     def _convert(self, http: httpx.Client) -> bytes:
         made = called(http, "convert", {"adapter": self.adapters["duotone"], "format": "kohya"})[-1]["result"]
