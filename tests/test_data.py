@@ -22,7 +22,9 @@ from PIL import Image, ImageOps
 from imgadapt.errors import ConfigError, DataError
 from imgadapt.training.captions import Wording, caption, every, plain, wordings
 from imgadapt.training.data import Example, digest, fingerprint, scan
-from imgadapt.training.lint import Finding, examine, look, phash
+from imgadapt.training.finding import Finding
+from imgadapt.training.lint import examine
+from imgadapt.training.looks import look, phash
 
 
 def draw(path: Path, seed: int = 0, size: tuple[int, int] = (48, 32), text: str | None = None, **how: Any) -> Path:

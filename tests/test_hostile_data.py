@@ -20,15 +20,15 @@ import pytest
 from PIL import Image
 
 from imgadapt import reading
-from imgadapt.errors import ConfigError, DataError, ImgadaptError
+from imgadapt.errors import ConfigError, DataError, ImgadaptError, OutputError
 from imgadapt.playground.decoding import decoded
 from imgadapt.playground.settings import Settings
 from imgadapt.playground.trainings import datasets
-from imgadapt.training import data, flags, framing, lint, plan, sheets
+from imgadapt.training import data, flags, framing, leavings, lint, looks, plan, sheets
 from imgadapt.training.buckets import View
 from imgadapt.training.config import DreamBoothConfig, InversionConfig, TrainConfig
 from imgadapt.training.data import Example, scan
-from imgadapt.training.lint import Finding
+from imgadapt.training.finding import Finding
 from tests import hostile_pictures as hostile
 from tests.hostile_pictures import picture
 
@@ -482,6 +482,26 @@ def test_folders_without_end_are_looked_through_once(tmp_path: Path) -> None:
     assert len(lost.paths) == 1
 
 
+def test_a_folder_that_nobody_may_look_into_is_told_and_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "lost+found").mkdir()
+
+    def failing(folder: Any) -> Any:
+        if Path(folder).name == "lost+found":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
+        return looking(folder)
+
+    looking = os.scandir
+    monkeypatch.setattr(os, "scandir", failing)
+    examples, found = trained(tmp_path)
+    assert len(examples) == 1
+    assert [finding.text for finding in found if "cannot be looked into" in finding.text] == [
+        "1 folders cannot be looked into: lost+found"
+    ]
+
+
 def test_ten_thousand_files_and_pictures_that_all_look_alike_take_no_square_of_it(tmp_path: Path) -> None:
     for k in range(10_000):
         (tmp_path / f"{k}.odd").touch()
@@ -494,14 +514,14 @@ def test_ten_thousand_files_and_pictures_that_all_look_alike_take_no_square_of_i
 
     one = scan(tmp_path, "x")[0]
     many = [replace(one, path=tmp_path / f"{k}.png", digest=f"{k:064x}") for k in range(4000)]
-    looks = [lint.look(one.path)] * len(many)
+    seen = [looks.look(one.path)] * len(many)
     with quickly():
-        (alike,) = lint._same(many, looks)
+        (alike,) = lint._same(many, seen)
     assert alike.text.startswith("4000 pictures look alike")
 
 
 def test_too_many_files_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lint, "MOST_FILES", 10)
+    monkeypatch.setattr(leavings, "MOST_FILES", 10)
     (tmp_path / "a.png").write_bytes(picture())
     for k in range(10):
         (tmp_path / f"{k}.odd").touch()
@@ -690,6 +710,25 @@ def test_a_hostile_zip_is_refused_and_leaves_nothing(make: Callable[[], bytes], 
     with quickly(), pytest.raises(DataError, match=why):
         datasets.Datasets(Settings(tmp_path, limits=limits)).add("x", [("a.zip", content)])
     assert not list(tmp_path.rglob("*.png")) + list(tmp_path.rglob("*.txt"))
+
+
+def test_pictures_of_one_name_in_thousands_of_folders_are_numbered() -> None:
+    with quickly():
+        names = datasets._renamed([f"{k}/x" for k in range(4000)])
+    assert sorted(names.values()) == sorted(["x", *(f"x-{k}" for k in range(2, 4001))])
+    assert datasets._renamed(["a/x", "a/x-2", "b/X"]) == {"a/x": "x", "a/x-2": "x-2", "b/X": "X-3"}
+
+
+def test_owners_that_are_no_owners_are_told(tmp_path: Path) -> None:
+    sets = datasets.Datasets(Settings(tmp_path))
+    sets.add("x", [("a.png", picture())], "ada")
+    (tmp_path / "data" / ".owners.json").write_text("[]")
+    for ask in (lambda: sets.all("ada"), lambda: sets.add("y", [("a.png", picture())], "ada")):
+        with pytest.raises(
+            OutputError, match=r"cannot read .*owners\.json, which says whose the data are \(not an obj"
+        ):
+            ask()
+    assert [path.name for path in (tmp_path / "data").iterdir() if path.is_dir()] == ["x"]
 
 
 # --- as a user types them

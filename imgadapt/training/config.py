@@ -1,7 +1,6 @@
 """The settings of a training: each is a TOML key and a flag; unknown ones are errors."""
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -10,16 +9,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from imgadapt.errors import ConfigError
+from imgadapt.training import texts
 from imgadapt.training.report import scores
 
 Precision = Literal["fp32", "bf16", "fp16"]
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "lion", "schedule-free", "came")
 _NO_CAPTION = "trained without caption"
-MOST_TEXT = 100_000
-"""Characters of a setting."""
 _SAID = 5  # errors at once
-_NAME = 255  # bytes of a file's name, in usual file systems
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 # far beyond what is of use, and near enough that nothing overflows or takes forever
 _STEPS, _COUNT, _RANK, _SIDES, _FEW = 10**8, 10_000, 100_000, 16_384, 64
 _LARGE, _RATE, _SPREAD = 1e6, 1e3, 100.0
@@ -173,7 +169,7 @@ class TrainConfig(BaseModel):
     @classmethod
     def _models(cls, value: list[Path]) -> list[Path]:
         for folder in value:
-            if long := _long(folder):
+            if long := texts.too_long(folder):
                 raise ValueError(long)
             scores.kind(folder)
         return [folder.absolute() for folder in value]
@@ -200,7 +196,7 @@ class TrainConfig(BaseModel):
             said = "; ".join(_explain(row, list(cls.model_fields)) for row in rows[:_SAID])
             raise ConfigError(said + (f"; and {len(rows) - _SAID} more" if len(rows) > _SAID else "")) from error
         for name, value in made:
-            _check_text(name, value)
+            texts.check(name, value)
         idle = [(name, needs) for names, needs, has in _NEEDS for name in names if made._is_set(name) and not has(made)]
         if idle:
             raise ConfigError("; ".join(f"'{name}' has no effect without {needs}" for name, needs in idle))
@@ -264,45 +260,6 @@ _NEEDS: Sequence[tuple[tuple[str, ...], str, Callable[[Any], bool]]] = (
 """Settings, the other one that they are part of, and whether a config has that."""
 
 
-def _check_text(name: str, value: Any) -> None:
-    """Names and words are written into files at the end: what cannot be written is to be known at the beginning."""
-    text = json.dumps(value, default=str, ensure_ascii=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(
-            f"'{name}' is {_short(str(value))}, which is not UTF-8 and cannot be written into files; rename it"
-        ) from error
-    if len(text) > MOST_TEXT:
-        raise ConfigError(f"'{name}' has {len(text):,} characters, wanted {MOST_TEXT:,} at most")
-    for one in _texts(value):
-        if _CONTROL.search(one):
-            raise ConfigError(f"'{name}' is {_short(one)}, with control characters in it; remove them")
-    paths = value if isinstance(value, list) else [value]
-    for path in [Path(one) for one in paths if isinstance(one, Path) or name == "base"]:
-        if long := _long(path):
-            raise ConfigError(f"'{name}' is {_short(str(path))}: {long}")
-
-
-def _long(path: Path) -> str | None:
-    """What is wrong with a path that no file system takes."""
-    most = max((len(part.encode("utf-8", "replace")) for part in path.parts), default=0)
-    return f"a name of {most:,} bytes in it, and file systems take {_NAME}" if most > _NAME else None
-
-
-def _texts(value: Any) -> list[str]:
-    if isinstance(value, dict):
-        return [text for pair in value.items() for one in pair for text in _texts(one)]
-    if isinstance(value, list | tuple):
-        return [text for one in value for text in _texts(one)]
-    return [str(value)] if isinstance(value, str | Path) else []
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:80]}... ({len(text):,} characters)"
-
-
 def _explain(row: Any, known: Sequence[str]) -> str:
     key = ".".join(str(part)[:100] for part in row["loc"])
     if row["type"] == "extra_forbidden":
@@ -314,4 +271,4 @@ def _explain(row: Any, known: Sequence[str]) -> str:
     if row["type"] == "missing":
         return f"'{key}' is not given" + {"word": ': --word "<ohwx>", the new word'}.get(key, "")
     message = row["msg"].removeprefix("Value error, ")
-    return f"'{key}' is {_short(row['input'])}: {message[0].lower()}{message[1:]}"
+    return f"'{key}' is {texts.short(row['input'])}: {message[0].lower()}{message[1:]}"

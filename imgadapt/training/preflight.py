@@ -17,8 +17,8 @@ from imgadapt.training.config import TrainConfig
 from imgadapt.training.data import Example
 from imgadapt.training.families import Family, hub
 from imgadapt.training.families.sketch import tokenizer_of
+from imgadapt.training.finding import Finding
 from imgadapt.training.job import pictures
-from imgadapt.training.lint import Finding
 from imgadapt.training.plan import Kind, Plan
 from imgadapt.training.swap import repeated
 from imgadapt.training.trial import Trial

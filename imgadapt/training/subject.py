@@ -11,8 +11,9 @@ from imgadapt.atomic import make_folder, write_bytes
 from imgadapt.errors import ConfigError, OutputError
 from imgadapt.training import pictures
 from imgadapt.training.config import DreamBoothConfig
-from imgadapt.training.data import SUFFIXES, digest, fingerprint, has_words, scan
+from imgadapt.training.data import digest, fingerprint, has_words, scan
 from imgadapt.training.job import Job
+from imgadapt.training.listing import SUFFIXES
 from imgadapt.training.material import Material
 
 _ARTICLES = ("a ", "an ", "the ")

@@ -9,7 +9,8 @@ from pathlib import Path
 from imgadapt.errors import DataError
 from imgadapt.playground.settings import Limits, Settings
 from imgadapt.playground.trainings.datasets import Datasets
-from imgadapt.training.data import CAPTIONS, SUFFIXES, scan
+from imgadapt.training.data import scan
+from imgadapt.training.listing import CAPTIONS, SUFFIXES
 from tests.fuzz.files import scratch
 from tests.fuzz.pictures import _made
 from tests.fuzz.target import Target

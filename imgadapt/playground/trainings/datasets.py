@@ -8,6 +8,7 @@ import shutil
 import stat
 import threading
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -18,7 +19,7 @@ from imgadapt.errors import ConfigError, DataError, OutputError, first_few
 from imgadapt.playground import filenames
 from imgadapt.playground.decoding import decoded
 from imgadapt.playground.settings import Settings
-from imgadapt.training.data import CAPTIONS, MASKS, SUFFIXES
+from imgadapt.training.listing import CAPTIONS, MASKS, SUFFIXES
 
 MOST_FILES = 4000
 """Of one data set, captions counted."""
@@ -115,11 +116,13 @@ class Datasets:
         """Raises OutputError: they cannot be read; what is written then would make everything nobody's."""
         path = self.settings.folder("data") / _OWNERS
         try:
-            return json.loads(path.read_text("utf-8"))
+            if not isinstance(owners := json.loads(path.read_text("utf-8")), dict):
+                raise ValueError("not an object")
         except FileNotFoundError:  # none yet
             return {}
         except (OSError, ValueError) as error:
             raise OutputError(f"cannot read {path}, which says whose the data are ({error}); remove it") from error
+        return owners
 
     def _owned(self, owner: str) -> list[str]:
         return [name for name, whose in self._owners().items() if whose == owner]
@@ -214,16 +217,16 @@ def _caption(path: str, data: bytes) -> bytes:
 
 def _renamed(stems: Sequence[str]) -> dict[str, str]:
     """Path without ending -> name of its file. Masks are called as their pictures."""
+    known, counts = set(stems), Counter[str]()
     masks = {stem: mask for stem in stems if (mask := next((end for end in MASKS if stem.endswith(end)), None))}
     made, taken = dict[str, str](), set[str]()
     for stem in stems:
-        if stem in masks and stem.removesuffix(masks[stem]) in stems:
+        if stem in masks and stem.removesuffix(masks[stem]) in known:
             continue
         name = base = filenames.cleaned(stem, "picture")
-        k = 1
         while name.casefold() in taken:
-            k += 1
-            name = f"{base}-{k}"
+            counts[base.casefold()] += 1
+            name = f"{base}-{counts[base.casefold()] + 1}"
         taken.add(name.casefold())
         made[stem] = name
     for stem, end in masks.items():
