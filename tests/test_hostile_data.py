@@ -24,7 +24,7 @@ from imgadapt.errors import ConfigError, DataError, ImgadaptError, OutputError
 from imgadapt.playground.decoding import decoded
 from imgadapt.playground.settings import Settings
 from imgadapt.playground.trainings import datasets
-from imgadapt.training import data, flags, framing, leavings, lint, looks, plan, sheets
+from imgadapt.training import data, decoding, flags, framing, leavings, lint, looks, plan, sheets
 from imgadapt.training.buckets import View
 from imgadapt.training.config import DreamBoothConfig, InversionConfig, TrainConfig
 from imgadapt.training.data import Example, scan
@@ -77,6 +77,20 @@ def test_what_would_take_minutes_or_gigabytes_is_refused(name: str, tmp_path: Pa
         scan(tmp_path, "x")
     with quickly(), pytest.raises(DataError):
         decoded((tmp_path / "a.png").read_bytes(), 2**24)
+
+
+@pytest.mark.parametrize("read", [lambda content: decoded(content, 2**24), decoding.decoded])
+def test_a_picture_that_memory_is_too_short_for_is_not_called_broken(
+    read: Callable[[bytes], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(_: object) -> None:
+        raise MemoryError
+
+    content = picture()
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", load, raising=False)
+    with pytest.raises(DataError, match="memory is too short for"):
+        read(content)
 
 
 @pytest.mark.parametrize("name", [name for name in hostile.TAKEN if "strip" not in name])
@@ -714,8 +728,8 @@ def test_a_hostile_zip_is_refused_and_leaves_nothing(make: Callable[[], bytes], 
 
 def test_pictures_of_one_name_in_thousands_of_folders_are_numbered() -> None:
     with quickly():
-        names = datasets._renamed([f"{k}/x" for k in range(4000)])
-    assert sorted(names.values()) == sorted(["x", *(f"x-{k}" for k in range(2, 4001))])
+        names = datasets._renamed([f"{k}/x" for k in range(12_000)])
+    assert sorted(names.values()) == sorted(["x", *(f"x-{k}" for k in range(2, 12_001))])
     assert datasets._renamed(["a/x", "a/x-2", "b/X"]) == {"a/x": "x", "a/x-2": "x-2", "b/X": "X-3"}
 
 

@@ -52,6 +52,8 @@ def decoded(data: bytes, most_pixels: int) -> Image.Image:
         plain = _eight_bits(_upright(image))
         alpha = plain.has_transparency_data
         made = plain.convert("RGBA" if alpha else "RGB")
+    except MemoryError:
+        raise DataError(f"memory is too short for a picture of {image.width} x {image.height} pixels") from None
     except Exception as error:  # decoders of foreign bytes raise anything
         raise DataError(f"the picture is broken or cut off ({type(error).__name__})") from None
     made.info = {}
