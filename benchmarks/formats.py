@@ -4,7 +4,7 @@
     python benchmarks/formats.py --json formats.json
 
 Each piece of work is a process of its own, timed inside from after its imports; memory is what the process's resident
-size grew by at most, file pages that it only mapped among it (Linux). Exit status 1: a bar is missed.
+size grew by at most (Linux). Exit status 1: a bar is missed.
 """
 
 import argparse

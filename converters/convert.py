@@ -19,6 +19,7 @@ import torch
 from imgadapt import load, plan, save
 from imgadapt.cli import program
 from imgadapt.errors import ConfigError, ImgadaptError, first_few, shortened
+from imgadapt.file import outline
 from imgadapt.formats import FORMATS
 from imgadapt.summary import NO_CONFIG, alpha_unsaid
 
@@ -66,7 +67,7 @@ def convert(source: Path, target: Path, args: Any) -> dict[str, Any]:
     row |= {"loss": Counter(step.loss for step in steps), "reasons": by_reason}
     if not args.plan:
         save(file, target, format=args.to, dtype=DTYPES.get(args.dtype), dense=args.dense)
-        load(target)  # it can be read back, or that is said now
+        outline(target)  # it can be read back, or that is said now
         row["written"] = str(target)
     return row
 

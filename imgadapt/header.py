@@ -6,6 +6,7 @@ Layout: https://github.com/huggingface/safetensors#format.
 import json
 import math
 import os
+import re
 import stat
 import struct
 from collections.abc import Generator, Mapping
@@ -23,6 +24,12 @@ MOST_TENSORS = 50_000
 _LONGEST_ROW = 2000  # characters of what is said of one tensor
 _LARGEST = 2**60  # elements of a tensor, bytes of a file
 _NOT_A_LENGTH = 2**32  # beyond, it is text or noise that is taken for one
+_N = "(?:0|[1-9][0-9]{0,17})"
+_USUAL_TEXT = re.compile(r'"([^"\\\x00-\x1f]*)"')
+_USUAL_ROW = re.compile(
+    rf'{{"dtype":"(\w{{1,12}})","shape":\[({_N}(?:,{_N}){{0,7}})?\],"data_offsets":\[({_N}),({_N})\]}}', re.ASCII
+)
+"""A text, and a row, as nearly every file has it: read so in a third of the time that it takes by way of JSON."""
 
 BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
@@ -179,24 +186,31 @@ class _Reader:
     def _next(self) -> str:
         """The next character that is no space, where the place then is."""
         text, place = self._text, self._place
-        while text[place : place + 1] in (" ", "\n", "\r", "\t") and place < len(text):
+        while (mark := text[place : place + 1]) and mark in " \n\r\t":
             place += 1
         self._place = place
-        return text[place : place + 1]
+        return mark
 
     def _string(self, *, colon: bool = True) -> str:
         """The text that begins here, and the colon after it."""
         if self._next() != '"':
             raise FormatError(f"not safetensors: its header is not JSON at character {self._place}")
+        if usual := _USUAL_TEXT.match(self._text, self._place):
+            value, self._place = usual[1], usual.end()
+        else:
+            value = self._escaped()
+        if colon:
+            if self._next() != ":":
+                raise FormatError(f"not safetensors: its header is not JSON at character {self._place}")
+            self._place += 1
+        return value
+
+    def _escaped(self) -> str:
         try:
             value, self._place = self._decoder.raw_decode(self._text, self._place)
             value.encode()
         except ValueError as error:  # not JSON; half of a character
             raise FormatError(f"not safetensors: no text at character {self._place} of its header") from error
-        if colon:
-            if self._next() != ":":
-                raise FormatError(f"not safetensors: its header is not JSON at character {self._place}")
-            self._place += 1
         return value
 
     def _metadata(self) -> dict[str, str]:
@@ -215,10 +229,16 @@ class _Reader:
         return found
 
     def _row(self, key: str) -> Row:
-        begin = "{" if self._next() == "{" else ""
+        self._next()
+        if usual := _USUAL_ROW.match(self._text, self._place):
+            self._place = usual.end()
+            dtype, sides, first, last = usual.groups()
+            shape = tuple(map(int, sides.split(","))) if sides else ()
+            return _row(key, dtype, shape, int(first), int(last))
         end = self._text.find("}", self._place, self._place + _LONGEST_ROW) + 1
+        begins = self._text.startswith("{", self._place)
         try:
-            said: dict[str, Any] = self._decoder.decode(self._text[self._place : end]) if begin and end else {}
+            said: dict[str, Any] = self._decoder.decode(self._text[self._place : end]) if begins and end else {}
             dtype, shape, places = said["dtype"], said["shape"], said["data_offsets"]
             first, last = places
             numbers = [*shape, first, last]
@@ -226,16 +246,23 @@ class _Reader:
             raise FormatError(f"not safetensors: what its header says of {shortened(key)} is no tensor's") from error
         self._place = end
         sound = len(said) == 3 and isinstance(shape, list) and isinstance(places, list)
-        if not sound or not all(type(number) is int and 0 <= number <= _LARGEST for number in numbers):
+        if not sound or not all(type(number) is int and number >= 0 for number in numbers):
             raise FormatError(f"not safetensors: what its header says of {shortened(key)} is no tensor's")
-        if not isinstance(dtype, str) or dtype not in BITS:
-            raise FormatError(f"{shortened(key)} is of type {shortened(str(dtype))}, which safetensors has not")
-        count = math.prod(shape)
-        if count > _LARGEST or count * BITS[dtype] != 8 * (last - first):
-            wanted = f"{count * BITS[dtype] / 8:,.0f}" if count <= _LARGEST else "more than all"
-            what = f"{shortened(key)}, {dtype} {shortened(str(tuple(shape)))},"
-            raise FormatError(f"not safetensors: {what} takes {wanted} bytes and has {last - first:,}")
-        return Row(dtype, tuple(shape), first, last)
+        return _row(key, dtype, tuple(shape), first, last)
+
+
+def _row(key: str, dtype: Any, shape: tuple[int, ...], first: int, last: int) -> Row:
+    """Raises FormatError: no such type, or not the bytes that it takes."""
+    if max(first, last, *shape) > _LARGEST:
+        raise FormatError(f"not safetensors: what its header says of {shortened(key)} is no tensor's")
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise FormatError(f"{shortened(key)} is of type {shortened(str(dtype))}, which safetensors has not")
+    count = math.prod(shape)
+    if count > _LARGEST or count * BITS[dtype] != 8 * (last - first):
+        wanted = f"{count * BITS[dtype] / 8:,.0f}" if count <= _LARGEST else "more than all"
+        what = f"{shortened(key)}, {dtype} {shortened(str(shape))},"
+        raise FormatError(f"not safetensors: {what} takes {wanted} bytes and has {last - first:,}")
+    return Row(dtype, shape, first, last)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def lora(**other: Tensor | None) -> dict[str, Tensor]:
 
 
 def raw(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    text = header if isinstance(header, bytes) else json.dumps(header, separators=(",", ":")).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 

@@ -226,7 +226,8 @@ def headers(draw: st.DrawFn) -> bytes:
         wrong[field] = draw(st.one_of(VALUES, st.lists(VALUES, max_size=3)))
     if draw(st.booleans()):
         rows["__metadata__"] = draw(st.dictionaries(st.text(max_size=3), st.text(max_size=3), max_size=2))
-    text = json.dumps(rows, ensure_ascii=draw(st.booleans())).encode("utf-8", "surrogatepass")
+    marks = draw(st.sampled_from([(",", ":"), (", ", ": ")]))
+    text = json.dumps(rows, ensure_ascii=draw(st.booleans()), separators=marks).encode("utf-8", "surrogatepass")
     text += b" " * draw(st.integers(0, 9))
     data = bytearray(raw(text, bytes(max(0, place + draw(st.sampled_from([0, 0, 0, 1, -1]))))))
     for _ in range(draw(st.integers(0, 2))):

@@ -58,6 +58,12 @@ def with_config(**fields: Any) -> Callable[[Path], None]:
     return tensors(of, {"lora_adapter_metadata": json.dumps({f"unet.{key}": value for key, value in fields.items()})})
 
 
+def ours(dtype: torch.dtype) -> Callable[[Path], None]:
+    said = {"methods": [{"method": "lora", "rank": 2, "alpha": 1.0}], "layers": {DOTTED: 0}}
+    of = {f"{DOTTED}.down": torch.ones(2, 8, dtype=dtype), f"{DOTTED}.up": torch.ones(8, 2, dtype=dtype)}
+    return tensors(of, {"imgadapt": json.dumps(said)})
+
+
 def peft(config: bytes | Callable[[Path], object], key: str = "base_model.model.mid_block.attentions.0.proj_in") -> Any:
     def make(path: Path) -> None:
         path.mkdir()
@@ -138,6 +144,9 @@ HEADERS: dict[str, tuple[Make, str | int]] = {
     "an offset of 1e400": (raw(json.dumps({"a": row()}).replace("8]", "1e400]").encode(), ONE), "no tensor's"),
     "an offset of 5,000 digits": (
         raw(json.dumps({"a": row()}).replace("8]", "8" * 5000 + "]").encode(), ONE), "no tensor's"),
+    "a side of 02": (raw(b'{"a":{"dtype":"F32","shape":[02],"data_offsets":[0,8]}}', ONE), "no tensor's"),
+    "a side in Arabic": (raw('{"a":{"dtype":"F32","shape":[٢],"data_offsets":[0,8]}}'.encode(), ONE), "no tensor's"),
+    "a tab in a key": (raw(b'{"a\tb":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', ONE), "no text at character"),
     "an offset of NaN": (raw(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,NaN]}}', ONE), "no tensor's"),
     "three offsets": (raw({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4, 8]}}, ONE), "no tensor's"),
     "a shape of no text": (raw({"a": row("", 0, 4)}, ONE[:4]), "no tensor's"),
@@ -193,9 +202,12 @@ ADAPTERS: dict[str, tuple[Make, str | int]] = {
     "alpha alone": (tensors(lora(up=None, down=None)), "make no adapter|none of its 1 keys"),
     "dora_scale of another shape": (tensors(lora(dora_scale=torch.ones(5, 3))), 1),
     "dora_scale empty": (tensors(lora(dora_scale=torch.ones(0))), "make no adapter"),
-    "int8": (tensors({k: t.to(torch.int8) for k, t in lora().items()}), 1),
-    "uint8": (tensors({k: t.to(torch.uint8) for k, t in lora().items()}), 1),
-    "bool": (tensors({k: t.to(torch.bool) for k, t in lora().items()}), 1),
+    "int8": (tensors({k: t.to(torch.int8) for k, t in lora().items()}), "down, up is torch.int8, wanted"),
+    "uint8": (tensors({k: t.to(torch.uint8) for k, t in lora().items()}), "down, up is torch.uint8, wanted"),
+    "bool": (tensors({k: t.to(torch.bool) for k, t in lora().items()}), "down, up is torch.bool, wanted"),
+    "our own, of int8": (ours(torch.int8), "down, up is torch.int8, wanted"),
+    "our own": (ours(torch.float16), 1),
+    "an alpha of int64": (tensors(lora(alpha=torch.tensor(1))), 1),
     "F64": (tensors({k: t.double() for k, t in lora().items()}), 1),
     "fp8": (tensors({k: t.to(torch.float8_e4m3fn) for k, t in lora().items()}), 1),
     "a key of 1 MB": (tensors(renamed("lora_unet_" + "a_" * 500_000)), "none of its 3 keys"),

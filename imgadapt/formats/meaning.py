@@ -53,12 +53,19 @@ def meaning(t: Mapping[str, Tensor], note: Note) -> Made:
             "merge it with the tool that trained it, and extract a LoRA of the difference"
         )
     if own.keys() & {"magnitude", "magnitude_out"}:
-        return _dora(own, alpha, note)
+        return checked(_dora(own, alpha, note))
     for needed, optional, make in _ROWS:
         if needed <= own.keys() <= needed | optional:
-            return make(own, alpha, note)
+            return checked(make(own, alpha, note))
     have = ", ".join(sorted(own)) or "only alpha"
     raise FormatError(f"it has {have}, which is no whole adapter: it lost a tensor, or has one too many")
+
+
+def checked(made: Made) -> Made:
+    """The same. Raises FormatError: it has integers, whose meaning (a quantisation, by what?) the file does not say."""
+    if whole := [name for name, tensor in made[1].items() if not tensor.is_floating_point()]:
+        raise FormatError(f"{', '.join(whole)} is {made[1][whole[0]].dtype}, wanted floating-point numbers")
+    return made
 
 
 def _alpha(tensor: Tensor) -> float | None:

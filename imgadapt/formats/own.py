@@ -13,6 +13,7 @@ from torch import Tensor
 from imgadapt.errors import FormatError, ImgadaptError
 from imgadapt.formats.format import Format
 from imgadapt.formats.layer_config import LONGEST_JSON
+from imgadapt.formats.meaning import checked
 from imgadapt.formats.part import Part, Parts, Source
 from imgadapt.formats.spelling import own
 from imgadapt.methods import METHODS, Method
@@ -97,6 +98,7 @@ def read_own(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tupl
             method = kind(**values)
             if not kind.recognises(set(t)):
                 raise ValueError(f"{', '.join(sorted(t))} are not {kind.name}, whole: it lost a tensor")
+            checked((method, t))
             inferred = method.infer(t, method.file_alpha)
             if method.file_rank != inferred.file_rank:
                 raise ValueError(f"its tensors are of rank {inferred.file_rank}, and the metadata says {method}")
