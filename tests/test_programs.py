@@ -239,7 +239,7 @@ def test_bad_input_is_answered_with_the_way_out(run: Run, folder: Path, tmp_path
         with pytest.raises(FormatError, match="not a safetensors file"):
             run(name, [str(tmp_path / "text.safetensors"), *arguments])
     (tmp_path / "file").write_text("kept")
-    with pytest.raises(OutputError, match="cannot make the folder .*: Not a directory"):
+    with pytest.raises(OutputError, match=r"cannot make the folder .*: Not a directory"):
         run("style", [str(folder), "--output", str(tmp_path / "file" / "under")])
     assert (tmp_path / "file").read_text() == "kept"
 
