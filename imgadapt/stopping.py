@@ -2,6 +2,7 @@
 what is half written goes in both cases.
 """
 
+import _thread
 import os
 import secrets
 import shutil
@@ -9,6 +10,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +21,7 @@ from imgadapt.errors import OutputError
 
 SIGNALS = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in signal.Signals.__members__)
 """Those that ask a program to end."""
+_PASSING = ("__enter__", "__exit__", "_acquire_restore", "_release_save", "_is_owned", "notify", "notify_all")
 _going: dict[Path, os.stat_result | None] = {}  # of the process, as its signals are
 _unbroken: list[int | None] = []  # None: a block is at work; numbers: what came meanwhile
 
@@ -149,6 +152,9 @@ class Stopping:
             return
         if self.number is not None:
             _end(number, frame)
+        if _passing(frame):
+            _send_again(number)
+            return
         self.number = number
         if not self._over:
             raise Stopped(number)
@@ -161,6 +167,28 @@ class Stopping:
             self._hook(found)
             return
         self.number = None
-        again = threading.Timer(0.01, os.kill, (os.getpid(), found.exc_value.number))
-        again.daemon = True
-        again.start()
+        _send_again(found.exc_value.number)
+
+
+def _passing(frame: FrameType | None) -> bool:
+    """Whether a lock is changing hands: cut in two there, it stays taken, and its next user waits for ever."""
+    for _ in range(4):  # a lock's own functions call few others
+        if frame is None:
+            return False
+        if frame.f_code.co_filename == threading.__file__ and frame.f_code.co_name in _PASSING:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _send_again(number: int) -> None:
+    """In a moment; without what the signal may have come into the middle of."""
+
+    def send() -> None:
+        time.sleep(0.01)
+        if os.name == "posix":
+            os.kill(os.getpid(), number)
+        else:
+            signal.raise_signal(number)
+
+    _thread.start_new_thread(send, ())

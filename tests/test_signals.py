@@ -1,12 +1,16 @@
 """Signals at any moment of the programs: an honest exit status, one line, and the old files or the new ones."""
 
+import faulthandler
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +266,33 @@ def test_a_signal_in_a_destructor_ends_the_program_all_the_same(tmp_path: Path) 
     done = children.run(main, [], tmp_path / "said")
     honest(done, signal.SIGTERM)
     assert done.said.count("\n") == 1
+
+
+def test_a_signal_while_a_lock_changes_hands_does_not_leave_it_to_nobody(tmp_path: Path) -> None:
+    """The worker would wait for it for ever, and the program for the worker."""
+
+    def main(arguments: Sequence[str]) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            for _ in range(50):
+                pool.submit(time.sleep, 0.001).result()
+        threading.Event().wait(60)
+
+    def before(turn: int) -> None:
+        count = 0
+
+        def look(frame: Any, event: str, argument: Any) -> None:
+            nonlocal count
+            code = frame.f_code
+            if event == "call" and code.co_filename == threading.__file__ and code.co_name == "__exit__":
+                count += 1
+                if count == turn:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+        faulthandler.dump_traceback_later(50, exit=True)
+        sys.setprofile(look)
+
+    for turn in range(1, 30, 3):
+        honest(children.run(main, [], tmp_path / "said", partial(before, turn)), signal.SIGTERM)
 
 
 @pytest.mark.parametrize("number", SIGNALS[1:])
