@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import DPMSolverMultistepScheduler, FluxTransformer2DModel
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -96,6 +96,66 @@ def test_half_weights_alone_in_the_cache_will_do(tmp_path: Path) -> None:
     assert load(str(tmp_path)).denoiser.dtype == torch.float32  # pyright: ignore[reportAttributeAccessIssue] # diffusers'
 
 
+@pytest.mark.parametrize("half", [None, "fp16"])
+def test_shards_are_loaded_whatever_lies_beside_them(saved: tuple[Any, Path], tmp_path: Path, half: str | None) -> None:
+    """As the hub's folders have them: a pickle's index, what git has not brought of other variants, links to blobs."""
+    pipeline, _ = saved
+    pipeline.save_pretrained(tmp_path / "base", variant=half, max_shard_size="20KB")
+    files = [*(tmp_path / "base").rglob("*.safetensors")]
+    assert any("-of-" in file.name for file in files)
+    (tmp_path / "blobs").mkdir()
+    for k, file in enumerate(files):
+        file.rename(tmp_path / "blobs" / str(k))
+        file.symlink_to(f"../../blobs/{k}")
+        index = {"weight_map": {"x": "pytorch_model-00001-of-00001.bin"}}
+        (file.parent / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        if half is None:
+            names = ("model.fp16.safetensors", "diffusion_pytorch_model.non_ema.safetensors")
+            (file.parent / names["model" in file.name[:5]]).write_text("version https://git-lfs.github.com/spec/v1\n")
+        else:
+            index = {"weight_map": {"x": "model-00001-of-00001.safetensors"}}
+            (file.parent / "model.safetensors.index.json").write_text(json.dumps(index))
+    family = load(str(tmp_path / "base"))
+    wanted = getattr(pipeline, family.component).state_dict()
+    assert all(torch.equal(value, wanted[key]) for key, value in family.denoiser.state_dict().items())
+
+
+def _beside(folder: Path, **changes: Any) -> None:
+    path = folder / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tags": ["a", "b", "c"], "other": 5, "_name_or_path": "x/y", "_diffusers_version": "0.6.0"},
+        {"image_encoder": [None, None], "safety_checker": [None, "StableDiffusionSafetyChecker"]},
+        {"requires_safety_checker": [None, False], "feature_extractor": ["transformers", "CLIPImageProcessor"]},
+    ],
+)
+def test_entries_of_other_versions_hinder_nothing(tmp_path: Path, changes: dict[str, Any]) -> None:
+    tiny.sd1().save_pretrained(tmp_path)
+    _beside(tmp_path, **changes)
+    if "feature_extractor" in changes:
+        (tmp_path / "feature_extractor").mkdir()
+        (tmp_path / "feature_extractor" / "preprocessor_config.json").write_text("{}")
+    assert type(load(str(tmp_path))) is FAMILIES["StableDiffusionPipeline"]
+
+
+def test_a_schedulers_infinity_is_a_number_like_others(tmp_path: Path) -> None:
+    tiny.sd1().save_pretrained(tmp_path)
+    betas: dict[str, Any] = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "steps_offset": 1,
+    }
+    DPMSolverMultistepScheduler(**betas).save_pretrained(tmp_path / "scheduler")
+    assert "-Infinity" in (tmp_path / "scheduler" / "scheduler_config.json").read_text()
+    _beside(tmp_path, scheduler=["diffusers", "DPMSolverMultistepScheduler"])
+    assert load(str(tmp_path)).schedule.alphas is not None
+
+
 def test_what_is_in_the_cache_in_part_is_told_with_the_command(saved: tuple[Any, Path], cache: Any) -> None:
     _, folder = saved
     shutil.copytree(folder, cache(hub.NAMES["flux"]), ignore=shutil.ignore_patterns("*.safetensors"))
@@ -105,7 +165,9 @@ def test_what_is_in_the_cache_in_part_is_told_with_the_command(saved: tuple[Any,
         load("flux")
 
 
-@pytest.mark.parametrize("base", ["sdx", "no such folder", "./missing/folder/deep", "https://hf.co/a/b"])
+@pytest.mark.parametrize(
+    "base", ["sdx", "~nobody-here/x", "no such folder", "./missing/folder/deep", "https://hf.co/a/b"]
+)
 def test_what_is_no_base_at_all_is_told_what_there_is(base: str, cache: Any) -> None:
     with pytest.raises(ConfigError, match="is not there; wanted 'demo', a diffusers folder, a checkpoint file, or one"):
         load(base)

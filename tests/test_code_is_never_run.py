@@ -82,7 +82,7 @@ def test_the_code_in_a_bases_folder_is_not_run(
     shutil.copytree(PIPELINE, folder)
     trap = f"from pathlib import Path\nPath({str(left)!r}).touch()\nclass Trap:\n    pass\n"
     for place in (folder, *(path for path in folder.iterdir() if path.is_dir())):
-        for name in ("trap.py", "pipeline.py", "Trap.py", "__init__.py"):
+        for name in ("trap.py", "pipeline.py", "Trap.py", "__init__.py", "diffusers.py", "transformers.py"):
             (place / name).write_text(trap)
     if (folder / file).exists():
         settings = json.loads((folder / file).read_text())

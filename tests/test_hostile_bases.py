@@ -91,6 +91,36 @@ def test_an_index_of_any_bytes_is_refused(base: Path, text: bytes) -> None:
     assert index.name in refused(base)
 
 
+def test_no_index_that_diffusers_reads_leads_elsewhere(base: Path, tmp_path: Path) -> None:
+    weights = base / "unet" / "diffusion_pytorch_model.safetensors"
+    shutil.move(weights, tmp_path / "outside.safetensors")
+    (base / "unet" / "x.fp16.safetensors").touch()
+    index = {"weight_map": dict.fromkeys(load_file(tmp_path / "outside.safetensors"), "../../outside.safetensors")}
+    for name in ("safetensors.index.json", "safetensors.index.fp16.json", "safetensors.fp16.index.json"):
+        path = base / "unet" / f"diffusion_pytorch_model.{name}"
+        path.write_text(json.dumps(index))
+        assert name in refused(base)
+        path.unlink()
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "adapter_config.json"])
+def test_a_pipeline_or_an_adapter_in_a_part_is_refused(base: Path, name: str) -> None:
+    """transformers would follow the second to another base."""
+    (base / "text_encoder" / name).write_text(json.dumps({"base_model_name_or_path": str(PIPELINE / "text_encoder")}))
+    assert name in refused(base)
+
+
+def test_memory_that_is_out_is_no_fault_of_the_base(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import diffusers
+
+    def out(*args: Any, **options: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", out)
+    with pytest.raises(MemoryError):
+        families.load(str(base))
+
+
 def test_a_shard_that_is_not_there_or_no_file_is_named(base: Path) -> None:
     sharded(base, "lost.safetensors")
     with pytest.raises(FormatError, match=r"lost\.safetensors.*not there"):
@@ -138,7 +168,8 @@ def test_sizes_that_no_model_has_are_refused_by_name(base: Path, file: str, key:
 WRONG: list[tuple[str, Any]] = [
     ("model_index.json", {"_class_name": 5}), ("model_index.json", {"_class_name": ["a", "b"]}),
     ("model_index.json", {"_class_name": "os.system"}), ("model_index.json", {"../unet": ["diffusers", "UNet2DModel"]}),
-    ("model_index.json", {"unet": ["os", "system"]}), ("model_index.json", {"unet": ["trap", "Trap"]}),
+    ("model_index.json", {"unet": ["os", "system"]}), ("model_index.json", {"unet": "os"}),
+    ("model_index.json", {"unet": ["trap", "Trap"]}),
     ("model_index.json", {"unet": ["diffusers"]}), ("model_index.json", {"unet": [5, 6]}),
     ("model_index.json", {"unet": ["diffusers", "NoSuchClass"]}), ("model_index.json", {"unet": None}),
     ("model_index.json", {"text_encoder": ["transformers", "pipeline"]}),

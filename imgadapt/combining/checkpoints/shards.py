@@ -13,23 +13,34 @@ _LONGEST_INDEX = 16 * 2**20  # bytes
 _MOST_SHARDS = 1000
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that one set of a component's weights is in; of several variants, the plain one.
+def weight_files(folder: Path, variant: str = "") -> list[Path]:
+    """The safetensors files that one set of a component's weights is in. variant: which one, of several ("fp16"); where
+    it is not there, as for "", the plain one.
 
     Raises:
         FormatError: an index names a file that is not there, or that is elsewhere; or it cannot be read.
     """
-    index = index_in(folder)
-    if index is not None:
-        names = _shards(index)
+    index = index_in(folder, variant)
+    whole = min((_rank(one, variant) for one in folder.glob("*.safetensors")), default=None)
+    if index is not None and (whole is None or not _rank(index, variant)[0] or whole[0]):
+        names = shards(index)
         if lost := [name for name in names if not (folder / name).is_file()]:
             raise FormatError(f"{folder / lost[0]}: {index.name} names it, and it is not there; copy it there")
         return [folder / name for name in names]
-    whole = [(one.name.count("."), one.name, one) for one in folder.glob("*.safetensors")]
-    return [min(whole)[-1]] if whole else []
+    return [whole[-1]] if whole is not None else []
 
 
-def _shards(index: Path) -> list[str]:
+def _rank(file: Path, variant: str) -> tuple[bool, int, str, Path]:
+    """What is less is meant, rather than what is more."""
+    return f".{variant}" not in file.name, file.name.count("."), file.name, file
+
+
+def shards(index: Path) -> list[str]:
+    """The files that an index names.
+
+    Raises:
+        FormatError: one is elsewhere; or it cannot be read.
+    """
     with opened(index) as file:
         text = file.read(_LONGEST_INDEX + 1)
     try:
@@ -45,9 +56,9 @@ def _shards(index: Path) -> list[str]:
     return names
 
 
-def index_in(folder: Path) -> Path | None:
-    """The list of a folder's shards; of several variants, the plain one."""
-    found = [(one.name.count("."), one.name, one) for one in folder.glob("*.safetensors.index*.json")]
+def index_in(folder: Path, variant: str = "") -> Path | None:
+    """The list of a folder's shards; of several variants, see `weight_files`."""
+    found = [_rank(one, variant) for one in folder.glob("*.safetensors.index*.json")]
     return min(found)[-1] if found else None
 
 

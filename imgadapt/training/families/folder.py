@@ -1,6 +1,7 @@
 """A base's folder as anyone may have made it: looked at before diffusers makes anything of what it says."""
 
 import json
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -8,16 +9,19 @@ from typing import Any
 
 from torch import nn
 
-from imgadapt.combining.checkpoints.shards import weight_files
+from imgadapt.combining.checkpoints.shards import shards, weight_files
 from imgadapt.errors import ConfigError, first_few
 from imgadapt.header import header_of, opened
 
 INDEX = "model_index.json"
+_HALF = "fp16"
+_OTHERS = (INDEX, "adapter_config.json")
+"""What leads diffusers and transformers from a part's folder to other places."""
 _MOST_BYTES = 2**20  # of a config
 _LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
 """Whose classes a pipeline is made of; the last is diffusers' own, for the safety checker."""
 _LIMITS = (("layers|blocks|depth", 1000), ("max_size", 512), ("sample_size", 2048), ("", 2**24))
-"""Of whole numbers in configs, by words in their names: models' are far below, and memory goes by them, not by the size
+"""Of numbers in configs, by words in their names: models' are far below, and memory goes by them, not by the size
 of the files."""
 _MOST_ENTRIES = 1000  # of a list
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -40,7 +44,15 @@ def check(folder: Path) -> None:
         for path in (part / "config.json", part / "scheduler_config.json"):
             if path.is_file():
                 _check_sizes(path, read(path))
-        _check_weights(part)
+        if nested := [other for other in _OTHERS if (part / other).exists()]:
+            raise ConfigError(f"{part / nested[0]}: a pipeline or an adapter within a base, which none of them has")
+        _check_weights(part, variant(folder))
+
+
+def variant(folder: Path) -> str:
+    """Of its weights, which are loaded: "fp16" where the denoiser has no others; else "", the plain ones."""
+    weights = [*folder.glob("unet/*.safetensors"), *folder.glob("transformer/*.safetensors")]
+    return _HALF if weights and all(f".{_HALF}" in file.name for file in weights) else ""
 
 
 def check_whole(pipeline: Any, folder: Path | None) -> None:
@@ -55,7 +67,7 @@ def check_whole(pipeline: Any, folder: Path | None) -> None:
             continue
         lost = [key for key, weight in module.named_parameters() if weight.is_meta]
         if folder is not None and type(module).__module__.startswith("transformers"):
-            headers = [header_of(file) for file in (folder / name).glob("*.safetensors")]
+            headers = map(header_of, weight_files(folder / name, variant(folder)))
             lost += _unheld(module, {_plain(key) for header in headers for key in header.rows})
         if lost:
             raise ConfigError(
@@ -109,13 +121,13 @@ def read(path: Path) -> Mapping[str, Any]:
 
 
 def _components(folder: Path) -> Iterator[tuple[str, str]]:
-    """(folder's name, library) of all parts that the index has."""
+    """(folder's name, library) of all parts that the index has; of other entries diffusers makes nothing."""
     for name, said in read(folder / INDEX).items():
-        if not isinstance(said, list) or name.startswith("_") or said == [None, None]:
+        if name.startswith("_") or not isinstance(said, list | str) or len(said) != 2 or said[0] is None:  # pyright: ignore[reportUnknownArgumentType]
             continue
         if not re.fullmatch(r"\w+", name):
             raise ConfigError(f"{folder / INDEX}: {name[:80]!r} is no name of a folder in it")
-        yield name, str(said[0])[:80] if len(said) == 2 else "nothing"  # pyright: ignore[reportUnknownArgumentType]
+        yield name, str(said[0])[:80]  # pyright: ignore[reportUnknownArgumentType]
 
 
 def _check_sizes(path: Path, value: Any, name: str = "") -> None:
@@ -129,14 +141,16 @@ def _check_sizes(path: Path, value: Any, name: str = "") -> None:
             _check_sizes(path, inner, name)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         most = next(limit for words, limit in _LIMITS if re.search(words, name))
-        if abs(value) > most:
+        if most < abs(value) < math.inf:  # schedulers have -Infinity
             raise ConfigError(f"{path}: {name[:80]} is {str(value)[:40]}; no model's is above {most:,}")
 
 
-def _check_weights(part: Path) -> None:
+def _check_weights(part: Path, wanted: str) -> None:
     if not part.is_dir():
         return
-    files = sorted({*weight_files(part), *part.glob("*.safetensors")})
+    for index in part.glob("*.safetensors*.json"):
+        shards(index)
+    files = weight_files(part, wanted)
     for file in files:
         header_of(file)
     pickled = sorted(path.name for pattern in _PICKLES for path in part.glob(pattern))

@@ -1,5 +1,6 @@
 """Load a base by name or path, and find its family."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,12 @@ import torch
 
 from imgadapt import demo
 from imgadapt.errors import ConfigError, MissingExtra, shortened
+from imgadapt.shortage import out_of_memory
 from imgadapt.training.families import hub, single_file
 from imgadapt.training.families import quantise as quantising
 from imgadapt.training.families.family import Family
 from imgadapt.training.families.flux import Flux
-from imgadapt.training.families.folder import INDEX, check, check_whole, pipeline_class
+from imgadapt.training.families.folder import INDEX, check, check_whole, pipeline_class, variant
 from imgadapt.training.families.quantise import Storage
 from imgadapt.training.families.sd import StableDiffusion
 from imgadapt.training.families.sd3 import StableDiffusion3
@@ -65,10 +67,11 @@ def open_pipeline(base: str, dtype: torch.dtype = torch.float32) -> Any:
 
     Raises:
         ConfigError: there is no such base, it cannot be read, or its kind is not one that imgadapt trains.
+        MemoryError, RuntimeError: memory is out.
     """
     if base == "demo":
         return demo.pipeline()
-    path = Path(base).expanduser()
+    path = Path(os.path.expanduser(base))  # Path's own raises where nobody has such a name
     try:
         if path.is_file():
             pipeline, folder = single_file.open_pipeline(path, dtype), None
@@ -80,6 +83,8 @@ def open_pipeline(base: str, dtype: torch.dtype = torch.float32) -> Any:
     except (ConfigError, MissingExtra):
         raise
     except Exception as error:  # diffusers and transformers raise whatever a config leads them to
+        if out_of_memory(error):
+            raise
         hint = "" if path.exists() else f" (if it is not whole: {hub.command(hub.NAMES.get(base, base))})"
         said = shortened(str(error) or type(error).__name__, 400)
         raise ConfigError(f"{base} cannot be read as a base: {said}{hint}") from error
@@ -106,8 +111,10 @@ def _open_folder(base: str, folder: Path, dtype: torch.dtype) -> Any:
         from diffusers import DiffusionPipeline
     except ModuleNotFoundError as error:
         raise MissingExtra("diffusers", "diffusers") from error
-    weights = [*folder.glob("unet/*.safetensors"), *folder.glob("transformer/*.safetensors")]
-    half = {"variant": "fp16"} if weights and all(".fp16." in file.name for file in weights) else {}
     return DiffusionPipeline.from_pretrained(
-        folder, local_files_only=True, use_safetensors=True, dtype={"default": dtype, "vae": torch.float32}, **half
+        folder,
+        local_files_only=True,
+        use_safetensors=True,
+        dtype={"default": dtype, "vae": torch.float32},
+        variant=variant(folder) or None,
     )

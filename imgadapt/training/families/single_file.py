@@ -62,7 +62,7 @@ def open_pipeline(path: Path, dtype: torch.dtype) -> Any:
             os.fspath(path), subfolder="transformer", dtype=dtype, **options
         )
         pipeline = made.from_pretrained(
-            folder, local_files_only=True, dtype={"default": dtype, "vae": torch.float32}, **parts
+            folder, local_files_only=True, use_safetensors=True, dtype={"default": dtype, "vae": torch.float32}, **parts
         )
     else:
         lacks = "text encoders" if has_autoencoder else "autoencoder"
