@@ -1,6 +1,7 @@
 """The playground's inspector and converter: what a file is, what of it goes on the base, and what it becomes."""
 
 import json
+import sys
 import threading
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from imgadapt import LoRA, attach, collect, demo, detach, load, save
+from imgadapt.atomic import folder_atomically
 from imgadapt.errors import ConfigError, FormatError, ImgadaptError
 from imgadapt.file import AdapterFile
 from imgadapt.methods import DoRA
@@ -338,6 +340,18 @@ def test_a_faulty_adapter_is_not_converted(playground: Playground) -> None:
     id = put(playground, "broken", {"who.knows": torch.ones(1)})
     with pytest.raises(ImgadaptError, match="broken cannot be used"):
         converted(playground, Converter(playground), adapter=id, format="kohya")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files are not locked there")
+def test_what_a_killed_process_left_goes_at_the_start_and_what_is_being_written_stays(playground: Playground) -> None:
+    folder = playground.settings.folder("outputs") / "converted"
+    dead = folder / ".0123456789abcdef.0.tmp"
+    dead.mkdir(parents=True)
+    (dead / "half.safetensors").write_bytes(b"half")
+    with folder_atomically(folder / "fedcba9876543210") as inside:
+        Converter(playground)
+        assert inside.is_dir()
+        assert not dead.exists()
 
 
 def test_fifty_files_are_kept(playground: Playground, monkeypatch: pytest.MonkeyPatch) -> None:

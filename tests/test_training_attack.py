@@ -5,6 +5,7 @@ import math
 import os
 import resource
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from imgadapt import live
+from imgadapt.atomic import atomically
 from imgadapt.errors import ConfigError, DataError, OutputError
 from imgadapt.training import (
     buckets,
@@ -274,7 +276,17 @@ def test_only_unfinished_files_of_runs_are_removed(tmp_path: Path) -> None:
     for name in (*names, *others):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    assert {str(p.relative_to(tmp_path)) for p in loop._unfinished(tmp_path)} == set(names)
+    loop._tidy(tmp_path)
+    assert not any((tmp_path / name).exists() for name in names)
+    assert all((tmp_path / name).exists() for name in others)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files are not locked there")
+def test_what_another_process_is_writing_is_not_removed(tmp_path: Path) -> None:
+    with atomically(tmp_path / "status.json") as file:
+        file.write(b"{}")
+        loop._tidy(tmp_path)
+    assert (tmp_path / "status.json").read_bytes() == b"{}"
 
 
 def test_processes_that_find_the_same_torn_checkpoint_all_pass_it_over(

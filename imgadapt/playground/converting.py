@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from imgadapt.atomic import atomically
+from imgadapt.atomic import atomically, folder_atomically
 from imgadapt.errors import ConfigError, FormatError, first_few
 from imgadapt.file import AdapterFile, load, plan, save
 from imgadapt.formats import FORMATS
@@ -19,6 +19,7 @@ from imgadapt.playground.desk import Ticket
 from imgadapt.playground.requests import Id, Line, Request
 from imgadapt.playground.session import Playground
 from imgadapt.summary import NO_CONFIG, alpha_unsaid
+from imgadapt.temporary import sweep
 from imgadapt.training.families import DTYPES
 
 _KEPT = 50
@@ -64,6 +65,7 @@ class Converter:
         self._folder = playground.settings.folder("outputs") / "converted"
         self._lock = threading.Lock()
         self._made: OrderedDict[str, Converted] = OrderedDict()
+        sweep(self._folder)
 
     def formats(self) -> Sequence[tuple[str, str]]:
         """Name and which tools read it."""
@@ -128,12 +130,9 @@ class Converter:
         stem = filenames.cleaned(card.name, "adapter")
         made_id = secrets.token_hex(8)
         folder = self._folder / made_id
-        try:
-            path = self._write(file, folder, f"{stem}.{request.format}", request, ticket)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        made = Converted(made_id, path.name, path, planned, ticket.owner)
+        with folder_atomically(folder) as inside:
+            name = self._write(file, inside, f"{stem}.{request.format}", request, ticket).name
+        made = Converted(made_id, name, folder / name, planned, ticket.owner)
         with self._lock:
             self._made[made_id] = made
             while len(self._made) > _KEPT:
@@ -162,7 +161,7 @@ class Converter:
 
     def _prune(self) -> None:
         """The oldest go, those of earlier sessions, too."""
-        folders = sorted((f for f in self._folder.iterdir() if f.is_dir()), key=lambda f: f.stat().st_mtime_ns)
+        folders = sorted((f for f in self._folder.glob("[!.]*") if f.is_dir()), key=lambda f: f.stat().st_mtime_ns)
         for folder in folders[:-_KEPT]:
             shutil.rmtree(folder, ignore_errors=True)
 

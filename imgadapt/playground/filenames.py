@@ -12,7 +12,8 @@ from imgadapt.temporary import claimed
 
 MOST = 100
 """Bytes of a name; file systems take 255, and endings and numbers come on top."""
-_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # Windows opens these, in any folder
+_DEVICES = re.compile(r"(con|prn|aux|nul|(?:com|lpt)[\d¹²³]) *(\..*)?", re.IGNORECASE)
+"""What Windows opens as devices, in any folder."""
 
 
 def cleaned(name: str, otherwise: str, most: int = MOST) -> str:

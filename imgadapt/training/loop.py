@@ -1,7 +1,6 @@
 """Run: what surrounds the steps of a training: resuming, checkpoints, rates, gradients, memory, log, interrupts."""
 
 import math
-import re
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -19,13 +18,14 @@ from tqdm import tqdm
 from imgadapt.errors import Interrupted, OutputError, TrainingError, first_few
 from imgadapt.shortage import out_of_memory
 from imgadapt.stopping import SIGNALS, Stopped, listened, say
+from imgadapt.temporary import sweep
 from imgadapt.training import checkpoint, learning, noise, recipe
 from imgadapt.training.averaging import Averages
 from imgadapt.training.config import TrainConfig
 from imgadapt.training.log import Figures, Lines, Status, peak_memory
 from imgadapt.training.processes import Processes
 
-_WRITTEN = ("", "checkpoints/", "snapshots/", "samples/", "class/", "check/", "cache/*/")  # in the output
+_WRITTEN = (".", "checkpoints", "snapshots", "samples", "class", "check", "cache/*")  # in the output
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class Run:
         self.folder = config.output / "checkpoints"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for unfinished in _unfinished(config.output) if processes.main else ():
-                unfinished.unlink(missing_ok=True)
+            if processes.main:
+                _tidy(config.output)
         except OSError as error:
             raise OutputError(f"cannot write to {config.output}: {error.strerror}") from error
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=config.precision == "fp16")  # pyright: ignore[reportPrivateImportUsage]
@@ -296,10 +296,11 @@ class Run:
             yield
 
 
-def _unfinished(output: Path) -> list[Path]:
-    """What a run that was killed left of files; only where runs write, for the folder may be anyone's, or a home."""
-    found = [path for place in _WRITTEN for path in output.glob(f"{place}.*.tmp")]
-    return [path for path in found if re.fullmatch(r"\..+\.[0-9a-f]+\.tmp", path.name)]
+def _tidy(output: Path) -> None:
+    """Remove what a killed run left of files; only where runs write, for the folder may be anyone's, or a home."""
+    for place in _WRITTEN:
+        for folder in output.glob(place) if "*" in place else (output / place,):
+            sweep(folder)
 
 
 def rate(config: TrainConfig, step: int) -> float:

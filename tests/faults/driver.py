@@ -49,8 +49,8 @@ class Operation:
     """prepare: puts what is there before into a folder. run: does it, in the folder. loose: files (globs) that are not
     the same each time, or change on the way: each has to be whole. away: files
     that may be missing after a fault. together: files that have to be all old or all new.
-    littered: what a crash leaves lies in a folder of its own, and goes with that.
     public: errors are told to anyone, without folders.
+    once: what is there whole is not written over.
     dear: takes long; fewer calls are tried. reads: calls that read fail, and no others.
     """
 
@@ -62,7 +62,7 @@ class Operation:
     together: Sequence[str] = ()
     dear: bool = False
     public: bool = False
-    littered: bool = False
+    once: bool = False
     reads: bool = False
 
 
@@ -227,7 +227,8 @@ class _Judge:
         self._files(found)
         new = all(found.get(name) == data for name, data in self.after.items() if self._strict(name))
         self.tally.outcomes["crashed, new" if new else "crashed, old"] += 1
-        self._again("crashed")
+        if not (new and self.operation.once):
+            self._again("crashed")
 
     def _again(self, what: str) -> None:
         """The same again mends it."""
@@ -238,7 +239,7 @@ class _Judge:
             return
         found = _content(self.place)
         left = [name for name in found if _TEMPORARY.search(name)]
-        if left and not self.operation.littered:
+        if left:
             self._wrong(f"{what}, and done again left {left}")
         if differing := [name for name in self.after if self._strict(name) and found.get(name) != self.after[name]]:
             self._wrong(f"{what}, and done again {differing} are not as they should be")
@@ -271,7 +272,10 @@ def _quiet(operation: Operation, place: Path) -> None:
 
 
 def _content(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """Of all files; and temporary folders, which may be empty."""
+    found = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*")}
+    files = {name: p.read_bytes() for name, p in found.items() if p.is_file()}
+    return files | {f"{name}/": b"" for name, p in found.items() if p.is_dir() and _TEMPORARY.search(name)}
 
 
 def _fault(name: str, data: bytes) -> str:

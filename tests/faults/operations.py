@@ -10,13 +10,13 @@ from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from imgadapt import AdapterFile, LoRA, adapters, attach, cli, collect, demo, detach, load, plan, save
+from imgadapt import AdapterFile, LoRA, adapters, attach, cli, collect, detach, load, plan, save
 from imgadapt.embeddings import Embedding
 from imgadapt.errors import ImgadaptError
 from imgadapt.formats import FORMATS, Part
@@ -35,34 +35,16 @@ from imgadapt.playground.settings import Settings
 from imgadapt.playground.trainings.datasets import Datasets
 from imgadapt.playground.trainings.trainings import Record, Training
 from imgadapt.playground.trainings.watching import Watch
-from imgadapt.training import checkpoint, evidence, families
+from imgadapt.training import checkpoint, evidence, families, fit
 from imgadapt.training.cache import Cache
 from tests.faults.driver import Operation
 
 HERE = Path(__file__).parent
 Q, V = (f"unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_{x}" for x in "qv")
 FEW = [
-    "--steps",
-    "2",
-    "--checkpoint-every",
-    "1",
-    "--batch-size",
-    "2",
-    "--rank",
-    "2",
-    "--log-with",
-    "--no-report",
-    "--targets",
-    "unet.mid_block*attn1.to_v",
-    "--evaluate-every",
-    "1",
-    "--sample-prompts",
-    "a fox",
-    "--held-out-count",
-    "1",
-    "--resolution",
-    "64",
-]
+    "--steps=2", "--checkpoint-every=1", "--batch-size=2", "--rank=2", "--targets=unet.mid_block*attn1.to_v",
+    "--evaluate-every=1", "--held-out-count=1", "--resolution=16", "--sample-prompts=fox", "--log-with",
+]  # fmt: skip
 RUN = ("*.jsonl", "status.json", "checkpoints/*", "cache/*/*", "snapshots/*", "samples/*", "results.json", "*.png")
 
 
@@ -108,12 +90,14 @@ class Inputs:
     """What operations read, made once in a folder outside of the one that is watched."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.pipe = demo.pipeline()
+        self.folder, self._once = folder, dict[str, Any]()
+        torch.manual_seed(0)
+        self._tiny: Any = SimpleNamespace(**runpy.run_path(str(HERE.parent / "tiny.py")))
+        self.pipe = self._tiny.sd1()
         self.pictures = folder / "pictures"
         self.pictures.mkdir()
         for k, name in enumerate(("ant", "bee", "cat")):
-            Image.effect_mandelbrot((64, 64), (-2 + 0.2 * k, -1.5, 1, 1.5), 60).save(self.pictures / f"{name}.png")
+            Image.effect_mandelbrot((16, 16), (-2 + 0.2 * k, -1.5, 1, 1.5), 60).save(self.pictures / f"{name}.png")
             (self.pictures / f"{name}.txt").write_text(f"a {name}\n")
         self.adapters = [self._on_demo(folder / f"{name}.safetensors", k) for k, name in enumerate(("ink", "clay"))]
         self._share()
@@ -130,7 +114,9 @@ class Inputs:
         return save(replace(file, parts=changed), path, format="kohya")
 
     def _share(self) -> None:
-        """Trainings have one embedded base, and measure at one noise level."""
+        """Programs have one tiny base for the embedded one, draw in one step, measure at one noise level, and foresee
+        memory once: what they compute does not matter here.
+        """
 
         def opened(base: str, **options: Any) -> families.Family:
             if base != "demo" or options.get("dtype", torch.float32) != torch.float32 or options.get("quantise"):
@@ -141,20 +127,29 @@ class Inputs:
 
         usual, families.load = families.load, opened
         evidence.held_out_losses = partial(evidence.held_out_losses, timesteps=1)
+        family, predictor = cast(Any, families.Family), cast(Any, fit.Predictor)
+        draw, need = family.draw, predictor.need
+        family.draw = lambda *a, **k: draw(*a, **{**k, "steps": 1})
+        predictor.need = lambda *a: self._kept("need", lambda: need(*a))
+
+    def _kept(self, name: str, make: Callable[[], Any]) -> Any:
+        if name not in self._once:
+            self._once[name] = make()
+        return self._once[name]
 
     @cached_property
     def checkpoints(self) -> tuple[Path, Path, Path, Path]:
-        """A narrow SDXL and one that was tuned, an adapter for it; a small folder of diffusers'."""
+        """A block of a narrow SDXL and one that was tuned, an adapter for it; a small folder of diffusers'."""
         tools: Any = SimpleNamespace(**runpy.run_path(str(HERE.parent / "checkpoints.py")))
-        tiny: Any = SimpleNamespace(**runpy.run_path(str(HERE.parent / "tiny.py")))
         base, tuned, on = (self.folder / f"{name}.safetensors" for name in ("base", "tuned", "on_base"))
         torch.manual_seed(0)
         weights = tools.prefixed(tools.native_checkpoint("sdxl", tools.model_of("sdxl")), "model.diffusion_model.")
+        weights = {key: tensor for key, tensor in weights.items() if ".input_blocks.4." in key}
         save_file(weights, base)
         save_file({k: t + 0.01 * torch.randn_like(t) if "attn2.to_k" in k else t for k, t in weights.items()}, tuned)
         program("extract", str(tuned), str(base), str(on), "--rank", "2", "--no-whole")
         torch.manual_seed(0)
-        tiny.sd1().save_pretrained(self.folder / "sd1")
+        self._tiny.sd1().save_pretrained(self.folder / "sd1")
         return base, tuned, on, self.folder / "sd1"
 
 
@@ -223,11 +218,11 @@ def programs(inputs: Inputs) -> list[Operation]:
     def recipe(f: Path) -> None:
         program("merge", a, f"{b}:0.5", "--output", str(f / "x.safetensors"), "--save-recipe", str(f / "x.toml"))
 
-    few = ["--base", "demo", "--steps", "1", "--width", "32", "--height", "32"]
+    few = ["--base", "demo", "--steps", "1", "--width", "16", "--height", "16"]
     return [
         Operation("merge", old, recipe),
         Operation("bake, a file", old, baking),
-        Operation("bake, a folder", nothing, by("bake", sd1, _on_sd1(inputs), "--output", "{}/out")),
+        Operation("bake, a folder", nothing, by("bake", sd1, _on_sd1(inputs), "--output", "{}/out"), once=True),
         Operation("extract", old, by("extract", tuned, base, "{}/x.safetensors", "--rank", "2", "--no-whole")),
         Operation("resize", old, by("resize", a, "{}/x.safetensors", "--rank", "1")),
         Operation("convert, a file", old, by("convert", a, "{}/x.safetensors", "--to", "comfyui")),
@@ -265,15 +260,15 @@ def _on_sd1(inputs: Inputs) -> str:
 
 def trainings(inputs: Inputs) -> list[Operation]:
     data = str(inputs.pictures)
-    few = ["--steps", "2", "--batch-size", "2", "--log-with", "--resolution", "64", "--output", "{}/out"]
-    plan = ["--base", "demo", "--kind", "style", *few]
+    few = ["--steps", "2", "--batch-size", "2", "--log-with", "--resolution", "16", "--output", "{}/out"]
+    plan = ["--base", "demo", "--kind", "style", *FEW, "--checkpoint-every=2", "--strengths=1", "--output", "{}/out"]
     word = ["--word", "<ant>", "--initial", "fox", "--no-report", *few]
     zipping = ["--prompts-a", "a fox", "--prompts-b", "a bee", "--pictures", "1", "--sampler-steps", "1"]
     zipping += ["--base", "demo", "--steps", "1", "--batch-size", "1", "--output", "{}/x.safetensors"]
     a, b = (str(path) for path in inputs.adapters)
     told = (*RUN, "report.html", "*.toml")
     return [
-        Operation("train", nothing, by("style", data, *FEW, "--output", "{}/out"), loose=RUN, dear=True),
+        Operation("style", nothing, by("style", data, *FEW, "--no-report", "--output", "{}/out"), loose=RUN, dear=True),
         Operation("train, with a report", nothing, by("train", data, *plan), loose=told, dear=True),
         Operation("textual_inversion", nothing, by("textual_inversion", data, *word), loose=RUN, dear=True),
         Operation("zip", nothing, by("zip", a, b, *zipping), dear=True),
@@ -350,7 +345,6 @@ def rooms(inputs: Inputs) -> list[Operation]:
             "converter, kohya",
             home,
             partial(converting, form="kohya"),
-            littered=True,
             public=True,
             loose=("*",),
             dear=True,
@@ -359,7 +353,6 @@ def rooms(inputs: Inputs) -> list[Operation]:
             "converter, peft",
             home,
             partial(converting, form="peft"),
-            littered=True,
             public=True,
             loose=("*",),
             dear=True,
@@ -417,13 +410,16 @@ def reading(inputs: Inputs) -> list[Operation]:
         ),
     ]
     made = [Operation(f"read: {name}", prepare, run, reads=True) for name, prepare, run in rows]
-    return made + [Operation(f"read: {name}", prepare, run, reads=True, dear=True) for name, prepare, run in dear]
+    return made + [
+        Operation(f"read: {name}", prepare, run, reads=True, dear=True, public=name == "generate, an adapter")
+        for name, prepare, run in dear
+    ]
 
 
 def _trained(folder: Path) -> None:
     """Into a folder that is anew each time."""
     with tempfile.TemporaryDirectory() as out:
-        program("style", str(folder / "pictures"), *FEW, "--output", f"{out}/run")
+        program("style", str(folder / "pictures"), *FEW, "--no-report", "--output", f"{out}/run")
 
 
 def _resumed(folder: Path) -> None:
