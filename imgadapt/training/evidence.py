@@ -92,6 +92,7 @@ class Evidence:
         form = formats(made)[0] if both else None
         save(made, self._snapshot(done), format=form, dtype=DTYPES[self.config.save_precision])
         self._lines.write({"step": done, **{k: round(v, 6) for k, v in figures.items()}})
+        self._lines.sync()
 
     @property
     def side(self) -> int:

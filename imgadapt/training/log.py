@@ -1,6 +1,7 @@
 """What a run says while it goes on: a line a step, figures for TensorBoard or wandb, and a live status file."""
 
 import json
+import os
 import resource
 import sys
 import time
@@ -34,6 +35,18 @@ class Lines:
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise OutputError(f"cannot write {self.path}: {error.strerror}; the last checkpoint is kept") from error
+
+    def sync(self) -> None:
+        """See that a power cut leaves what is written: before a checkpoint, from which a run goes on.
+
+        Raises:
+            OutputError: the disk has failed.
+        """
+        try:
+            with self.path.open("ab") as file:
+                os.fsync(file.fileno())
         except OSError as error:
             raise OutputError(f"cannot write {self.path}: {error.strerror}; the last checkpoint is kept") from error
 

@@ -165,6 +165,8 @@ class Run:
             parameter.requires_grad_(False)
 
     def _save(self, done: int) -> None:
+        if self._log:
+            self._log.sync()
         if self.processes.main:
             checkpoint.save(self.folder, done, self._tensors, self._states, self.identity)
         self.processes.wait()

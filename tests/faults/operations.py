@@ -45,7 +45,17 @@ FEW = [
     "--steps=2", "--checkpoint-every=1", "--batch-size=2", "--rank=2", "--targets=unet.mid_block*attn1.to_v",
     "--evaluate-every=1", "--held-out-count=1", "--resolution=16", "--sample-prompts=fox", "--log-with",
 ]  # fmt: skip
-RUN = ("*.jsonl", "status.json", "checkpoints/*", "cache/*/*", "snapshots/*", "samples/*", "results.json", "*.png")
+RUN = (
+    ".lock",
+    "*.jsonl",
+    "status.json",
+    "checkpoints/*",
+    "cache/*/*",
+    "snapshots/*",
+    "samples/*",
+    "results.json",
+    "*.png",
+)
 
 
 def adapter(seed: int) -> AdapterFile:
