@@ -19,6 +19,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
+
+from tests.faults.driver import Mode, Tally  # noqa: E402
+
 OURS, MEMORY = "IMGADAPT_FAULTS", "/dev/shm"
 FIRST = (
     "save kohya",
@@ -56,6 +59,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--all", action="store_true", help="every operation, at every call")
     parser.add_argument("--most", type=int, default=0, help="calls of an operation that are tried [all]")
+    parser.add_argument("--modes", nargs="+", choices=[mode.name for mode in Mode], help="ways to fail [all]")
     args = parser.parse_args(arguments)
     if OURS not in os.environ:
         with tempfile.TemporaryDirectory() as folder:
@@ -63,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
 
     import torch
 
-    from tests.faults.driver import Driver, Tally, table
+    from tests.faults.driver import Driver, table
     from tests.faults.operations import Inputs, Operation, programs, reading, rooms, saving, trainings
 
     torch.set_num_threads(1)
@@ -79,13 +83,14 @@ def main(arguments: Sequence[str]) -> int:
             yield from group(inputs)
 
     wanted = tuple(args.names) or ("" if args.all else FIRST)
+    modes = [Mode[name] for name in args.modes] if args.modes else [*Mode]
     driver, tallies = Driver(folder / "tried"), list[Tally]()
     gc.collect()
     gc.freeze()  # children share it
     for operation in operations():
         if operation.name.startswith(wanted):
             most = args.most or (DEAR if operation.dear and not args.all else 0)
-            tallies.append(driver.tried(operation, most=most))
+            tallies.append(driver.tried(operation, modes=modes, most=most))
             print(table(tallies[-1:]).splitlines()[-1], flush=True)
             for line in tallies[-1].wrong[:12]:
                 print(f"    {line}", flush=True)
