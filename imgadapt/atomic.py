@@ -33,10 +33,10 @@ def atomically(path: Path, *, mode: int | None = None) -> Generator[BinaryIO]:
     """
     replaced, names = False, {os.fspath(path)}
     try:
-        target = _end_of(path)
+        target, usual = _end_of(path)
         if target == path:
             _make(target.parent)
-        mode = _mode_at(target) if mode is None else mode
+        mode = usual if mode is None else mode
         with claimed(target, partial(_create, mode=mode)) as temporary:
             names |= {os.fspath(temporary), os.fspath(target)}
             with temporary.open("wb") as file:
@@ -115,8 +115,8 @@ def sync_tree(folder: Path) -> None:
         sync(one)
 
 
-def _end_of(path: Path) -> Path:
-    """The plain file that is to be replaced, or where there is none yet. Raises OSError."""
+def _end_of(path: Path) -> tuple[Path, int | None]:
+    """The plain file that is to be replaced, with its permissions; or where there is none yet. Raises OSError."""
     target = path
     for _ in range(_LINKS):
         try:
@@ -124,9 +124,9 @@ def _end_of(path: Path) -> Path:
         except FileNotFoundError:
             if target != path and not target.parent.is_dir():
                 raise OSError(errno.ENOENT, f"it is a link to {target}, whose folder is not there") from None
-            return target
+            return target, None
         if stat.S_ISREG(kind):
-            return target
+            return target, kind & 0o777
         if stat.S_ISDIR(kind):
             raise IsADirectoryError(errno.EISDIR, "it is a folder; name a file")
         if not stat.S_ISLNK(kind):
@@ -145,13 +145,6 @@ def _create(path: str, mode: int | None) -> None:
         raise
 
 
-def _mode_at(path: Path) -> int | None:
-    try:
-        return stat.S_IMODE(os.stat(path).st_mode) & 0o777
-    except FileNotFoundError:
-        return None
-
-
 def _set_mode(file: BinaryIO, mode: int) -> None:
     if os.chmod not in os.supports_fd:  # Windows
         return
@@ -164,6 +157,8 @@ def _set_mode(file: BinaryIO, mode: int) -> None:
 
 def _make(folder: Path) -> None:
     """See `make_folder`. Raises OSError."""
+    if folder.is_dir():
+        return
     missing = [one for one in (folder, *folder.parents) if not os.path.lexists(one)]
     for one in reversed(missing):
         with suppress(FileExistsError):  # another process was first

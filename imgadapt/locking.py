@@ -2,7 +2,6 @@
 
 import json
 import os
-import secrets
 import socket
 import time
 from collections.abc import Generator
@@ -10,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from weakref import WeakSet
 
 from imgadapt.atomic import make_folder
 from imgadapt.errors import OutputError
@@ -21,7 +21,6 @@ except ImportError:  # Windows
 
 NAME = ".lock"
 """The file in the folder: it stays, and says who had the lock last."""
-_OWN = secrets.token_hex(8)
 _LOOKS = 5  # at a lock that may be held by somebody who only looks at it
 
 
@@ -30,6 +29,17 @@ class Lock:
 
     def __init__(self, descriptor: int, held: bool) -> None:
         self._descriptor, self.held = descriptor, held
+        self._process = os.getpid()
+
+    def again(self, descriptor: int) -> Self | None:
+        """The same lock once more, which is held until both are closed; None: it is not of this open file, or it is
+        the parent's of this process.
+        """
+        if not self.held or self._descriptor < 0 or self._process != os.getpid():
+            return None
+        if not os.path.samestat(os.fstat(self._descriptor), os.fstat(descriptor)):
+            return None
+        return type(self)(os.dup(self._descriptor), True)
 
     def close(self) -> None:
         """Give it back; any number of times."""
@@ -50,9 +60,12 @@ class Lock:
         self.close()
 
 
+_taken: WeakSet[Lock] = WeakSet()  # by this process
+
+
 def take(folder: Path) -> Lock:
-    """The lock of a folder, which is made where it is not there. Of one that this process has already: another, which
-    says so.
+    """The lock of a folder, which is made where it is not there. Of one that this process has already: the same, which
+    is free when all have closed it.
 
     Raises:
         OutputError: another process has it, which is named; or the folder cannot be written.
@@ -64,17 +77,20 @@ def take(folder: Path) -> Lock:
         if said is None:
             with suppress(OSError):  # a full disk: it is held without a name then
                 os.ftruncate(descriptor, 0)
-                row = {"pid": os.getpid(), "host": socket.gethostname(), "since": int(time.time()), "own": _own()}
+                row = {"pid": os.getpid(), "host": socket.gethostname(), "since": int(time.time())}
                 os.pwrite(descriptor, json.dumps(row).encode(), 0)
-            return Lock(descriptor, True)
+            lock = Lock(descriptor, True)
+            _taken.add(lock)
+            return lock
         if not said:
             return Lock(descriptor, False)
-        if said.get("own") == _own():
-            os.close(descriptor)
-            return Lock(-1, True)
+        if (own := next(filter(None, (lock.again(descriptor) for lock in list(_taken))), None)) is not None:
+            _close(descriptor)
+            _taken.add(own)
+            return own
         time.sleep(0.02)
         said = _try(descriptor)
-    os.close(descriptor)
+    _close(descriptor)
     raise OutputError(
         f"{folder} is being written to by {_who(said or {})}; let it end, stop it, or choose another output"
     )
@@ -89,7 +105,7 @@ def holder(folder: Path) -> str | None:
     try:
         said = _try(descriptor)
     finally:
-        os.close(descriptor)
+        _close(descriptor)
     return _who(said) if said else None
 
 
@@ -108,13 +124,12 @@ def alone(path: Path) -> Generator[None]:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        with suppress(OSError):  # nothing was written by it
-            os.close(descriptor)
+        _close(descriptor)
 
 
-def _own() -> str:
-    """This process: numbers alone come again, after its end and in containers; a child by `fork` has another."""
-    return f"{os.getpid()}/{_OWN}"
+def _close(descriptor: int) -> None:
+    with suppress(OSError):  # nothing was written by it
+        os.close(descriptor)
 
 
 def _opened(path: Path) -> int:

@@ -104,8 +104,12 @@ def at_once() -> None:
 
 
 def listened() -> list[signal.Signals]:
-    """The signals that this process was not told to leave alone, as `nohup` and shells do."""
-    return [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    """The signals that this process was not told to leave alone, as `nohup` and shells do, and that this thread may
+    listen to.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    return [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
 
 
 def _end(number: int, frame: FrameType | None) -> None:
@@ -147,13 +151,10 @@ class Stopping:
         sys.unraisablehook = self._hook
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if _unbroken:
-            _unbroken.append(number)
-            return
         if self.number is not None:
             _end(number, frame)
-        if _passing(frame):
-            _send_again(number)
+            return
+        if put_off(number, frame):
             return
         self.number = number
         if not self._over:
@@ -168,6 +169,17 @@ class Stopping:
             return
         self.number = None
         _send_again(found.exc_value.number)
+
+
+def put_off(number: int, frame: FrameType | None) -> bool:
+    """Whether a signal came into the middle of what must not be cut in two; it comes again in a moment."""
+    if _unbroken:
+        _unbroken.append(number)
+        return True
+    if _passing(frame):
+        _send_again(number)
+        return True
+    return False
 
 
 def _passing(frame: FrameType | None) -> bool:

@@ -7,6 +7,7 @@ import shutil
 import stat
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 
 from imgadapt import stopping
@@ -18,7 +19,7 @@ except ImportError:  # Windows, where nothing is swept: there is no telling who 
     fcntl = None
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]+\.tmp")
-_AT_ONCE = 8  # writers of one file that have its numbered names; others have random ones, which `sweep` finds
+_AT_ONCE = 4  # writers of one file that have its numbered names; others have random ones, which `sweep` finds
 _LONGEST = 200  # bytes of a file's name within its temporary one; file systems take 255 in all
 
 
@@ -35,7 +36,7 @@ def claimed(target: Path, make: Callable[[str], None]) -> Generator[Path]:
     numbered = [_name(target, f"{k:x}") for k in range(_AT_ONCE)]
     for name in numbered:
         _sweep(name)
-    for name in (*numbered, *(_name(target, secrets.token_hex(6)) for _ in range(_AT_ONCE))):
+    for name in chain(numbered, (_name(target, secrets.token_hex(6)) for _ in range(_AT_ONCE))):
         with suppress(FileExistsError), stopping.unbroken():
             make(os.fspath(name))
             try:

@@ -54,7 +54,7 @@ def together(folder: Path, last: str) -> Generator[Path]:
 def _exchangeable(folder: Path) -> bool:
     """Whether another folder may take its place: it is like one that `together` has made."""
     parent, about = folder.parent, folder.stat()
-    if sys.platform != "linux" or folder == Path.cwd() or not os.access(parent, os.W_OK | os.X_OK):
+    if sys.platform != "linux" or os.path.samefile(folder, os.curdir) or not os.access(parent, os.W_OK | os.X_OK):
         return False
     plain = all(stat.S_ISREG(path.lstat().st_mode) for path in folder.iterdir())
     return plain and about.st_dev == parent.stat().st_dev and about.st_uid == os.geteuid()

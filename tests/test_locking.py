@@ -96,6 +96,26 @@ def test_a_lock_names_its_holder_and_is_free_after_a_kill_or_an_end(tmp_path: Pa
         assert again.held
 
 
+def test_a_lock_taken_twice_by_one_process_is_held_until_both_are_closed(tmp_path: Path) -> None:
+    """A cell of a notebook that is run again: the new training has the lock before the old one is gone."""
+    lock = locking.take(tmp_path)
+    again = locking.take(tmp_path)
+
+    def other() -> None:
+        with pytest.raises(OutputError, match=f"being written to by process {os.getppid()} on "):
+            locking.take(tmp_path)
+
+    for one in (lock, again):
+        assert ended(forked(other)) == 0
+        one.close()
+    assert ended(forked(other)) == 1
+    locking.take(tmp_path).close()
+    descriptors = len(os.listdir("/dev/fd"))
+    with locking.take(tmp_path), locking.take(tmp_path):
+        pass
+    assert len(os.listdir("/dev/fd")) == descriptors
+
+
 def test_a_lock_of_a_number_that_comes_again_is_not_taken_for_ours(tmp_path: Path) -> None:
     """Two containers on one disk have processes of one number, and may be called alike."""
     process, end = holding(tmp_path)

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from imgadapt import demo
-from imgadapt.training import zipping
+from imgadapt import demo, stopping
+from imgadapt.training import loop, zipping
 from tests import children
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="children are forked")
@@ -293,6 +293,32 @@ def test_a_signal_while_a_lock_changes_hands_does_not_leave_it_to_nobody(tmp_pat
 
     for turn in range(1, 30, 3):
         honest(children.run(main, [], tmp_path / "said", partial(before, turn)), signal.SIGTERM)
+
+
+def test_what_must_not_be_cut_in_two_is_not_by_the_second_signal_to_a_training() -> None:
+    """It would leave a file that nobody knows to be half written, or a lock to nobody."""
+    run, done = loop.Run.__new__(loop.Run), list[str]()
+    run._stop, run._handlers = signal.SIGTERM, {}
+
+    def whole() -> None:
+        with stopping.unbroken():
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append("whole")
+
+    before = signal.signal(signal.SIGTERM, run._on_signal)
+    try:
+        with pytest.raises(stopping.Stopped):
+            whole()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert done == ["whole"]
+
+
+def test_another_thread_than_the_first_listens_to_no_signal() -> None:
+    """`signal.signal` raises there: a training in a user's own thread."""
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(stopping.listened).result() == []
+    assert stopping.listened() == list(stopping.SIGNALS)
 
 
 @pytest.mark.parametrize("number", SIGNALS[1:])

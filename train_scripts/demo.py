@@ -27,7 +27,7 @@ from imgadapt import attach, demo, detach, load, save, set_weights
 from imgadapt.atomic import write_bytes
 from imgadapt.cli import program
 from imgadapt.errors import Interrupted, TrainingError
-from imgadapt.stopping import Stopped
+from imgadapt.stopping import Stopped, unbroken
 from imgadapt.training import families, objective, pictures, probe
 from imgadapt.training.config import TrainConfig
 from imgadapt.training.data import scan
@@ -43,12 +43,15 @@ def train(folder: Path, output: Path, steps: int, seed: int) -> float:
     """`imgadapt style`, as a user runs it; returns the seconds of its steps (a finished run is not done again)."""
     command = [sys.executable, "-m", "imgadapt", "style", os.fspath(folder), "--output", os.fspath(output)]
     command += ["--steps", str(steps), "--seed", str(seed), "--no-report", *RECIPE]
-    process = subprocess.Popen(command, start_new_session=True)  # Ctrl-C comes here only
+    process = None
     try:
+        with unbroken():  # or it would go on alone
+            process = subprocess.Popen(command, start_new_session=True)  # Ctrl-C comes here only
         status = process.wait()
     except Stopped as stopped:
-        process.send_signal(stopped.number)  # it saves and ends
-        process.wait()
+        if process is not None:
+            process.send_signal(stopped.number)  # it saves and ends
+            process.wait()
         raise Interrupted(f"{stopped}; run the same command to go on", stopped.number) from None
     if status:
         raise TrainingError(f"the training of {folder.name} ended with status {status}; see above")

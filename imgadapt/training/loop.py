@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from imgadapt.errors import Interrupted, OutputError, TrainingError, first_few
 from imgadapt.shortage import out_of_memory
-from imgadapt.stopping import SIGNALS, Stopped, listened, say
+from imgadapt.stopping import SIGNALS, Stopped, listened, put_off, say
 from imgadapt.temporary import sweep
 from imgadapt.training import checkpoint, learning, noise, recipe
 from imgadapt.training.averaging import Averages
@@ -114,6 +114,8 @@ class Run:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._stop is not None:  # asked twice: at once
+            if put_off(number, frame):
+                return
             before = self._handlers.get(number)
             if callable(before) and before is not signal.default_int_handler:
                 before(number, frame)
