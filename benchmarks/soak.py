@@ -257,6 +257,7 @@ class Good:
     def __init__(self, server: Server) -> None:
         self.server, self._names = server, itertools.count()
         with server.client() as http:
+            assert http.get("/").status_code == 200
             cards = called(http, "list_adapters", {})[-1]["adapters"]
             self.adapters = {card["name"]: card["id"] for card in cards}
             self.ink, self.blend = self.adapters["ink"], [{"adapter": self.adapters[n]} for n in ("ink", "duotone")]

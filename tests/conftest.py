@@ -2,6 +2,8 @@
 
 import os
 import runpy
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -39,6 +41,27 @@ def _offline(_network: Path) -> Iterator[None]:
     if attempts := _network.read_text("utf-8", "replace"):
         _network.write_text("")
         pytest.fail(f"the network was asked:\n{attempts}", pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def native(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
+    """What is preloaded to see libraries that are not Python; None where there is no compiler."""
+    if not sys.platform.startswith("linux") or shutil.which("cc") is None:
+        return None
+    made = tmp_path_factory.mktemp("native") / "native.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", made, OFFLINE / "native.c"], check=True)
+    return made
+
+
+@pytest.fixture
+def alone(native: Path | None, tmp_path: Path) -> dict[str, str]:
+    """The environment of someone who has never used anything, and told no library to be quiet."""
+    quiet = ("HF_", "HUGGINGFACE_", "GRADIO_", "DO_NOT_TRACK", "DISABLE_TELEMETRY", "XDG_", "WANDB_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(quiet)}
+    home = tmp_path / "home"
+    home.mkdir()
+    more = {"HOME": str(home), "IMGADAPT_NETWORK": str(tmp_path / "attempts"), "HF_HUB_OFFLINE": "0"}
+    return kept | more | ({"LD_PRELOAD": str(native)} if native else {})
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,8 @@
 import contextlib
 import io
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 from imgadapt import cli
 from imgadapt.demo import PIPELINE
@@ -33,6 +35,8 @@ COMMANDS = (
     ("extract", f"{OUT}/baked", str(PIPELINE), f"{OUT}/e.safetensors", "--rank", "2"),
     ("resize", STYLE, f"{OUT}/r.safetensors", "--rank", "1"),
 )  # fmt: skip
+HUB = ("style", PICTURES, "--base", "someone/some-model", "--output", f"{OUT}/hub")
+"""What is not on this machine: an error."""
 
 
 def main() -> None:
@@ -40,15 +44,23 @@ def main() -> None:
     if left_out != {"demo", "ui"}:
         raise SystemExit(f"not run: {left_out}")
     for command in COMMANDS:
-        sys.argv = ["imgadapt", *command]
-        said = io.StringIO()
-        try:
-            with contextlib.redirect_stdout(said):
-                cli.main()
-        except SystemExit as end:
-            if end.code:
-                raise SystemExit(f"{' '.join(command)}: {end.code}\n{said.getvalue()}") from end
+        status, said = run(command)
+        if status:
+            raise SystemExit(f"{' '.join(command)}: {status}\n{said}")
         print("ran", command[0], flush=True)
+    status, said = run(HUB)
+    print("ran", HUB[0], status, said, flush=True)
+
+
+def run(command: Sequence[str]) -> tuple[Any, str]:
+    """Its exit status, and what it printed."""
+    sys.argv, said = ["imgadapt", *command], io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            cli.main()
+    except SystemExit as end:
+        return end.code, said.getvalue()
+    return 0, said.getvalue()
 
 
 if __name__ == "__main__":
