@@ -7,13 +7,14 @@ import signal
 import stat
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
-from imgadapt import AdapterFile, LoRA, load, save, together
+from imgadapt import AdapterFile, LoRA, load, save, stopping, together
 from imgadapt.atomic import atomically, folder_atomically, make_folder, write_bytes
 from imgadapt.errors import FormatError, OutputError
 from imgadapt.formats import Part
@@ -245,3 +246,51 @@ def test_pefts_weights_never_meet_another_alpha(
     assert names(path) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     assert names(tmp_path) == ["x"]
     assert json.loads((path / "adapter_config.json").read_text())["lora_alpha"] == 8
+
+
+def test_saving_in_a_users_program_leaves_nothing_behind_in_it(tmp_path: Path) -> None:
+    """No handler of signals, no open file, nothing to remove when it ends; in any thread, whatever comes of it."""
+
+    def state() -> object:
+        return [signal.getsignal(n) for n in signal.valid_signals()], len(os.listdir("/dev/fd")), sys.unraisablehook
+
+    def work() -> None:
+        for form in ("diffusers", "peft", "peft"):
+            save(adapter(1.0, 1.0), tmp_path / form, format=form)
+        with pytest.raises(OutputError):
+            save(adapter(1.0, 1.0), tmp_path)
+        with pytest.raises(ZeroDivisionError), atomically(tmp_path / "x"):
+            raise ZeroDivisionError
+        with pytest.raises(ZeroDivisionError), folder_atomically(tmp_path / "y"):
+            raise ZeroDivisionError
+
+    work()
+    before = state()
+    work()
+    assert state() == before
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(work).result()
+    assert state() == before
+    assert not stopping._going
+    assert not stopping._unbroken
+    assert names(tmp_path) == ["diffusers", "peft"]
+
+
+def test_a_folder_is_written_whole_where_the_folder_one_is_in_is_gone(tmp_path: Path) -> None:
+    path = save(adapter(1.0, 1.0), tmp_path / "x", format="peft")
+
+    def work() -> None:
+        (tmp_path / "in").mkdir()
+        os.chdir(tmp_path / "in")
+        os.rmdir(tmp_path / "in")
+        save(adapter(8.0, 2.0), path, format="peft")
+        os._exit(7)
+
+    child = os.fork()
+    if not child:
+        try:
+            work()
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert is_first_or_second(path)
