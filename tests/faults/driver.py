@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import struct
 import sys
 import traceback
@@ -25,6 +26,7 @@ from imgadapt.errors import ImgadaptError
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES)
 WRITES, READS = 15, 16  # kinds of calls, see shim.c
+_LONGEST = 300  # seconds of a child; then it hangs
 _TEMPORARY = re.compile(r"(^|/)\.[^/]*\.tmp(/|$)")
 
 
@@ -169,6 +171,7 @@ class Driver:
         child = os.fork()
         if not child:
             status = 1
+            signal.alarm(_LONGEST)
             try:
                 self.disk.arm(self._place, n, errno.EIO, mode, kinds)
                 _quiet(judge.operation, self._place)

@@ -48,8 +48,9 @@ def preloaded(arguments: Sequence[str], folder: Path) -> int:
         [compiler, "-O1", "-shared", "-fPIC", "-o", library, HERE / "shim.c", "-ldl", "-lpthread"], check=True
     )
     in_memory = MEMORY if os.access(MEMORY, os.W_OK) else None  # where syncing takes no time
-    with tempfile.TemporaryDirectory(dir=in_memory) as tried:
+    with tempfile.TemporaryDirectory(prefix="faults_", dir=in_memory) as tried:
         more = {OURS: tried, "LD_PRELOAD": os.fspath(library), "OMP_NUM_THREADS": "1"}
+        more["MKL_DISABLE_FAST_MM"] = "1"  # its locks are not given back in a child of fork
         done = subprocess.run([sys.executable, __file__, *arguments], env={**os.environ, **more}, check=False)
     return done.returncode
 
