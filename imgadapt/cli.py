@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from imgadapt import stopping
-from imgadapt.shortage import of_the_system, out_of_memory
+from imgadapt.shortage import lacking, of_the_system
 
 PROGRAMS = {
     "demo": ("train_scripts/demo.py", "train a style on the embedded base, prove it, and write a report"),
@@ -157,8 +157,8 @@ def _told(error: BaseException) -> int | None:
         return 1
     if isinstance(error, ImgadaptError):
         said = str(error)
-    elif out_of_memory(error):
-        said = f"out of memory ({_first_line(error)}). {LESS.get(name, LESS[''])}"
+    elif (short := lacking(error)) is not None:
+        said = f"out of memory ({_first_line(short)}). {LESS.get(name, LESS[''])}"
     elif isinstance(error, OSError):
         said = of_the_system(error)
     elif isinstance(error, RecursionError):

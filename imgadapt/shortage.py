@@ -17,6 +17,26 @@ _MEMORY = (
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory is out, of a GPU or of the machine."""
+    return lacking(error) is not None
+
+
+def lacking(error: BaseException) -> BaseException | None:
+    """The error that says that memory is out: this one, or what it was raised from, as libraries wrap what fails in an
+    import.
+    """
+    seen: list[BaseException] = []
+    now: BaseException | None = error
+    while now is not None and now not in seen:
+        if _says_so(now):
+            return now
+        if not isinstance(now, RuntimeError | ImportError | SystemError):  # others are what they are
+            return None
+        seen.append(now)
+        now = now.__cause__ or (None if now.__suppress_context__ else now.__context__)
+    return None
+
+
+def _says_so(error: BaseException) -> bool:
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from imgadapt import cli, load
 from imgadapt.playground.desk import Desk
-from imgadapt.shortage import of_the_system, out_of_memory
+from imgadapt.shortage import lacking, of_the_system, out_of_memory
 from imgadapt.training import evidence, probe
 from tests import children
 
@@ -78,6 +78,35 @@ def test_memory_that_is_out_when_the_files_are_written_is_a_line_and_the_trainin
     assert again.status == 0, again.said
     assert "going on after step 2" in again.printed
     assert load(out / "adapter.safetensors").parts
+
+
+def wrapped(error: BaseException, *, told: bool = True) -> BaseException:
+    """As diffusers raises what fails in an import of an import."""
+    for what in ("models", "pipelines"):
+        try:
+            try:
+                raise error
+            except BaseException as cause:
+                said = f"Failed to import {what} because of the following error (look up to see its traceback):\n"
+                if told:
+                    raise RuntimeError(said) from cause
+                raise RuntimeError(said)  # noqa: B904
+        except RuntimeError as outer:
+            error = outer
+    return error
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_memory_that_is_out_within_an_import_is_the_one_line(tmp_path: Path, told: bool) -> None:
+    for error in SHORT:
+        assert lacking(wrapped(error, told=told)) is error
+    mended = ValueError("a fault of what was done about it")
+    mended.__context__ = MemoryError()
+    assert lacking(mended) is None
+    done = children.run(raising(wrapped(MemoryError(), told=told)), [], tmp_path / "said")
+    assert done.status == 1
+    assert done.said == f"imgadapt: error: out of memory (MemoryError). {cli.LESS['']}\n"
+    assert lacking(wrapped(ValueError("ours"), told=told)) is None
 
 
 def test_memory_that_is_out_before_the_first_step_and_in_it_is_a_line(folder: Path, tmp_path: Path, quick: Any) -> None:
