@@ -82,6 +82,7 @@ def test_block_weights_may_be_a_list() -> None:
         ("rule = ", "not TOML"),
         ('rule = "svd"', r"no \[\[inputs\]\]"),
         ('rul = "svd"\n[[inputs]]\npath = "a"', "unknown key 'rul', did you mean 'rule'"),
+        ('outptu = "b"\n[[inputs]]\npath = "a"', "unknown key 'outptu', did you mean 'output'.*there are: .*, output"),
         ('[[inputs]]\npath = "a"\nwieght = 1', "input 1: unknown key 'wieght', did you mean 'weight'"),
         ("[[inputs]]\nweight = 1", "input 1: no path"),
         ("[[inputs]]\npath = 3", "path is 3; wanted text"),

@@ -84,9 +84,9 @@ def from_toml(text: str, where: object = "the recipe") -> MergeRecipe:
 def _recipe_of(table: Mapping[str, Any], where: object) -> MergeRecipe:
     data = dict(table)
     data.pop(_VERSION, None)
+    _known(data, [*(field.name for field in fields(MergeRecipe)), _OUTPUT], where)
     _typed(output := data.pop(_OUTPUT, ""), str, "text", f"{where}: {_OUTPUT}")
     no_nul(output)
-    _known(data, [field.name for field in fields(MergeRecipe)], where)
     for kinds, names, wanted in (
         (str, _TEXTS, "text"),
         (int | float, _NUMBERS, "a number"),
