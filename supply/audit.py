@@ -66,7 +66,8 @@ def main() -> None:
     lines = [line for line in CONSTRAINTS.read_text("utf-8").splitlines() if line and not line.startswith("#")]
     probe = ask([line for line in lines if line.startswith(f"{_PROBE}==")])
     if probe.why or probe.unknown:
-        print(f"audit: NOT DONE: PyPI's advisories cannot be reached from here: {probe.why or 'it knows no package'}")
+        why = probe.why or "the package index here serves no advisories"
+        print(f"audit: NOT DONE: PyPI's advisories cannot be reached from here: {why}")
         sys.exit(unasked)
     answer = ask(lines)
     for name, said in answer.vulnerable.items():
