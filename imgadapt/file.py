@@ -19,7 +19,8 @@ from imgadapt.formats import DIFFUSERS, FORMATS, Format, Parts, Step, Writer, ar
 from imgadapt.formats.kohya import HASHES
 from imgadapt.formats.layer_config import LONGEST_JSON, PEFT_KEY
 from imgadapt.header import opened
-from imgadapt.pickles import is_pickle, is_picture, read_pickle, read_picture
+from imgadapt.kinds import START, is_torch_zip
+from imgadapt.pickles import is_picture, read_pickle, read_picture
 from imgadapt.tensors import DTYPES, bytes_of, header_bytes, read_outline, read_tensors, write_tensors
 from imgadapt.together import together
 
@@ -111,20 +112,20 @@ def _with_config(path: Path, contents: Callable[[Path], _Contents]) -> _Contents
 
 def _file(path: Path, pickle: bool) -> _Contents:
     with opened(path) as file:
-        start = file.read(9)
-    if start[8:] == b"{":  # safetensors begins with the length of its JSON
+        start = file.read(START)
+    if start[8:9] == b"{":  # safetensors begins with the length of its JSON
         return read_tensors(path)
     if is_picture(start):
         return read_picture(path)
-    if not is_pickle(start):
-        return read_tensors(path)  # which says what is wrong
-    if not pickle:
+    if pickle and start[:2] == b"PK":
+        return read_pickle(path)
+    if is_torch_zip(start):
         raise FormatError(
             f"{path}: a pickle, as torch.save writes; such files can hold code. If you trust whoever made it, "
-            "load(path, pickle=True) reads the tensors in it, and `imgadapt convert --pickle FILE --to FORMAT` makes a "
-            ".safetensors of it"
+            "`imgadapt show --pickle FILE` tells what is in it, `imgadapt convert --pickle FILE --to FORMAT` makes a "
+            ".safetensors of it, and in Python load(path, pickle=True) reads its tensors"
         )
-    return read_pickle(path)
+    return read_tensors(path)  # which says what is wrong
 
 
 def plan(file: AdapterFile, format: str) -> list[Step]:

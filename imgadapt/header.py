@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from imgadapt.errors import FormatError, shortened
+from imgadapt.kinds import START, kind_of
 
 MOST_BYTES = 32 * 2**20
 """Of a header; the largest of real files are metadata of 5 MB."""
@@ -117,23 +118,25 @@ def read_header(file: BinaryIO) -> Header:
         raise FormatError("an empty file" if not head else f"only {len(head)} bytes; not a whole safetensors file")
     (length,) = struct.unpack("<Q", head)
     if length > min(MOST_BYTES, size - 8):
-        raise FormatError(_no_header(head, length, size))
+        raise FormatError(_no_header(head + file.read(START), length, size))
     text = file.read(length)
     if len(text) < length:
         raise FormatError("not whole: it ends within its header")
     try:
         rows, metadata = _Reader(text.decode()).read()
     except UnicodeDecodeError as error:
-        raise FormatError("not safetensors: its header is no UTF-8 text") from error
+        what = (text[:1] != b"{" and kind_of(head + text[:START])) or "its header is no UTF-8 text"
+        raise FormatError(f"not safetensors: {what}") from error
     _check_places(rows, size - 8 - length)
     return Header(rows, metadata, 8 + length, size, stamp)
 
 
-def _no_header(head: bytes, length: int, size: int) -> str:
-    if head[:2] == b"PK" or head[:1] == b"\x80":
-        return "a pickle, which may run code, under another name"
-    if length >= _NOT_A_LENGTH:
-        return "not a safetensors file"
+def _no_header(start: bytes, length: int, size: int) -> str:
+    if length >= _NOT_A_LENGTH or start[8:9] != b"{":
+        if kind := kind_of(start):
+            return f"not a safetensors file, but {kind}"
+        if length >= _NOT_A_LENGTH:
+            return "not a safetensors file"
     if length > MOST_BYTES:
         return f"a header of {length:,} bytes, which no model's file has"
     return f"not whole: its header takes {length:,} bytes, and there are {size - 8:,}"

@@ -53,11 +53,6 @@ _UNREADABLE = (
 )
 
 
-def is_pickle(start: bytes) -> bool:
-    """Whether a file that begins so is torch's: a zip of a pickle, or, before torch 1.6, the bare one."""
-    return start[:2] == b"PK" or start[:1] == b"\x80"
-
-
 def is_picture(start: bytes) -> bool:
     """Whether a file that begins so is a PNG or a WebP."""
     return start[:4] in (b"\x89PNG", b"RIFF")
@@ -106,6 +101,8 @@ def _checked(file: BinaryIO) -> BinaryIO:
         raise FormatError("a zip of more entries than any adapter has")
     with zipfile.ZipFile(file) as archive:
         rows = archive.infolist()
+        if not any(row.filename.endswith("data.pkl") for row in rows):
+            raise FormatError("a zip archive, and not a file of tensors, which has a data.pkl: unpack it")
         if any(row.compress_type != zipfile.ZIP_STORED for row in rows) or sum(row.file_size for row in rows) > size:
             raise FormatError("a zip that unpacks to more than it is, which torch never writes")
         made = io.BytesIO()
@@ -128,8 +125,7 @@ def _length_of_names(file: BinaryIO, size: int) -> int:
     file.seek(max(0, size - 98))
     end = file.read(98)
     if end[:1] == b"" or end[-22:-18] != b"PK\5\6":
-        old = "torch's form from before 1.6; load it and save it again where you trust it"
-        raise FormatError(f"not a whole zip, as torch.save writes ({old}, if it is that)")
+        raise FormatError("not a whole zip, as torch.save writes: was all of it downloaded?")
     if end[-42:-38] == b"PK\6\7":
         return int(struct.unpack("<Q", end[40:48])[0]) if end[:4] == b"PK\6\6" else size
     return int(struct.unpack("<L", end[-10:-6])[0])

@@ -246,9 +246,9 @@ def test_an_interrupted_write_leaves_the_old_file_and_the_interruption(
         (b"just words, no tensors at all\n", "not a safetensors file"),
         (struct.pack("<Q", 2) + b"{}", "not an adapter that imgadapt reads: none of its 0 keys"),
         (struct.pack("<Q", 2**40) + b"{}", "not a safetensors file"),
-        (b"PK\x03\x04 a pickle, as torch.save writes it", "a pickle, as torch.save writes"),
+        (b"PK\x03\x04 no pickle, as torch.save writes it", "not a safetensors file, but a zip archive: unpack it"),
     ],
-    ids=["empty", "text", "no tensors", "a header of a terabyte", "pickle"],
+    ids=["empty", "text", "no tensors", "a header of a terabyte", "zip"],
 )
 def test_what_is_no_adapter_is_refused_by_its_path(data: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
@@ -295,7 +295,7 @@ def test_a_pickle_of_tensors_is_read_and_any_other_is_refused_unopened(end: str,
     tensors, _ = read_tensors(save(adapter(), tmp_path / "x.safetensors", format="kohya"))
     path = tmp_path / f"x.{end}"
     torch.save(tensors, path)
-    with pytest.raises(FormatError, match=rf"{path}: a pickle, .*load\(path, pickle=True\).*convert --pickle"):
+    with pytest.raises(FormatError, match=rf"{path}: a pickle, .*show --pickle.*convert --pickle.*pickle=True\)"):
         load(path)
     file = load(path, pickle=True)
     assert (file.format, set(file.parts)) == ("kohya", {LAYER, CONV})
