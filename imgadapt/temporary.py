@@ -31,14 +31,14 @@ def claimed(target: Path, make: Callable[[str], None]) -> Generator[Path]:
     make: raises FileExistsError where there is something.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: it cannot be made; `target` is the name in it.
     """
     numbered = [_name(target, f"{k:x}") for k in range(_AT_ONCE)]
     for name in numbered:
         _sweep(name)
     for name in chain(numbered, (_name(target, secrets.token_hex(6)) for _ in range(_AT_ONCE))):
         with suppress(FileExistsError), stopping.unbroken():
-            make(os.fspath(name))
+            _made(name, target, make)
             try:
                 about, held = os.lstat(name), _lock(name)
             except (BlockingIOError, FileNotFoundError):  # taken for a dead one's, in the moment before
@@ -57,6 +57,15 @@ def claimed(target: Path, make: Callable[[str], None]) -> Generator[Path]:
         stopping.stays(name)
         if held is not None:
             os.close(held)
+
+
+def _made(name: Path, target: Path, make: Callable[[str], None]) -> None:
+    try:
+        make(os.fspath(name))
+    except OSError as error:
+        if error.filename == os.fspath(name):  # which nobody has heard of
+            error.filename = os.fspath(target)
+        raise
 
 
 def _leave(name: Path, about: os.stat_result) -> None:

@@ -87,6 +87,23 @@ def test_what_is_no_plain_file_is_refused_and_stays(make: Callable[[Path], objec
     assert path.lstat().st_mode == before.st_mode
 
 
+def test_what_a_file_is_called_meanwhile_is_in_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(name: object, *arguments: object) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", os.fspath(name))  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+    (tmp_path / "far").mkdir()
+    (tmp_path / "link").symlink_to("far/file")
+    monkeypatch.setattr(os, "open", denied)
+    monkeypatch.setattr(os, "mkdir", denied)
+    for path, whose in ((tmp_path / "x", ""), (tmp_path / "link", f"{tmp_path / 'far' / 'file'}: ")):
+        with pytest.raises(OutputError) as caught:
+            write_bytes(path, b"new")
+        assert str(caught.value) == f"cannot write {path}: {whose}Permission denied; what was there is untouched"
+    with pytest.raises(OutputError) as caught, folder_atomically(tmp_path / "folder"):
+        pass
+    assert str(caught.value) == f"cannot write {tmp_path / 'folder'}: Permission denied; what was there is untouched"
+
+
 def test_modes_are_kept_given_or_the_users(tmp_path: Path) -> None:
     path = tmp_path / "x"
     mask = os.umask(0o022)
