@@ -610,6 +610,27 @@ def test_what_a_killed_run_left_unfinished_is_removed(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*.tmp")] == ["mine.tmp"]
 
 
+def test_a_power_cut_after_a_checkpoint_costs_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync, save, synced, lost = os.fsync, checkpoint.save, dict[int, int](), list[int]()
+
+    def syncing(descriptor: int) -> None:
+        fsync(descriptor)
+        about = os.fstat(descriptor)
+        synced[about.st_ino] = about.st_size
+
+    def saving(*rest: Any) -> None:
+        about = (tmp_path / "log.jsonl").stat()
+        lost.append(about.st_size - synced.get(about.st_ino, 0))
+        save(*rest)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(checkpoint, "save", saving)
+    toy = Toy(tmp_path, {"checkpoint_every": 2})
+    toy.go()
+    assert len(toy.log) == 6
+    assert lost == [0, 0, 0]
+
+
 def test_an_output_that_cannot_be_a_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("kept")
     with pytest.raises(OutputError, match=r"cannot write to .*file: "):
