@@ -3,8 +3,9 @@
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from imgadapt.errors import DataError, first_few, printable
@@ -14,6 +15,7 @@ from imgadapt.training.captions import beside, table, with_trigger, wordings
 from imgadapt.training.listing import METADATA, SUFFIXES, UNREAD, Listing, is_folder
 
 SMALLEST = 8  # pixels of a side
+_NAMED = 50  # of those at fault, so that all can be mended at once
 _CONCEPT = re.compile(r"(\d{1,3})_(.*)")  # kohya's `10_ohwx man`; four digits are a year
 
 
@@ -50,22 +52,26 @@ def scan(folder: Path, caption: str | None = None, trigger: str | None = None) -
 
     Raises:
         DataError: the folder is not there, has no pictures, or two layouts; pictures or masks cannot be read or used;
-            captions are missing or contradict each other. Those at fault are counted and the first are named.
+            captions are missing, cannot be read or contradict each other. All at fault are counted, and named up to 50.
     """
     trigger = (trigger or "").strip() or None
     found = [(*item, _concept(place.folder)) for place in _places(folder) for item in _pictures(place)]
     if not found:
         raise DataError(f"{folder}: no pictures in it{_hint(folder)}")
     broken: list[str] = []
+    odd: list[str] = []
     silent: list[str] = []
     examples: list[Example] = []
-    for path, texts, mask, (repeats, concept) in found:
-        name = printable(path.relative_to(folder).as_posix())
-        if not texts:
-            if caption is None and not concept and trigger is None:
-                silent.append(name)
-            texts = wordings([concept if caption is None else caption], "the caption for all") or [""]
-        captions = tuple(dict.fromkeys(with_trigger(text, trigger, path) for text in texts))
+    for path, words, mask, (repeats, concept) in found:
+        name, captions = printable(path.relative_to(folder).as_posix()), ("",)
+        try:
+            if not (texts := words()):
+                if caption is None and not concept and trigger is None:
+                    silent.append(name)
+                texts = wordings([concept if caption is None else caption], "the caption for all") or [""]
+            captions = tuple(dict.fromkeys(with_trigger(text, trigger, path) for text in texts))
+        except DataError as error:
+            odd.append(str(error))
         try:
             mark, size, alpha = _look(path)
             marked = _look_at_mask(mask, size) if mask else ""
@@ -73,16 +79,26 @@ def scan(folder: Path, caption: str | None = None, trigger: str | None = None) -
             broken.append(f"{name} ({error})")
         else:
             examples.append(Example(path, captions, mark, *size, mask, alpha, repeats, concept, marked))
+    faults = _faults(folder, len(found), broken, list(dict.fromkeys(odd)), silent)
+    if faults:
+        raise DataError("; and ".join(faults))
+    return examples
+
+
+def _faults(folder: Path, count: int, broken: Sequence[str], odd: Sequence[str], silent: Sequence[str]) -> list[str]:
+    """What is wrong with the pictures, with captions that are there, and with those that are not."""
+    said: list[str] = []
     if broken:
-        raise DataError(
-            f"{folder}: {len(broken)} of {len(found)} pictures cannot be read; mend or remove {first_few(broken)}"
-        )
+        named = first_few(broken, _NAMED)
+        said.append(f"{folder}: {len(broken)} of {count} pictures cannot be read; mend or remove {named}")
+    if odd:
+        said.append(odd[0] if len(odd) == 1 else f"{len(odd)} captions cannot be used: {first_few(odd, _NAMED)}")
     if silent:
-        raise DataError(
-            f"{folder}: {len(silent)} of {len(found)} pictures have no caption ({first_few(silent)}); write "
+        said.append(
+            f"{folder}: {len(silent)} of {count} pictures have no caption ({first_few(silent, _NAMED)}); write "
             f"{Path(silent[0]).stem}.txt beside each, or give one for all: --caption 'a drawing'"
         )
-    return examples
+    return said
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
@@ -137,8 +153,10 @@ def _hint(folder: Path) -> str:
     return f"; did you mean its folder {first_few(inner)}?" if inner else f"; wanted {', '.join(sorted(SUFFIXES))}"
 
 
-def _pictures(top: Listing) -> list[tuple[Path, list[str], Path | None]]:
-    """The pictures of a folder, with their own wordings and masks. If it has metadata, this must name them all."""
+def _pictures(top: Listing) -> list[tuple[Path, Callable[[], list[str]], Path | None]]:
+    """The pictures of a folder, with what reads their own wordings, and masks. If it has metadata, this must name them
+    all.
+    """
     tables = [file for name in METADATA if (file := top.find(name))]
     if len(tables) > 1:
         raise DataError(f"{tables[0]} and {tables[1]} are both there; remove one of them")
@@ -157,7 +175,8 @@ def _pictures(top: Listing) -> list[tuple[Path, list[str], Path | None]]:
         _none([path for path in pictures if path not in said], tables[0],
               "beside it have no row in it; add rows, or move them away")  # fmt: skip
     return [
-        (path, beside(listings[path.parent].captions(path), said.get(path, []), source), mask) for path, mask in paired
+        (path, partial(beside, listings[path.parent].captions(path), said.get(path, []), source), mask)
+        for path, mask in paired
     ]
 
 
