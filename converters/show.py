@@ -10,14 +10,14 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from imgadapt import load
 from imgadapt.arch import architectures
 from imgadapt.cli import program
-from imgadapt.errors import first_few, shortened
-from imgadapt.summary import NO_CONFIG, alpha_unsaid, misfits, summary
+from imgadapt.errors import FormatError, first_few, shortened
+from imgadapt.summary import NO_CONFIG, Summary, alpha_unsaid, misfits, summary
 
 _MOST = 40  # lines of metadata
 
@@ -42,8 +42,7 @@ def main(argv: Sequence[str]) -> None:
     wrong = misfits(file, next(a for a in architectures() if a.name == args.base)) if args.base else {}
     if args.json:
         print(json.dumps({**json.loads(found.as_json()), "misfits": wrong}, indent=1))
-        if found.unknown or wrong:
-            raise SystemExit(1)
+        _end(found, wrong)
         return
 
     size = sum(f.stat().st_size for f in ([args.file] if args.file.is_file() else args.file.iterdir()))
@@ -60,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
         _say(f"word          {word}: {shapes}")
     if found.trigger:
         _say(f"trigger       {', '.join(found.trigger)}")
-    _say(f"parameters    {found.numbers:,}, {', '.join(found.dtypes)}")
+    _say(f"parameters    {', '.join([f'{found.numbers:,}', *found.dtypes])}")
     if found.blocks:
         most = max((norm for norm in found.blocks.values() if math.isfinite(norm)), default=0.0) or 1.0
         for block, norm in found.blocks.items():
@@ -84,6 +83,14 @@ def main(argv: Sequence[str]) -> None:
         _say(f"UNKNOWN       {len(found.unknown)} keys: {first_few(list(found.unknown))}")
         for reason in reasons[:10]:
             _say(f"  {reason}")
+    _end(found, wrong)
+
+
+def _end(found: Summary, wrong: Mapping[str, str]) -> None:
+    if found.broken:
+        names = first_few([shortened(name) for name in found.broken])
+        what = f"{len(found.broken)} layers or words hold NaN or infinity: {names}"
+        raise FormatError(f"this adapter cannot draw: {what}. Train it again, or take an earlier checkpoint of it")
     if found.unknown or wrong:
         raise SystemExit(1)
 

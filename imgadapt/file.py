@@ -180,7 +180,7 @@ def save(
         tensors = {**tensors, **in_form}
     if dtype is not None:
         tensors = exact_alpha(tensors, dtype)
-    if broken := [key for key, tensor in tensors.items() if not _finite(tensor)]:
+    if broken := [key for key, tensor in tensors.items() if not is_finite(tensor)]:
         raise FormatError(f"NaN or infinity in {first_few(broken)}; {path} is not written")
     of = {part.source.of if part.source and part.source.format == form.name else 0 for part in file.parts.values()}
     untouched = dtype is None and of == {len(tensors)} and HASHES[0] in metadata and _as_read(form, file, architecture)
@@ -224,7 +224,8 @@ def _architecture(file: AdapterFile) -> Architecture | None:
     return named if named is not None else architecture_of(file.parts, architectures())
 
 
-def _finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
+    """Whether there is no NaN and no infinity in it."""
     if not tensor.is_floating_point():
         return True
     # one pass, for NaN and infinity go through a sum; what is only too large for it is looked at closely

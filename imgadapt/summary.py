@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from imgadapt.arch import Architecture
-from imgadapt.file import AdapterFile
+from imgadapt.file import AdapterFile, is_finite
 from imgadapt.formats import Part
 from imgadapt.formats.layer_config import PEFT_KEY
 from imgadapt.sites import Kind, Site
@@ -39,7 +39,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """What is in a file. blocks: the norms of layers summed up (the root of the sum of squares) by block."""
+    """What is in a file. blocks: the norms of layers summed up (the root of the sum of squares) by block.
+    broken: layers and words with NaN or infinity; none, where no tensors were read.
+    """
 
     format: str | None
     base: str | None
@@ -51,6 +53,7 @@ class Summary:
     blocks: Mapping[str, float]
     metadata: Mapping[str, str]
     unknown: Mapping[str, str]
+    broken: list[str]
 
     def as_json(self) -> str:
         return json.dumps(_finite(asdict(self)), indent=1, allow_nan=False)
@@ -68,7 +71,12 @@ def _finite(value: Any) -> Any:
 def summary(file: AdapterFile, *, norms: bool = True) -> Summary:
     """What a file has. norms: whether its tensors are read for them."""
     rows = [_row(name, part, norms) for name, part in file.parts.items()]
-    tensors = [tensor for part in file.parts.values() for tensor in part.tensors.values()]
+    own = {
+        **{f"<{word}>": list(one.source.values()) for word, one in file.embeddings.items()},
+        **{name: list(part.tensors.values()) for name, part in file.parts.items()},
+    }
+    tensors = [tensor for some in own.values() for tensor in some]
+    broken = [name for name, some in own.items() if norms and not all(map(is_finite, some))]
     blocks: dict[str, float] = {}
     for row in rows:
         if row.norm is not None:
@@ -84,6 +92,7 @@ def summary(file: AdapterFile, *, norms: bool = True) -> Summary:
         blocks,
         file.metadata,
         file.unknown,
+        broken,
     )
 
 

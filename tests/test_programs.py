@@ -216,6 +216,37 @@ def test_show_says_what_would_not_fit_and_writes_json(
     assert "layers do not fit" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")], ids=str)
+@pytest.mark.parametrize("options", [[], ["--json"], ["--layers"]], ids=str)
+def test_show_ends_with_an_error_after_all_it_says_of_an_adapter_that_is_not_finite(
+    value: float, options: list[str], run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = {
+        f"unet.down_blocks.{k}.attentions.0.proj_in.lora.{x}.weight": torch.ones(2, 2)
+        for k in (0, 1)
+        for x in ("up", "down")
+    }
+    tensors["unet.down_blocks.1.attentions.0.proj_in.lora.up.weight"][0, 1] = value
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(FormatError, match=r"cannot draw: .* NaN or infinity: unet\.down_blocks\.1\.\S+proj_in\. "):
+        run("show", [str(tmp_path / "x.safetensors"), *options])
+    said = capsys.readouterr().out
+    if options == ["--json"]:
+        assert json.loads(said)["broken"] == ["unet.down_blocks.1.attentions.0.proj_in"]
+    else:
+        assert "parameters    16, float32" in said
+    run("show", [str(tmp_path / "x.safetensors"), *options, "--no-norms"])  # which looks at no number
+
+
+def test_show_counts_the_numbers_of_words(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file({"emb_params": torch.ones(2, 768, dtype=torch.float16)}, tmp_path / "fox.safetensors")
+    run("show", [str(tmp_path / "fox.safetensors")])
+    assert "\nparameters    1,536, float16\n" in capsys.readouterr().out
+    save_file({"emb_params": torch.full((2, 768), float("inf"))}, tmp_path / "fox.safetensors")
+    with pytest.raises(FormatError, match="1 layers or words hold NaN or infinity: <fox>"):
+        run("show", [str(tmp_path / "fox.safetensors")])
+
+
 def test_bad_input_is_answered_with_the_way_out(run: Run, folder: Path, tmp_path: Path, quick: Any) -> None:
     out = ["--output", str(tmp_path / "out")]
     empty = tmp_path / "empty"

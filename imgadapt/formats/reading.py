@@ -24,6 +24,9 @@ _SAMPLE = 40  # layers by which architectures are told apart, before the best on
 _LAYERS = 2000  # more than any architecture has; of a file of more, as many are looked at to tell what it is
 _FIRST = ("sd1", "sdxl", "flux", "sd2", "sd3")  # of those that fit alike
 
+LOOSELY = ". `imgadapt show` lists these; in Python, strict=False reads the rest"
+"""The way out of a refusal."""
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -112,7 +115,7 @@ def _refusal(reading: Reading, total: int) -> FormatError:
     if broken:
         reasons = list(dict.fromkeys(broken.values()))
         words.append(f"{len(broken)} of {total} keys make no adapter: {first_few(reasons)}")
-    return FormatError("; ".join(words) + ". strict=False loads the rest and lists these")
+    return FormatError("; ".join(words) + LOOSELY)
 
 
 def _read(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], architectures: Sequence[Architecture]) -> Reading:

@@ -14,7 +14,7 @@ from typing import Any
 from imgadapt import demo
 from imgadapt.errors import FormatError, ImgadaptError
 from imgadapt.file import AdapterFile, outline
-from imgadapt.formats import FORMATS
+from imgadapt.formats import FORMATS, LOOSELY
 from imgadapt.header import header_of, opened, read_header
 from imgadapt.playground.desk import public
 from imgadapt.summary import misfits, summary, trigger_words
@@ -134,15 +134,10 @@ def described(file: AdapterFile) -> Header:
         _architecture(file),
         tuple(Kind(*kind, layers) for kind, layers in counted.most_common()),
         tuple(dict.fromkeys(name.partition(".")[0] for name in file.parts)),
-        told.numbers + sum(t.numel() for one in file.embeddings.values() for t in one.source.values()),
-        tuple(told.dtypes or sorted(_dtypes(file))),
+        told.numbers,
+        tuple(told.dtypes),
         tuple(plain(word) for word in file.embeddings),
     )
-
-
-def _dtypes(file: AdapterFile) -> set[str]:
-    tensors = (t for one in file.embeddings.values() for t in one.source.values())
-    return {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
 
 
 def _architecture(file: AdapterFile) -> str:
@@ -214,5 +209,5 @@ def plain(text: str, most: int = LONGEST) -> str:
 
 def short(error: BaseException, path: Path) -> str:
     """An error's text without the file's own place, or another's."""
-    text = str(error).replace(f"{path}: ", "").removesuffix(". strict=False loads the rest and lists these")
+    text = str(error).replace(f"{path}: ", "").removesuffix(LOOSELY)
     return plain(public(text or type(error).__name__), 300)
