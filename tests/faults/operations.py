@@ -1,5 +1,6 @@
 """Everything that imgadapt writes, as operations on a folder; what they read is elsewhere, unless that is tried."""
 
+import copy
 import io
 import runpy
 import shutil
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from imgadapt import AdapterFile, LoRA, adapters, attach, cli, collect, detach, load, plan, save
+from imgadapt import AdapterFile, LoRA, attach, cli, collect, detach, load, plan, save
 from imgadapt.embeddings import Embedding
 from imgadapt.errors import ImgadaptError
 from imgadapt.formats import FORMATS, Part
@@ -131,9 +132,7 @@ class Inputs:
         def opened(base: str, **options: Any) -> families.Family:
             if base != "demo" or options.get("dtype", torch.float32) != torch.float32 or options.get("quantise"):
                 return usual(base, **options)
-            if adapters(self.pipe):
-                detach(self.pipe)
-            return families.StableDiffusion(self.pipe, torch.device("cpu"), torch.float32)
+            return families.StableDiffusion(copy.deepcopy(self.pipe), torch.device("cpu"), torch.float32)
 
         usual, families.load = families.load, opened
         evidence.held_out_losses = partial(evidence.held_out_losses, timesteps=1)
