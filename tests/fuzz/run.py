@@ -6,6 +6,7 @@ import argparse
 import importlib
 import io
 import json
+import math
 import os
 import pkgutil
 import random
@@ -256,7 +257,8 @@ def run(chosen: Sequence[Target], options: Options, jobs: int) -> list[Outcome]:
                     child = _child(target, options, tally, log, scratch)
                     running[child] = target, tally, log, time.monotonic()
                 child, status = _ended(running, options)
-                outcomes.append(_outcome(*running.pop(child), status, options.found))
+                outcomes.append(one := _outcome(*running.pop(child), status, options.found))
+                print(f"{one.name}: {one.tried:,} inputs, {len(one.failures)} failed", flush=True)
                 shutil.rmtree(Path(temporary, outcomes[-1].name), ignore_errors=True)
         except KeyboardInterrupt:
             for child, (target, tally, log, began) in running.items():
@@ -305,7 +307,7 @@ def table(outcomes: Sequence[Outcome], guided: bool) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help="targets; none: all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="targets, as --list shows them; none: all")
     parser.add_argument("--seconds", type=float, default=30, help="for each target")
     parser.add_argument("--runs", type=int, help="inputs for each target, at most")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="targets at a time")
@@ -319,6 +321,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     if not (asked.unguided or asked.list):
         _instrument()
+    if not asked.list:
+        print("importing the targets, which may take half a minute ...", flush=True)
     known = targets()
     if asked.list:
         print("\n".join(known))
@@ -329,7 +333,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="fuzz_corpus_") as temporary:
         corpus = (asked.corpus or Path(temporary)).absolute()
         options = Options(asked.seconds, asked.runs, asked.seed, corpus, asked.found.absolute(), guided)
-        outcomes = run([known[name] for name in asked.names or known], options, asked.jobs)
+        chosen = [known[name] for name in asked.names or known]
+        rounds = math.ceil(len(chosen) / max(1, asked.jobs))
+        told = (
+            f"{asked.seconds:g} s for each, {asked.jobs} at a time: {rounds * asked.seconds / 60:.1f} minutes or more"
+        )
+        print(f"targets: {len(chosen)}, {told}", flush=True)
+        outcomes = run(chosen, options, asked.jobs)
     print(table(outcomes, guided))
     counts = options.found / "counts.json"
     counts.parent.mkdir(parents=True, exist_ok=True)
