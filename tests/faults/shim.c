@@ -31,7 +31,7 @@ static int failing, how, wanted;
 static const char *names[MOST];
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
-struct dirty { dev_t device; ino_t inode; int descriptor; };
+struct dirty { dev_t device; ino_t inode; int descriptor; off_t safe; }; /* safe: bytes that were there before */
 static struct dirty unsynced[1024];
 static int unsynced_count;
 struct change { char from[PATH_MAX], to[PATH_MAX], kept[PATH_MAX]; int exchange; };
@@ -117,7 +117,8 @@ static void power(void) {
     for (int k = 0; k < unsynced_count; k++) {
         struct stat about;
         if (fstat(unsynced[k].descriptor, &about)) continue;
-        CALL(ftruncate)(unsynced[k].descriptor, how == POWER ? 0 : about.st_size / 2);
+        off_t safe = unsynced[k].safe < about.st_size ? unsynced[k].safe : about.st_size;
+        CALL(ftruncate)(unsynced[k].descriptor, how == POWER ? safe : safe + (about.st_size - safe) / 2);
     }
     if (how != POWER_BACK) return;
     for (int k = change_count - 1; k >= 0; k--) {
@@ -152,14 +153,16 @@ static int fate(const char *name, int kind) {
     return result;
 }
 
-static void wrote(int descriptor) {
+/* done: bytes; of a file that is only added to, what was there before is safe. */
+static void wrote(int descriptor, ssize_t done) {
     struct stat about;
     if (how < POWER || fstat(descriptor, &about) || !S_ISREG(about.st_mode)) return;
+    int added = fcntl(descriptor, F_GETFL) & O_APPEND;
     pthread_mutex_lock(&lock);
     int k = 0;
     while (k < unsynced_count && !(unsynced[k].device == about.st_dev && unsynced[k].inode == about.st_ino)) k++;
     if (k == unsynced_count && k < 1024) {
-        unsynced[k] = (struct dirty){about.st_dev, about.st_ino, dup(descriptor)};
+        unsynced[k] = (struct dirty){about.st_dev, about.st_ino, dup(descriptor), added ? about.st_size - done : 0};
         unsynced_count++;
     }
     pthread_mutex_unlock(&lock);
@@ -251,7 +254,7 @@ int creat(const char *path, mode_t mode) { return open(path, O_CREAT | O_WRONLY 
     int code = fate("write", GROWS); \
     if (code > 0) FAIL(code); \
     ssize_t done = code < 0 ? half : whole; \
-    if (done >= 0) wrote(descriptor); \
+    if (done >= 0) wrote(descriptor, done); \
     return done
 
 ssize_t write(int descriptor, const void *data, size_t size) {
@@ -311,7 +314,7 @@ void *mmap64(void *where, size_t size, int protection, int flags, int descriptor
     if (!under_fd(descriptor, full)) return made; \
     GATE(name, GROWS); \
     int done = made; \
-    wrote(descriptor); \
+    wrote(descriptor, 0); \
     return done
 
 int ftruncate(int descriptor, off_t size) { SIZE_BODY("ftruncate", CALL(ftruncate)(descriptor, size)); }
