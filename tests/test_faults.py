@@ -24,7 +24,7 @@ def test_a_failing_disk_costs_nobody_anything() -> None:
         env=environment,
     )
     said = re.search(r"(\d+) faults in (\d+) operations, (\d+) wrong", done.stdout)
-    assert said is not None, done.stdout + done.stderr
+    assert said is not None, f"ended with {done.returncode}: {done.stdout}{done.stderr}"
     faults, operations, wrong = (int(number) for number in said.groups())
     assert (operations, wrong, done.returncode) == (13, 0, 0), done.stdout
     assert faults > 2000, done.stdout
