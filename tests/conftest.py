@@ -3,6 +3,7 @@
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -62,6 +63,11 @@ def alone(native: Path | None, tmp_path: Path) -> dict[str, str]:
     home.mkdir()
     more = {"HOME": str(home), "IMGADAPT_NETWORK": str(tmp_path / "attempts"), "HF_HUB_OFFLINE": "0"}
     return kept | more | ({"LD_PRELOAD": str(native)} if native else {})
+
+
+# whoever started the tests may have had them leave signals alone, as `nohup` and `&` do, and programs inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

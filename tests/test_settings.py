@@ -86,7 +86,7 @@ def test_toml_of_the_wrong_type_and_shortened_flags_are_refused(
 
 ODD: dict[str, Any] = {
     "folder": Path('/tmp/it\'s a "folder" \\ ünï 🎉'),
-    "caption": 'a "quoted" \\ back\tslash\nnew line \x7f = # [x]',
+    "caption": 'a "quoted" \\ back\tslash\nnew line = # [x]',
     "trigger": "œhwx",
     "learning_rates": {"text_encoder*": 5e-05, 'a "b"': 1e-20},
     "methods": {"convolution": "dora(lokr(factor=4))"},
