@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import stat
 import struct
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from imgadapt import reading
 from imgadapt.errors import FormatError, shortened
 from imgadapt.kinds import START, kind_of
 
@@ -71,22 +71,16 @@ def stamp_of(file: BinaryIO) -> tuple[int, int]:
 
 @contextmanager
 def opened(path: Path) -> Generator[BinaryIO]:
-    """A file, open to be read. What is no file (a pipe, a device) is refused unopened, for it may never end.
+    """A file, open to be read; see `reading.opened`.
 
     Raises:
         FormatError: it is none, or cannot be read; or what is done within raises one, whose message names no file.
     """
     try:
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):
-            what = "no such file, only a folder" if stat.S_ISDIR(mode) else "no file, but a pipe, socket or device"
-            raise FormatError(what)
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+        with reading.opened(path) as file:
             yield file
     except FormatError as error:
         raise FormatError(f"{path}: {error}") from error
-    except FileNotFoundError as error:
-        raise FormatError(f"{path}: no such file{', only a link to one' if path.is_symlink() else ''}") from error
     except OSError as error:
         raise FormatError(f"{path}: {error.strerror or error}") from error
 

@@ -356,8 +356,8 @@ def test_every_kind_of_damage_is_counted_in_one_error(tmp_path: Path) -> None:
         "empty.png": "an empty file",
         "tiny.png": "7x40 pixels, wanted 8 a side or more",
         "void.png": "transparent all over",
-        "link.png": "a link to nothing",
-        "pipe.png": "not a file",
+        "link.png": "no such file, only a link to one",
+        "pipe.png": "no file, but a pipe, socket or device",
     }
 
 

@@ -304,8 +304,8 @@ def sparse(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("make", "why"),
-    [(fifo, "not a file"), (device, "not a file"), (circle, "symbolic links"),
-     (nowhere, "a link to nothing|no such|cannot"), (sparse, "1,099,511,627,776 bytes")],
+    [(fifo, "a pipe"), (device, "or device"), (circle, "symbolic links"),
+     (nowhere, "only a link to one|no such|cannot"), (sparse, "1,099,511,627,776 bytes")],
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["b.png", "a.txt", "a-mask.png", "metadata.jsonl", "metadata.csv"])
 def test_what_is_no_file_is_refused_and_never_waited_for(

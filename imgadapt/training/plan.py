@@ -4,7 +4,6 @@ The figures per base are starting points that the field's trainers share (ai-too
 defaults); those of the embedded base were measured, see docs/training.md.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +13,10 @@ import torch
 
 from imgadapt.errors import ConfigError
 from imgadapt.methods import DoRA, LoRA
-from imgadapt.reading import read
 from imgadapt.training import recipe, subject, words
 from imgadapt.training.config import DreamBoothConfig, InversionConfig, TrainConfig
 from imgadapt.training.data import Example, scan
+from imgadapt.training.families import folder as base_folder
 from imgadapt.training.families import hub, single_file
 
 Kind = Literal["style", "character", "concept"]
@@ -60,7 +59,6 @@ USUAL: Mapping[str, Usual] = {
 }  # fmt: skip
 _FACTORS = {"full": 0.15, "glora": 0.5, "lokr": 5.0, "ia3": 15.0, "norm": 15.0}
 """Of the rates that were best on the embedded base, to LoRA's usual one (docs/training.md)."""
-_MOST_JSON = 2**20  # bytes
 _FILES = {"v1": "sd1", "v2": "sd2", "xl_base": "sdxl", "sd3": "sd3", "sd35_medium": "sd3", "sd35_large": "sd3",
           "flux-dev": "flux", "flux-schnell": "flux"}  # fmt: skip
 _CLASSES = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}
@@ -120,17 +118,7 @@ def kind_of_base(base: str) -> str:
         raise ConfigError(
             f"base {base} has no model_index.json; wanted 'demo', a diffusers folder, or a checkpoint file"
         )
-    return _of_class(str(_json(index).get("_class_name")), _json(unet) if unet.is_file() else {})
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(read(path, _MOST_JSON))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path}: wanted the settings of a model, an object")
-    return cast("dict[str, Any]", found)
+    return _of_class(str(base_folder.read(index).get("_class_name")), base_folder.read(unet) if unet.is_file() else {})
 
 
 def _of_class(name: str, unet: Mapping[str, Any]) -> str:

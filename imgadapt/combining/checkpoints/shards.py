@@ -5,8 +5,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from imgadapt import reading
 from imgadapt.errors import FormatError, StateError
-from imgadapt.header import opened
 from imgadapt.stored import Stored, stored
 
 _LONGEST_INDEX = 16 * 2**20  # bytes
@@ -41,12 +41,10 @@ def shards(index: Path) -> list[str]:
     Raises:
         FormatError: one is elsewhere; or it cannot be read.
     """
-    with opened(index) as file:
-        text = file.read(_LONGEST_INDEX + 1)
     try:
-        if len(text) > _LONGEST_INDEX:
-            raise ValueError(f"more than {_LONGEST_INDEX:,} bytes")
-        names = sorted({*json.loads(text)["weight_map"].values()})
+        names = sorted({*json.loads(reading.read(index, _LONGEST_INDEX))["weight_map"].values()})
+    except OSError as error:
+        raise FormatError(f"{index}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(f"{index}: not an index of shards ({error})") from error
     if wrong := [n for n in names if not isinstance(n, str) or not re.fullmatch(r"[^/\\\x00]+\.safetensors", n)]:

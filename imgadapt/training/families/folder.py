@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from imgadapt import reading
 from imgadapt.combining.checkpoints.shards import shards, weight_files
 from imgadapt.errors import ConfigError, first_few
-from imgadapt.header import header_of, opened
+from imgadapt.header import header_of
 
 INDEX = "model_index.json"
 _HALF = "fp16"
@@ -105,14 +106,12 @@ def read(path: Path) -> Mapping[str, Any]:
     """A config.
 
     Raises:
-        ConfigError: it is larger than any, or no table in JSON. FormatError: it cannot be read.
+        ConfigError: it cannot be read, is larger than any, or is no table in JSON.
     """
-    with opened(path) as file:
-        text = file.read(_MOST_BYTES + 1)
-    if len(text) > _MOST_BYTES:
-        raise ConfigError(f"{path} has more than {_MOST_BYTES:,} bytes; no model's config has")
     try:
-        found: Any = json.loads(text)
+        found: Any = json.loads(reading.read(path, _MOST_BYTES))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); wanted a model's config") from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON ({error}), which diffusers writes") from error
     if not isinstance(found, dict):
