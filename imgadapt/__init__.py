@@ -1,4 +1,5 @@
 """Adapters for diffusion image models: train, load, convert, merge and compare them."""
+# ruff: noqa: F405  the names of the methods are those of imgadapt.methods
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from imgadapt.errors import ImgadaptError
     from imgadapt.file import AdapterFile, load, plan, save
     from imgadapt.live import adapters, collect, disabled, merge, parameters, set_weights, unmerge
-    from imgadapt.methods import BOFT, IA3, METHODS, OFT, DoRA, Full, GLoRA, LoHa, LoKr, LoRA, Method, Norm
+    from imgadapt.methods import *  # noqa: F403
     from imgadapt.overview import status
     from imgadapt.slot import Dropout
 
@@ -24,7 +25,6 @@ _PLACES = {  # where the public names live; imported at first use, so that `imga
     "errors": ("ImgadaptError",),
     "file": ("AdapterFile", "load", "plan", "save"),
     "live": ("adapters", "collect", "disabled", "merge", "parameters", "set_weights", "unmerge"),
-    "methods": (*("BOFT", "DoRA", "Full", "GLoRA", "IA3", "LoHa", "LoKr", "LoRA", "METHODS", "Method", "Norm", "OFT"),),
     "slot": ("Dropout",),
     "overview": ("status",),
 }
@@ -72,6 +72,8 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(f"imgadapt.{_HOMES[name]}"), name)
     if name in ("demo", "methods"):
         return import_module(f"imgadapt.{name}")
+    if not name.startswith("_") and name in (methods := import_module("imgadapt.methods")).__all__:
+        return getattr(methods, name)
     raise AttributeError(f"module 'imgadapt' has no attribute '{name}'")
 
 

@@ -95,9 +95,13 @@ def _check_kind(adapter: Any) -> None:
 def _put_on(
     chosen: Sequence["Row"], name: str, by_layer: Mapping[str, Strength], dropout: Dropout, learns: bool
 ) -> None:
+    common: dict[int, nn.Parameter] = {}
     for layer, part in chosen:
         wrapper = layer.module if isinstance(layer.module, AdapterLayer) else AdapterLayer(layer.module, layer.site)
-        wrapper.add(Slot(name, part.method, layer.site, part.tensors, by_layer[layer.name], dropout, learns))
+        tensors = dict(part.tensors)
+        for key in part.method.common:
+            tensors[key] = common.setdefault(id(part.tensors[key]), nn.Parameter(tensors[key], learns))
+        wrapper.add(Slot(name, part.method, layer.site, tensors, by_layer[layer.name], dropout, learns))
         if wrapper is not layer.module:
             layer.replace(wrapper)
 
@@ -222,6 +226,7 @@ def _fresh(
     if wrong := where.idle(list(methods), [layer.name for layer in found]):
         raise TargetError(f"the methods for {first_few(wrong)} match none of the {len(found)} targeted layers")
     rows: list[Row] = []
+    first: dict[tuple[Any, ...], Tensor] = {}  # the first layer's, of each kind and size
     for layer in found:
         method = next((m for target, m in methods.items() if where.matches(layer.name, target)), None)
         if method is None:
@@ -233,7 +238,10 @@ def _fresh(
                 continue
             raise TargetError(f"{layer.name}: {method.name} cannot act on it: {reason}")
         made = method.at(layer.site)
-        rows.append((layer, Part(made, made.init(layer.site, _weight(layer, made)))))
+        tensors = made.init(layer.site, _weight(layer, made))
+        for key in made.common:
+            tensors[key] = first.setdefault((made.name, key, *tensors[key].shape), tensors[key])
+        rows.append((layer, Part(made, tensors)))
     if not rows:
         raise TargetError(f"{', '.join(m.name for m in methods.values())} can act on no layer of this model")
     return rows
@@ -292,6 +300,7 @@ def _from_file(parts: Mapping[str, nn.Module], file: AdapterFile, targets: Targe
         wanted, live, lambda name: (_pristine(live[name]), live[name].site), lambda name: _pristine_bias(live[name])
     )
     rows: list[Row] = []
+    copies: dict[int, Tensor] = {}
     for key, part in wanted.items():
         if not chosen(key):  # of a fused layer, another of which is
             continue
@@ -301,7 +310,11 @@ def _from_file(parts: Mapping[str, nn.Module], file: AdapterFile, targets: Targe
         if reason := part.method.check(layer.site):
             raise TargetError(f"{layer.name}: {part.method.name} cannot act on it: {reason}")
         _finite(layer.name, part)
-        rows.append((layer, Part(part.method, {k: v.clone() for k, v in part.tensors.items()})))
+        own = {
+            k: copies.setdefault(id(v), v.clone()) if k in part.method.common else v.clone()
+            for k, v in part.tensors.items()
+        }
+        rows.append((layer, Part(part.method, own)))
     return rows
 
 

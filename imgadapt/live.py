@@ -182,12 +182,13 @@ def adapters(model: Any) -> list[str]:
 
 
 def parameters(model: Any, name: str = "default") -> list[nn.Parameter]:
-    """The tensors of one adapter, for an optimiser.
+    """The tensors of one adapter that training changes, for an optimiser; one that layers share is there once.
 
     Raises:
         StateError: it is not on the model.
     """
-    return [parameter for _, _, slot in slots(model, name) for parameter in slot.parameters()]
+    rows = [slot._parameters[key] for _, _, slot in slots(model, name) for key in slot.learning]
+    return list({id(parameter): parameter for parameter in rows if parameter is not None}.values())
 
 
 def collect(model: Any, name: str = "default") -> AdapterFile:
@@ -201,10 +202,17 @@ def collect(model: Any, name: str = "default") -> AdapterFile:
     """
     brought = tokens.embeddings(model, name)
     rows = [] if brought and all(slot.name != name for _, _, slot in slots(model)) else slots(model, name)
+    common: dict[int, Tensor] = {}
+
+    def copied(slot: Slot, key: str) -> Tensor:
+        if key not in slot.method.common:
+            return _whole(getattr(slot, key))
+        if id(slot._parameters[key]) not in common:
+            common[id(slot._parameters[key])] = _whole(getattr(slot, key))
+        return common[id(slot._parameters[key])]
+
     parts = {
-        canonical(layer_name): Part(
-            slot.method, {key: _whole(tensor) for key, tensor in slot.tensors().items()}, shape=layer.site.shape
-        )
+        canonical(layer_name): Part(slot.method, {key: copied(slot, key) for key in slot.keys}, shape=layer.site.shape)
         for layer_name, layer, slot in rows
         if not slot.absent
     }

@@ -69,6 +69,7 @@ class Slot(nn.Module):
     settings: int
     gain: Tensor
     _kept: tuple[Any, Tensors] | None
+    _made: tuple[Any, Tensors] | None
 
     def __init__(
         self,
@@ -85,12 +86,16 @@ class Slot(nn.Module):
         way = Way() if site.kind in ("fused", "norm") else method.way(site)
         self.__dict__.update(name=name, method=method, way=way, dropout=dropout, absent=False, keys=tuple(tensors))
         for key, tensor in tensors.items():
-            self._parameters[key] = nn.Parameter(tensor, trainable)
+            given = (
+                tensor if isinstance(tensor, nn.Parameter) and key in method.common else None
+            )  # of other layers, too
+            own = nn.Parameter(tensor, trainable and key not in method.frozen) if given is None else given
+            self._parameters[key] = own
         # strength * scale in double precision, changed in place: a plain CPU tensor, which moves and casts pass by and
         # which compiled code takes as an input
         with torch.inference_mode(False):
             self.__dict__["gain"] = torch.zeros((), dtype=torch.float64)
-        self.__dict__.update(_kept=None, settings=0)  # settings: how often the strength was set
+        self.__dict__.update(_kept=None, _made=None, settings=0)  # settings: how often the strength was set
         self.set(weight)
 
     def set(self, weight: Strength) -> None:
@@ -121,6 +126,11 @@ class Slot(nn.Module):
         self.set(self.weight)
 
     @property
+    def learning(self) -> tuple[str, ...]:
+        """Names of the tensors that training changes."""
+        return tuple(key for key in self.keys if key not in self.method.frozen)
+
+    @property
     def strength(self) -> float:
         """What the unscaled delta is multiplied by: weight * scale."""
         return float(self.gain)
@@ -146,6 +156,8 @@ class Slot(nn.Module):
         wide = torch.promote_types(dtype, torch.float32)
         weight = base.values().to(device) if self.reads_weight else None
         t: Tensors = self.tensors(wide, device)
+        if self.method.constant_names:
+            t = {**t, **self._constants(site, base, device, wide)}
         if self.training and self.dropout.rank:
             t = self._ranks_left_out(t)
         if self.way.dense:
@@ -164,6 +176,17 @@ class Slot(nn.Module):
         if key is not None:
             self.__dict__["_kept"] = (key, made)
         return made
+
+    def _constants(self, site: Site, base: "Source", device: torch.device, dtype: torch.dtype) -> Tensors:
+        """The method's constants, made once for this weight, device and dtype."""
+        key = (base.stamp() if self.method.needs_weight else (), device, dtype, self.method)
+        if self._made is None or self._made[0] != key:
+            with torch.no_grad(), torch.inference_mode(False):
+                weight = base.values().detach() if self.method.needs_weight else None
+                made = self.method.constants(site, weight)
+                self.__dict__["_made"] = (key, {name: made[name].to(device, dtype) for name in made})
+        assert self._made is not None
+        return self._made[1]
 
     def _state(self, stamp: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> tuple[Any, ...] | None:
         """What the operands depend on, to keep them for the next forward; None while they are being trained."""
@@ -218,4 +241,4 @@ class Slot(nn.Module):
         """Nothing, for the same reason."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
+        return {**self.__dict__, "_kept": None, "_made": None}

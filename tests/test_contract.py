@@ -3,8 +3,10 @@
 import contextlib
 import copy
 import io
+import re
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -114,7 +116,19 @@ CONFIGURED: list[Method] = [
     Full(),
     Norm(),
 ]
-"""At least one of every method; where a method has a scale, it is not 1."""
+"""Of every method that is no row of docs/methods.md at least one; where a method has a scale, it is not 1."""
+
+
+def in_the_docs() -> list[Method]:
+    """The configurations that the rows of docs/methods.md show in their second column, as code, parted by `;`."""
+    page = (Path(__file__).parents[1] / "docs" / "methods.md").read_text("utf-8")
+    table = page.partition("\n## Every method\n")[2].partition("\n## ")[0]
+    shown = re.findall(r"^\| [^|]+ \| `([^|`]+)` \|", table, re.MULTILINE)
+    known = {kind.__name__: kind for kind in METHODS}
+    return [eval(text, {"__builtins__": {}}, known) for row in shown for text in row.split("; ")]
+
+
+CONFIGURED.extend(in_the_docs())
 
 
 def _site(layer: str) -> Site:
@@ -137,9 +151,12 @@ def _short(value: Method | str) -> str:
 
 
 every_pair = pytest.mark.parametrize(("method", "layer"), PAIRS, ids=lambda value: _short(value))
-every_method = pytest.mark.parametrize(
-    "method", [m for m in CONFIGURED if not isinstance(m, Norm)], ids=lambda value: _short(value)
+_ANYWHERE = [m for m in CONFIGURED if all(m.check(_site(name)) is None for name in ("linear", "conv 3x3"))]
+every_method = pytest.mark.parametrize("method", _ANYWHERE, ids=lambda value: _short(value))
+every_merging_pair = pytest.mark.parametrize(
+    ("method", "layer"), [(m, layer) for m, layer in PAIRS if m.merges], ids=lambda value: _short(value)
 )
+every_merging_method = pytest.mark.parametrize("method", [m for m in _ANYWHERE if m.merges], ids=lambda v: _short(v))
 
 
 def build(layer: str) -> tuple[Any, Tensor]:
@@ -189,7 +206,7 @@ def test_a_fresh_adapter_changes_nothing(layer: str, method: Method) -> None:
     assert torch.equal(model(x), before)
 
 
-@every_pair
+@every_merging_pair
 def test_live_equals_the_dense_formula(layer: str, method: Method) -> None:
     model, x = build(layer)
     base = model(x)
@@ -200,7 +217,7 @@ def test_live_equals_the_dense_formula(layer: str, method: Method) -> None:
     torch.testing.assert_close(model(x).double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@every_pair
+@every_merging_pair
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_merged_equals_live_and_unmerge_restores_the_weight_bitwise(
     layer: str, method: Method, dtype: torch.dtype
@@ -228,7 +245,7 @@ def test_merged_equals_live_and_unmerge_restores_the_weight_bitwise(
     assert all(torch.equal(before[name], tensor) for name, tensor in kept.items())
 
 
-@every_pair
+@every_merging_pair
 def test_two_adapters_add_up_live_and_merged_in_any_order(layer: str, method: Method) -> None:
     model, x = build(layer)
     attach(model, method, name="a", targets=EVERY, weight=0.5)
@@ -256,7 +273,7 @@ def dense_of_original(model: Any, x: Tensor, changes: dict[str, float]) -> Tenso
     return expected
 
 
-@every_method
+@every_merging_method
 def test_weights_may_change_between_merge_and_unmerge(method: Method) -> None:
     model, x = build("conv 3x3")
     base, kept = model(x), model[0].weight.detach().clone()
@@ -286,7 +303,7 @@ def test_the_change_is_linear_in_the_weight_and_none_at_zero(method: Method) -> 
     assert torch.equal(model(x), base)
 
 
-@every_method
+@every_merging_method
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_merge_refuses_what_is_not_finite_and_leaves_every_layer_as_it_was(method: Method, bad: float) -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8))
@@ -301,7 +318,7 @@ def test_a_merge_refuses_what_is_not_finite_and_leaves_every_layer_as_it_was(met
     assert not any(layer.merged for layer in model)
 
 
-@every_method
+@every_merging_method
 def test_disabled_is_the_base_also_while_merged_and_restores_the_state(method: Method) -> None:
     model, x = build("conv strided")
     base = model(x)
@@ -361,7 +378,7 @@ def test_gradients_are_the_same_under_checkpointing(method: Method, reentrant: b
         torch.testing.assert_close(a, b.grad)
 
 
-@every_pair
+@every_merging_pair
 def test_bf16_activations_keep_their_dtype_and_fp32_masters_stay_fp32(layer: str, method: Method) -> None:
     model, x = build(layer)
     model = model.bfloat16()
@@ -387,7 +404,7 @@ def test_autocast_gives_the_dtype_the_base_gives(method: Method) -> None:
     torch.testing.assert_close(out.float(), expected, rtol=0.03, atol=0.05)
 
 
-@every_pair
+@every_merging_pair
 def test_infer_inverts_init_and_pairs_multiply_to_the_delta(layer: str, method: Method) -> None:
     model, _ = build(layer)
     site = _site(layer)
@@ -423,7 +440,7 @@ def test_the_state_dict_is_that_of_the_base_alone(layer: str, method: Method) ->
     assert torch.equal(model(x), live)
 
 
-@every_method
+@every_merging_method
 def test_copies_and_pickles_act_the_same_and_share_nothing(method: Method) -> None:
     model, x = build("conv dilated")
     attach(model, method, targets=EVERY)
@@ -441,7 +458,7 @@ def test_copies_and_pickles_act_the_same_and_share_nothing(method: Method) -> No
         assert twin[0].weight is not model[0].weight
 
 
-@every_method
+@every_merging_method
 def test_moves_and_casts_reach_base_adapters_and_the_kept_original(method: Method) -> None:
     model, x = build("conv 3x3")
     attach(model, method, targets=EVERY)

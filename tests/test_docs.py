@@ -90,10 +90,11 @@ def test_the_page_of_merging_lists_every_rule_once_and_its_recipe_is_one() -> No
     assert from_toml(recipe[1]).rule == "ties"
 
 
-def test_every_method_has_its_section() -> None:
+def test_every_method_has_its_section_or_its_row() -> None:
     page = (ROOT / "docs/methods.md").read_text("utf-8")
     for method in METHODS:
-        assert re.search(rf"^## .*\b{method.__name__}\b", page, re.MULTILINE), method.__name__
+        shown = rf"^(## .*\b{method.__name__}\b|\| [^|]+ \| `{method.__name__}\()"
+        assert re.search(shown, page, re.MULTILINE), method.__name__
 
 
 def test_every_flag_program_and_config_of_the_page_of_training_is_there() -> None:

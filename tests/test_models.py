@@ -32,8 +32,9 @@ from imgadapt import (
     unmerge,
 )
 from imgadapt.methods import METHODS
+from tests.test_contract import in_the_docs
 
-METHODS_OF_ALL = (
+METHODS_OF_ALL: tuple[Method, ...] = (
     LoRA(rank=2, alpha=3),
     LoHa(rank=2, alpha=3),
     LoKr(rank=2, alpha=3),
@@ -129,12 +130,20 @@ MODELS = {"sd1": sd1, "sdxl": sdxl, "sd3": sd3, "flux": flux}
 
 
 def test_every_method_is_tried_on_every_model() -> None:
-    assert {type(method) for method in METHODS_OF_ALL} == set(METHODS)
+    assert {type(method) for _, method, _ in CASES} == set(METHODS)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("method", METHODS_OF_ALL, ids=lambda m: f"{m.name}{'-input' if m == OFT(4, 'input') else ''}")
-@pytest.mark.parametrize("name", MODELS)
+CASES: list[tuple[str, Method, torch.dtype]] = [
+    (name, m, dtype) for name in MODELS for m in METHODS_OF_ALL for dtype in (torch.float32, torch.bfloat16)
+]
+CASES.extend([(name, m, d) for m in in_the_docs() for name, d in (("sd1", torch.float32), ("flux", torch.bfloat16))])
+
+
+def _id(value: Any) -> str:
+    return f"{value.name}{'-input' if value == OFT(4, 'input') else ''}" if isinstance(value, Method) else str(value)
+
+
+@pytest.mark.parametrize(("name", "method", "dtype"), CASES, ids=_id)
 @torch.no_grad()
 def test_a_method_on_a_whole_model(name: str, method: Method, dtype: torch.dtype, tmp_path: Path) -> None:
     model, run = MODELS[name]()
@@ -150,7 +159,7 @@ def test_a_method_on_a_whole_model(name: str, method: Method, dtype: torch.dtype
     for parameter in parameters(model):
         parameter.add_(torch.randn(parameter.shape) * (0.05 if method.name in ("full", "norm", "dora", "ia3") else 0.2))
     tolerance = 1e-4 if dtype == torch.float32 else 0.15
-    for weight in (0.5, -1.0, 1.0):
+    for weight in (0.5, -1.0, 1.0) if method.merges else ():
         set_weights(model, {"default": weight})
         live = run(model)
         merge(model)

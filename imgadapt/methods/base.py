@@ -2,7 +2,7 @@
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -12,6 +12,24 @@ from imgadapt.errors import ConfigError
 from imgadapt.sites import Kind, Site
 
 Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Peft:
+    """How peft has a method (tuners/<type>/): its `peft_type`, what its keys end in, and both ways between.
+
+    ends: what stands behind a layer's name, without the adapter's name: `hra_u`, `road_theta`.
+    beside: names of what all layers have in common, which stand beside them: `vera_A` for `base_model.vera_A`.
+    read: (tensors by these names, the config of that layer, its weight's shape or None) -> (method, its tensors).
+    write: (method, tensors, shape) -> (tensors by these names, fields of the config beyond `peft_type` and
+        `target_modules`). Both raise FormatError where one has no word for the other's.
+    """
+
+    type: str
+    ends: tuple[str, ...]
+    read: "Callable[[Tensors, Mapping[str, Any], tuple[int, ...] | None], tuple[Method, dict[str, Tensor]]]"
+    write: "Callable[[Any, Tensors, tuple[int, ...]], tuple[dict[str, Tensor], dict[str, Any]]]"
+    beside: tuple[str, ...] = ()
 
 
 class Way(NamedTuple):
@@ -56,6 +74,14 @@ class Method(ABC):
     """Whether `delta` reads the base's weight (else it may be given None)."""
     additive: ClassVar[bool] = True
     """Whether the delta is linear along the axes of `ranked`, so that what rank dropout leaves is scaled up."""
+    frozen: ClassVar[tuple[str, ...]] = ()
+    """Tensors that a file has, and no training changes."""
+    common: ClassVar[tuple[str, ...]] = ()
+    """Trained tensors that all layers of one adapter have in common: one parameter for all layers of equal shape."""
+    merges: ClassVar[bool] = True
+    """Whether the change is one of the weight. False: `delta` raises, and `act` is all there is."""
+    peft: ClassVar[Peft | None] = None
+    """How peft has it; None: not at all, or in a way of its own (`formats/meaning.py`)."""
 
     @property
     def scale(self) -> float:
@@ -101,9 +127,33 @@ class Method(ABC):
     def init(self, site: Site, weight: Tensor | None) -> dict[str, Tensor]:
         """Fresh fp32 tensors whose delta is zero, drawn from torch's global generator."""
 
+    def constants(self, site: Site, weight: Tensor | None) -> dict[str, Tensor]:
+        """What it needs beside its tensors and is neither trained nor saved, as a seed or the weight makes it (random
+        projections, singular vectors): fp32, on the weight's device where the weight is read, else on the CPU. The
+        wrapper keeps them, and has them in `t` of `delta` and `operands`; `whole` is for all others.
+        """
+        return {}
+
+    def whole(self, t: Tensors, site: Site, weight: Tensor | None) -> Tensors:
+        """t with the constants, made now where they are not there; what `delta` and `operands` begin with."""
+        if self.constant_names and not self.constant_names <= t.keys():
+            like = next(iter(t.values()))
+            made = self.constants(site, None if weight is None else weight.detach())
+            return {**t, **{name: tensor.to(like.device, like.dtype) for name, tensor in made.items()}}
+        return t
+
+    @property
+    def constant_names(self) -> frozenset[str]:
+        """Names of `constants`; where there are any, `delta` and `operands` get them in `t` only from the wrapper."""
+        return frozenset()
+
     @abstractmethod
     def delta(self, t: Tensors, site: Site, weight: Tensor | None) -> Tensor:
-        """Unscaled change of the weight, `site.shape`."""
+        """Unscaled change of the weight, `site.shape`.
+
+        Raises:
+            StateError: there is none (`merges` is False).
+        """
 
     def accumulate(self, total: Tensor, t: Tensors, site: Site, weight: Tensor | None, gain: float) -> None:
         """total += gain * delta, in place."""

@@ -124,10 +124,14 @@ class Tensor:
 
 
 def tensors(model: Any) -> list[Tensor]:
-    """What of a model's adapter is trained, in its order."""
-    return [
-        Tensor(name, key, getattr(slot, key)) for name, _, slot in live.slots(model, "default") for key in slot.keys
+    """What of a model's adapter is trained, in its order; what layers share is the first one's."""
+    rows = [
+        Tensor(name, key, getattr(slot, key)) for name, _, slot in live.slots(model, "default") for key in slot.learning
     ]
+    found: dict[int, Tensor] = {}
+    for row in rows:
+        found.setdefault(id(row.parameter), row)
+    return list(found.values())
 
 
 def groups(config: TrainConfig, rows: list[Tensor]) -> list[dict[str, Any]]:
