@@ -26,14 +26,14 @@ from torch.nn import functional as F
 from imgadapt import attach, demo, detach, load
 from imgadapt.atomic import write_bytes
 from imgadapt.cli import program
-from imgadapt.demo.emoji import BACKGROUNDS
+from imgadapt.demo import character
+from imgadapt.demo.character import KIND, SUBJECT
 from imgadapt.training import families, objective, pictures
 from imgadapt.training.config import TrainConfig
 from imgadapt.training.data import scan
 from imgadapt.training.evaluate import bootstrap, held_out_losses
 from imgadapt.training.material import Material
 
-SUBJECT, KIND = "ohwx elephant", "an elephant"
 OTHERS = ["a lion", "an owl", "a panda", "a poodle", "a tomato", "a bicycle", "a crown", "a mushroom"]
 WAYS: dict[str, list[str]] = {
     "none": ["--preservation", "none"],
@@ -41,28 +41,6 @@ WAYS: dict[str, list[str]] = {
     "classic": ["--preservation", "classic", "--class-count", "40"],
 }
 PROGRAM = Path(__file__).parents[1] / "train_scripts" / "dreambooth.py"
-
-
-def draw_character(folder: Path, backgrounds: Sequence[str], count: int, seed: int) -> None:
-    """Write pictures of the character, each turned, scaled and moved by chance, with captions."""
-    chance = np.random.default_rng(seed)
-    plain = Image.open(demo.STYLE / "plain" / "elephant.png").convert("RGB")
-    hue, saturation, value = plain.convert("HSV").split()
-    turned = hue.point([(h + 110) % 256 for h in range(256)])  # grey is blue-grey there, and so becomes pink
-    full = saturation.point([min(255, 2 * s) for s in range(256)])
-    coloured = Image.merge("HSV", (turned, full, value)).convert("RGB")
-    inside = Image.fromarray((np.asarray(plain.convert("L")) < 250).astype(np.uint8) * 255)
-    for k in range(count):
-        size, angle = int(chance.integers(44, 62)), float(chance.uniform(-20, 20))
-        figure, mask = (x.resize((size, size)).rotate(angle, Image.Resampling.BILINEAR) for x in (coloured, inside))
-        if chance.random() < 0.5:
-            figure, mask = (x.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for x in (figure, mask))
-        name = backgrounds[k % len(backgrounds)]
-        made = Image.new("RGB", (64, 64), BACKGROUNDS[name])
-        made.paste(figure, (int(chance.integers(0, 65 - size)), int(chance.integers(0, 65 - size))), mask)
-        write_bytes(folder / f"{k:02d}.png", pictures.png(made))
-        caption = SUBJECT if name == "white" else f"{SUBJECT} on a {name} background"
-        write_bytes(folder / f"{k:02d}.txt", caption.encode())
 
 
 def latents(family: families.Family, images: Sequence[Image.Image]) -> Tensor:
@@ -91,8 +69,8 @@ def main(argv: Sequence[str]) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     seen, held_out = args.output / "pictures", args.output / "held_out"
-    draw_character(seen, ["white", "blue", "green", "yellow", "purple"], 12, 0)
-    draw_character(held_out, ["white", "orange", "pink"], 6, 1)
+    character.draw(seen, character.SEEN, 12, 0)
+    character.draw(held_out, character.HELD_OUT, 6, 1)
     for way, flags in WAYS.items():
         settings = [str(seen), "--trigger", "ohwx", "--class-prompt", KIND, "--output", str(args.output / way), *flags]
         recipe = [
