@@ -234,7 +234,7 @@ def _fresh(
                 f"{layer.name} is targeted, and no target of {first_few(list(methods))} gives it a method"
             )
         if reason := method.check(layer.site):
-            if targets == "*":
+            if targets == "*" or (method.passes(layer.site) and not where.named(layer.name, targets)):
                 continue
             raise TargetError(f"{layer.name}: {method.name} cannot act on it: {reason}")
         made = method.at(layer.site)

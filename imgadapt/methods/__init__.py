@@ -1,16 +1,33 @@
 """The adapter methods, one file each."""
 
 from imgadapt.methods.base import Method
+from imgadapt.methods.bitfit import BitFit
 from imgadapt.methods.boft import BOFT
 from imgadapt.methods.dora import DoRA
 from imgadapt.methods.full import Full, Norm
 from imgadapt.methods.glora import GLoRA
+from imgadapt.methods.hira import HiRA
 from imgadapt.methods.ia3 import IA3
 from imgadapt.methods.loha import LoHa
 from imgadapt.methods.lokr import LoKr
 from imgadapt.methods.lora import LoRA
 from imgadapt.methods.oft import OFT
 
-METHODS: tuple[type[Method], ...] = (LoRA, LoHa, LoKr, OFT, BOFT, DoRA, GLoRA, IA3, Full, Norm)
+METHODS: tuple[type[Method], ...] = (LoRA, LoHa, LoKr, OFT, BOFT, DoRA, GLoRA, IA3, Full, Norm, BitFit, HiRA)
 
-__all__ = ["BOFT", "IA3", "METHODS", "OFT", "DoRA", "Full", "GLoRA", "LoHa", "LoKr", "LoRA", "Method", "Norm"]
+__all__ = [
+    "BOFT",
+    "IA3",
+    "METHODS",
+    "OFT",
+    "BitFit",
+    "DoRA",
+    "Full",
+    "GLoRA",
+    "HiRA",
+    "LoHa",
+    "LoKr",
+    "LoRA",
+    "Method",
+    "Norm",
+]

@@ -38,6 +38,7 @@ class Way(NamedTuple):
     pair: the operands `up` (out, r) and `down` (r, in / groups, *kernel) are a low-rank change; the wrapper adds those
         of all adapters in one product.
     turn, act: the method changes the layer's input, or its output, itself.
+    bias: nothing but the bias changes, by the operand `bias` (out,).
     input, output: `act` reads the layer's input, or the base's output.
     weight: `operands` reads the base's weight.
     linear: operands in which, taken together, the change is linear: the wrapper multiplies them by strength * scale.
@@ -49,11 +50,12 @@ class Way(NamedTuple):
     input: bool = False
     output: bool = False
     weight: bool = False
+    bias: bool = False
     linear: tuple[str, ...] = ()
 
     @property
     def dense(self) -> bool:
-        return not (self.pair or self.turn or self.act)
+        return not (self.pair or self.turn or self.act or self.bias)
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,10 @@ class Method(ABC):
 
     def _of_kind(self, site: Site) -> str | None:
         return None if site.kind in self.kinds else f"it is {site.kind}; {self.name} is for {', '.join(self.kinds)}"
+
+    def passes(self, site: Site) -> bool:
+        """Whether the layer has nothing of what the method changes: presets and globs that end in `*` pass by it."""
+        return False
 
     def at(self, site: Site) -> Self:
         """The method as it is on this site: where a documented rule adapts a hyper-parameter to the layer's size."""
