@@ -7,16 +7,18 @@ from imgadapt.methods.dora import DoRA
 from imgadapt.methods.full import Full, Norm
 from imgadapt.methods.glora import GLoRA
 from imgadapt.methods.hira import HiRA
+from imgadapt.methods.hra import HRA
 from imgadapt.methods.ia3 import IA3
 from imgadapt.methods.loha import LoHa
 from imgadapt.methods.lokr import LoKr
 from imgadapt.methods.lora import LoRA
 from imgadapt.methods.oft import OFT
 
-METHODS: tuple[type[Method], ...] = (LoRA, LoHa, LoKr, OFT, BOFT, DoRA, GLoRA, IA3, Full, Norm, BitFit, HiRA)
+METHODS: tuple[type[Method], ...] = (LoRA, LoHa, LoKr, OFT, BOFT, DoRA, GLoRA, IA3, Full, Norm, BitFit, HiRA, HRA)
 
 __all__ = [
     "BOFT",
+    "HRA",
     "IA3",
     "METHODS",
     "OFT",
