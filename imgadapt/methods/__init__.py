@@ -1,5 +1,6 @@
 """The adapter methods, one file each."""
 
+from imgadapt.methods.anchored import Anchored
 from imgadapt.methods.base import Method
 from imgadapt.methods.bitfit import BitFit
 from imgadapt.methods.boft import BOFT
@@ -12,9 +13,26 @@ from imgadapt.methods.ia3 import IA3
 from imgadapt.methods.loha import LoHa
 from imgadapt.methods.lokr import LoKr
 from imgadapt.methods.lora import LoRA
+from imgadapt.methods.mora import MoRA
 from imgadapt.methods.oft import OFT
 
-METHODS: tuple[type[Method], ...] = (LoRA, LoHa, LoKr, OFT, BOFT, DoRA, GLoRA, IA3, Full, Norm, BitFit, HiRA, HRA)
+METHODS: tuple[type[Method], ...] = (
+    LoRA,
+    LoHa,
+    LoKr,
+    OFT,
+    BOFT,
+    DoRA,
+    GLoRA,
+    IA3,
+    Full,
+    Norm,
+    BitFit,
+    HiRA,
+    HRA,
+    Anchored,
+    MoRA,
+)
 
 __all__ = [
     "BOFT",
@@ -22,6 +40,7 @@ __all__ = [
     "IA3",
     "METHODS",
     "OFT",
+    "Anchored",
     "BitFit",
     "DoRA",
     "Full",
@@ -31,5 +50,6 @@ __all__ = [
     "LoKr",
     "LoRA",
     "Method",
+    "MoRA",
     "Norm",
 ]
