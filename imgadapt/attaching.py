@@ -100,7 +100,9 @@ def _put_on(
         wrapper = layer.module if isinstance(layer.module, AdapterLayer) else AdapterLayer(layer.module, layer.site)
         tensors = dict(part.tensors)
         for key in part.method.common:
-            tensors[key] = common.setdefault(id(part.tensors[key]), nn.Parameter(tensors[key], learns))
+            if key in tensors:
+                learning = learns and key not in part.method.frozen
+                tensors[key] = common.setdefault(id(part.tensors[key]), nn.Parameter(tensors[key], learning))
         wrapper.add(Slot(name, part.method, layer.site, tensors, by_layer[layer.name], dropout, learns))
         if wrapper is not layer.module:
             layer.replace(wrapper)
@@ -239,7 +241,7 @@ def _fresh(
             raise TargetError(f"{layer.name}: {method.name} cannot act on it: {reason}")
         made = method.at(layer.site)
         tensors = made.init(layer.site, _weight(layer, made))
-        for key in made.common:
+        for key in (key for key in made.common if key in tensors):
             tensors[key] = first.setdefault((made.name, key, *tensors[key].shape), tensors[key])
         rows.append((layer, Part(made, tensors)))
     if not rows:
@@ -249,7 +251,7 @@ def _fresh(
 
 def _weight(layer: Layer, method: Method) -> Tensor | None:
     """The pristine weight, for methods that start from it."""
-    if not method.needs_weight:
+    if not (method.needs_weight or method.starts_from_weight):
         return None
     try:
         return _pristine(layer)

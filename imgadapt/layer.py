@@ -217,6 +217,8 @@ class AdapterLayer(nn.Module):
         slot.training = self.training
         if not weight.is_meta and any(p.device != weight.device for p in slot.parameters()):
             slot.to(weight.device)  # one that is offloaded, or not loaded yet, is moved when it is used
+        if not weight.is_meta:
+            slot.prepare(self.site, _Source(self), weight.device)
         self.slots.append(slot)
         try:
             self.refresh()

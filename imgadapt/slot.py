@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from imgadapt.errors import ConfigError, StateError
 from imgadapt.methods.base import Method, Tensors, Way
 from imgadapt.ready import Ready
+from imgadapt.shared import cast
 from imgadapt.sites import Site
 
 
@@ -69,7 +70,7 @@ class Slot(nn.Module):
     settings: int
     gain: Tensor
     _kept: tuple[Any, Tensors] | None
-    _made: tuple[Any, Tensors] | None
+    _made: tuple[Any, Tensors, dict[str, Tensor]] | None
 
     def __init__(
         self,
@@ -172,21 +173,46 @@ class Slot(nn.Module):
         if not self.per_sample:
             linear = tuple(made) if self.way.dense else self.way.linear
             made = {name: tensor * gain if name in linear else tensor for name, tensor in made.items()}
-        made = {name: tensor.to(dtype) for name, tensor in made.items()}
+        made = {name: self._narrow(tensor, dtype) for name, tensor in made.items()}
         if key is not None:
             self.__dict__["_kept"] = (key, made)
         return made
 
+    def prepare(self, site: Site, base: "Source", device: torch.device) -> None:
+        """Make the method's constants now: compiled code could not."""
+        if self.method.constant_names:
+            self._constants(site, base, device, torch.float32)
+
     def _constants(self, site: Site, base: "Source", device: torch.device, dtype: torch.dtype) -> Tensors:
-        """The method's constants, made once for this weight, device and dtype."""
+        """The method's constants, made once for this weight, device and dtype; layers share those that are equal."""
+        if self._made is not None and torch.compiler.is_compiling():
+            return {
+                name: tensor.to(device, dtype if tensor.is_floating_point() else None)
+                for name, tensor in self._made[1].items()
+            }
         key = (base.stamp() if self.method.needs_weight else (), device, dtype, self.method)
         if self._made is None or self._made[0] != key:
             with torch.no_grad(), torch.inference_mode(False):
                 weight = base.values().detach() if self.method.needs_weight else None
                 made = self.method.constants(site, weight)
-                self.__dict__["_made"] = (key, {name: made[name].to(device, dtype) for name in made})
+                self.__dict__["_made"] = (key, {name: cast(made[name], device, dtype) for name in made}, {})
         assert self._made is not None
         return self._made[1]
+
+    def _narrow(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """An operand in the activation's dtype; of one that is a constant as it stands, the copy that layers share."""
+        if tensor.dtype == dtype or not tensor.is_floating_point():
+            return tensor
+        if self._made is None or torch.compiler.is_compiling():
+            return tensor.to(dtype)
+        name = next((name for name, constant in self._made[1].items() if constant is tensor), None)
+        if name is None:
+            return tensor.to(dtype)
+        kept = self._made[2]
+        if name not in kept or kept[name].dtype != dtype:
+            with torch.no_grad(), torch.inference_mode(False):
+                kept[name] = cast(tensor, tensor.device, dtype)
+        return kept[name]
 
     def _state(self, stamp: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> tuple[Any, ...] | None:
         """What the operands depend on, to keep them for the next forward; None while they are being trained."""

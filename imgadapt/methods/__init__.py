@@ -16,6 +16,8 @@ from imgadapt.methods.lora import LoRA
 from imgadapt.methods.mora import MoRA
 from imgadapt.methods.oft import OFT
 
+from imgadapt.methods.road import RoAd
+from imgadapt.methods.vera import VeRA
 METHODS: tuple[type[Method], ...] = (
     LoRA,
     LoHa,
@@ -33,6 +35,9 @@ METHODS: tuple[type[Method], ...] = (
     Anchored,
     MoRA,
 )
+    RoAd,
+    VeRA,
+    GraLoRA,
 
 __all__ = [
     "BOFT",
@@ -53,3 +58,5 @@ __all__ = [
     "MoRA",
     "Norm",
 ]
+    "RoAd",
+    "VeRA",

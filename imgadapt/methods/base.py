@@ -8,7 +8,8 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 from torch import Tensor
 
-from imgadapt.errors import ConfigError
+from imgadapt.errors import ConfigError, FormatError
+from imgadapt.shared import cast
 from imgadapt.sites import Kind, Site
 
 Tensors = Mapping[str, Tensor]
@@ -74,12 +75,14 @@ class Method(ABC):
     """The kinds of layer it is for."""
     needs_weight: ClassVar[bool] = False
     """Whether `delta` reads the base's weight (else it may be given None)."""
+    starts_from_weight: ClassVar[bool] = False
+    """Whether `init` reads the base's weight, and nothing after it."""
     additive: ClassVar[bool] = True
     """Whether the delta is linear along the axes of `ranked`, so that what rank dropout leaves is scaled up."""
     frozen: ClassVar[tuple[str, ...]] = ()
     """Tensors that a file has, and no training changes."""
     common: ClassVar[tuple[str, ...]] = ()
-    """Trained tensors that all layers of one adapter have in common: one parameter for all layers of equal shape."""
+    """Tensors that all layers of one adapter have in common: one parameter for all whose shape is the same."""
     merges: ClassVar[bool] = True
     """Whether the change is one of the weight. False: `delta` raises, and `act` is all there is."""
     peft: ClassVar[Peft | None] = None
@@ -135,7 +138,7 @@ class Method(ABC):
 
     def constants(self, site: Site, weight: Tensor | None) -> dict[str, Tensor]:
         """What it needs beside its tensors and is neither trained nor saved, as a seed or the weight makes it (random
-        projections, singular vectors): fp32, on the weight's device where the weight is read, else on the CPU. The
+        projections, singular vectors, indices): fp32 or int64, on the weight's device where the weight is read, else on the CPU. The
         wrapper keeps them, and has them in `t` of `delta` and `operands`; `whole` is for all others.
         """
         return {}
@@ -145,7 +148,7 @@ class Method(ABC):
         if self.constant_names and not self.constant_names <= t.keys():
             like = next(iter(t.values()))
             made = self.constants(site, None if weight is None else weight.detach())
-            return {**t, **{name: tensor.to(like.device, like.dtype) for name, tensor in made.items()}}
+            return {**t, **{name: cast(tensor, like.device, like.dtype) for name, tensor in made.items()}}
         return t
 
     @property
