@@ -15,9 +15,8 @@ from imgadapt.methods.lokr import LoKr
 from imgadapt.methods.lora import LoRA
 from imgadapt.methods.mora import MoRA
 from imgadapt.methods.oft import OFT
-
-from imgadapt.methods.road import RoAd
 from imgadapt.methods.vera import VeRA
+
 METHODS: tuple[type[Method], ...] = (
     LoRA,
     LoHa,
@@ -34,10 +33,8 @@ METHODS: tuple[type[Method], ...] = (
     HRA,
     Anchored,
     MoRA,
-)
-    RoAd,
     VeRA,
-    GraLoRA,
+)
 
 __all__ = [
     "BOFT",
@@ -57,6 +54,5 @@ __all__ = [
     "Method",
     "MoRA",
     "Norm",
-]
-    "RoAd",
     "VeRA",
+]
