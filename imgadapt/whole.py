@@ -5,7 +5,6 @@ that a file sets become differences from the base's.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from imgadapt.errors import ShapeError, TargetError, first_few
 from imgadapt.formats import Part
 from imgadapt.formats.splitting import by_layer, taken
-from imgadapt.methods import IA3, DoRA, Full, Method
+from imgadapt.methods import DoRA, Full, Method
 from imgadapt.sites import Site
 
 Weights = Callable[[str], tuple[Tensor, Site]]
@@ -36,32 +35,16 @@ def settled(
             if both := [s.layer for s in part.slices if s.layer in parts]:
                 raise TargetError(f"the file has {name}, which {both[0]} is part of, and {both[0]} itself")
             made |= _split(name, part, live, weight)
-        elif isinstance(part.method, Full) and part.method.absolute and name in live:
-            made[name] = _difference(part, *weight(name))
-        elif isinstance(part.method, IA3) and part.method.bias and "diff_b" not in part.tensors and name in live:
-            made[name] = _with_bias(part, bias(name))
+        elif name in live:
+            made[name] = _on(part, name, weight, bias)
         else:
             made[name] = part
     return made
 
 
-def _with_bias(part: Part, bias: Tensor | None) -> Part:
-    """peft's IA3 multiplies what the layer puts out, and so its bias."""
-    vector = part.tensors["vector"]
-    if bias is None or bias.shape != vector.shape:
-        return Part(replace(part.method, bias=False), part.tensors)  # pyright: ignore[reportCallIssue] # it is IA3
-    change = (vector.float() - 1) * bias.float().to(vector.device)
-    return Part(part.method, {"vector": vector, "diff_b": change})  # pyright: ignore[reportCallIssue] # it is IA3
-
-
-def _difference(part: Part, weight: Tensor, site: Site) -> Part:
-    method: Any = part.method
-    value = part.tensors[method.of_weight]
-    if tuple(value.shape) != site.shape:
-        raise ShapeError(f"it sets a weight of {tuple(value.shape)}, this layer's is {site.shape}")
-    return Part(
-        replace(method, absolute=False, bias=False), {method.of_weight: value.float() - weight.float().to(value.device)}
-    )
+def _on(part: Part, name: str, weight: Weights, bias: Callable[[str], Tensor | None]) -> Part:
+    method, tensors = part.method.settled(part.tensors, lambda: weight(name)[0], lambda: bias(name))
+    return part if method is part.method and tensors is part.tensors else Part(method, tensors)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from imgadapt.methods.lokr import LoKr
 from imgadapt.methods.lora import LoRA
 from imgadapt.methods.mora import MoRA
 from imgadapt.methods.oft import OFT
+from imgadapt.methods.road import RoAd
 from imgadapt.methods.vera import VeRA
 
 METHODS: tuple[type[Method], ...] = (
@@ -34,6 +35,7 @@ METHODS: tuple[type[Method], ...] = (
     Anchored,
     MoRA,
     VeRA,
+    RoAd,
 )
 
 __all__ = [
@@ -54,5 +56,6 @@ __all__ = [
     "Method",
     "MoRA",
     "Norm",
+    "RoAd",
     "VeRA",
 ]

@@ -136,6 +136,17 @@ class Method(ABC):
     def init(self, site: Site, weight: Tensor | None) -> dict[str, Tensor]:
         """Fresh fp32 tensors whose delta is zero, drawn from torch's global generator."""
 
+    def settled(
+        self, t: Tensors, weight: Callable[[], Tensor], bias: Callable[[], Tensor | None]
+    ) -> tuple["Method", Tensors]:
+        """The same on a layer with this pristine weight and bias, where a file leaves something to them: values that
+        replace them, a bias that is multiplied with the rest of the output. Else the very same, without a call.
+
+        Raises:
+            ShapeError: the tensors do not fit the weight.
+        """
+        return self, t
+
     def constants(self, site: Site, weight: Tensor | None) -> dict[str, Tensor]:
         """What it needs beside its tensors and is neither trained nor saved, as a seed or the weight makes it (random
         projections, singular vectors, indices): fp32 or int64, on the weight's device where the weight is read, else on the CPU. The

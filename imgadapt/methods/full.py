@@ -1,5 +1,6 @@
 """Full: a difference of the whole weight, and of the bias; Norm: the same for norms (LyCORIS `full`, `norm`)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
@@ -38,6 +39,17 @@ class Full(Method):
 
     def init(self, site: Site, weight: Tensor | None) -> dict[str, Tensor]:
         return {name: torch.zeros(shape) for name, shape in self.shapes(site).items()}
+
+    def settled(
+        self, t: Tensors, weight: Callable[[], Tensor], bias: Callable[[], Tensor | None]
+    ) -> tuple[Method, Tensors]:
+        if not self.absolute:
+            return self, t
+        value, own = t[self.of_weight], weight()
+        if value.shape != own.shape:
+            raise ShapeError(f"it sets a weight of {tuple(value.shape)}, this layer's is {tuple(own.shape)}")
+        difference = value.float() - own.float().to(value.device)
+        return replace(self, absolute=False, bias=False), {self.of_weight: difference}
 
     def delta(self, t: Tensors, site: Site, weight: Tensor | None) -> Tensor:
         return t[self.of_weight]

@@ -1,6 +1,7 @@
 """IA3: a factor for each output or input channel (arXiv 2205.05638)."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 import torch
@@ -49,6 +50,16 @@ class IA3(Method):
     def init(self, site: Site, weight: Tensor | None) -> dict[str, Tensor]:
         made = {name: torch.zeros(shape) for name, shape in self.shapes(site).items()}
         return {**made, "vector": made["vector"] + float(self.absolute)}
+
+    def settled(
+        self, t: Tensors, weight: Callable[[], Tensor], bias: Callable[[], Tensor | None]
+    ) -> tuple[Method, Tensors]:
+        if not self.bias or "diff_b" in t:
+            return self, t
+        vector, b = t["vector"], bias()
+        if b is None or b.shape != vector.shape:
+            return replace(self, bias=False), t
+        return self, {**t, "diff_b": (vector.float() - 1) * b.float().to(vector.device)}
 
     def delta(self, t: Tensors, site: Site, weight: Tensor | None) -> Tensor:
         assert weight is not None
