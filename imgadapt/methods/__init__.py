@@ -1,12 +1,15 @@
 """The adapter methods, one file each."""
 
+from imgadapt.methods.adalora import AdaLoRA
 from imgadapt.methods.anchored import Anchored
 from imgadapt.methods.base import Method
 from imgadapt.methods.bitfit import BitFit
 from imgadapt.methods.boft import BOFT
 from imgadapt.methods.dora import DoRA
+from imgadapt.methods.fourierft import FourierFT
 from imgadapt.methods.full import Full, Norm
 from imgadapt.methods.glora import GLoRA
+from imgadapt.methods.gralora import GraLoRA
 from imgadapt.methods.hira import HiRA
 from imgadapt.methods.hra import HRA
 from imgadapt.methods.ia3 import IA3
@@ -16,10 +19,13 @@ from imgadapt.methods.lora import LoRA
 from imgadapt.methods.mora import MoRA
 from imgadapt.methods.oft import OFT
 from imgadapt.methods.road import RoAd
+from imgadapt.methods.tlora import TLoRA
 from imgadapt.methods.vera import VeRA
 
 METHODS: tuple[type[Method], ...] = (
     LoRA,
+    AdaLoRA,
+    TLoRA,
     LoHa,
     LoKr,
     OFT,
@@ -34,8 +40,10 @@ METHODS: tuple[type[Method], ...] = (
     HRA,
     Anchored,
     MoRA,
-    VeRA,
     RoAd,
+    VeRA,
+    GraLoRA,
+    FourierFT,
 )
 
 __all__ = [
@@ -44,11 +52,14 @@ __all__ = [
     "IA3",
     "METHODS",
     "OFT",
+    "AdaLoRA",
     "Anchored",
     "BitFit",
     "DoRA",
+    "FourierFT",
     "Full",
     "GLoRA",
+    "GraLoRA",
     "HiRA",
     "LoHa",
     "LoKr",
@@ -57,5 +68,6 @@ __all__ = [
     "MoRA",
     "Norm",
     "RoAd",
+    "TLoRA",
     "VeRA",
 ]

@@ -84,7 +84,11 @@ class Method(ABC):
     common: ClassVar[tuple[str, ...]] = ()
     """Tensors that all layers of one adapter have in common: one parameter for all whose shape is the same."""
     merges: ClassVar[bool] = True
-    """Whether the change is one of the weight. False: `delta` raises, and `act` is all there is."""
+    """Whether the change is one of the weight. False: `delta` raises, and the live layer is all there is."""
+    apart: ClassVar[str] = "is no change of the weight"
+    """Why it does not merge, for messages."""
+    timed: ClassVar[bool] = False
+    """Whether what it does depends on the denoiser's time: `acting` says which ranks of its pair act."""
     peft: ClassVar[Peft | None] = None
     """How peft has it; None: not at all, or in a way of its own (`formats/meaning.py`)."""
 
@@ -107,6 +111,17 @@ class Method(ABC):
     def ranked(self) -> Mapping[str, int]:
         """Tensor -> axis along which rank dropout drops: leaving out an index leaves out one rank, or one block."""
         return {}
+
+    @property
+    def cut(self) -> Mapping[str, int]:
+        """Tensor -> axis of its ranks, where any of them alone are an adapter of the same scale; {}: they are not."""
+        return {}
+
+    def only(self, t: Tensors, ranks: Tensor) -> tuple[Self, dict[str, Tensor]]:
+        """The adapter that these of its ranks, whole numbers (n,), are; see `cut`."""
+        axes = self.cut
+        made = {name: v.index_select(axes[name], ranks) if name in axes else v for name, v in t.items()}
+        return self.resized(len(ranks)), made
 
     @classmethod
     def recognises(cls, names: set[str]) -> bool:
@@ -149,8 +164,8 @@ class Method(ABC):
 
     def constants(self, site: Site, weight: Tensor | None) -> dict[str, Tensor]:
         """What it needs beside its tensors and is neither trained nor saved, as a seed or the weight makes it (random
-        projections, singular vectors, indices): fp32 or int64, on the weight's device where the weight is read, else on the CPU. The
-        wrapper keeps them, and has them in `t` of `delta` and `operands`; `whole` is for all others.
+        projections, singular vectors, indices): fp32 or int64, on the weight's device where the weight is read, else
+        on the CPU. The wrapper keeps them, and has them in `t` of `delta` and `operands`; `whole` is for all others.
         """
         return {}
 
@@ -197,6 +212,10 @@ class Method(ABC):
 
     def act(self, o: Tensors, site: Site, x: Tensor, y: Tensor | None, onto: Tensor | None) -> Tensor:
         """The change of the output; added to `onto` where given. y: the base's output without bias, if `Way.output`."""
+        raise NotImplementedError
+
+    def acting(self, share: Tensor) -> Tensor:
+        """Which ranks of the pair act, 1 or 0, (n, ranks), at times (n,): from 0, no noise, to 1, noise alone."""
         raise NotImplementedError
 
     def resized(self, rank: int) -> Self:
@@ -251,3 +270,11 @@ def above_zero(name: str, value: float | None, absent: str) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if value is not None and not (number and 0 < value <= sys.float_info.max):
         raise ConfigError(f"{name} is {value!r}; it must be a finite number above 0, or None for {absent}")
+
+
+def linear_only(method: Method, shape: tuple[int, ...]) -> None:
+    """Raises FormatError where the weight is not that of a linear layer, which is all that peft has the method for."""
+    if len(shape) != 2:
+        raise FormatError(
+            f"peft has {method.name} for linear layers only, and the weight is {shape}; save it as imgadapt"
+        )

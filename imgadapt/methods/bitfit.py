@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from imgadapt.errors import ShapeError
-from imgadapt.methods.base import Method, Peft, Tensors, Way
+from imgadapt.methods.base import Method, Peft, Tensors, Way, linear_only
 from imgadapt.sites import Site
 
 
@@ -17,6 +17,7 @@ def _read(t: Tensors, config: Mapping[str, Any], shape: tuple[int, ...] | None) 
 
 
 def _write(method: "BitFit", t: Tensors, shape: tuple[int, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    linear_only(method, shape)
     return {"beft_bias": t["bitfit"][None]}, {}
 
 
