@@ -1,7 +1,7 @@
 """Site: the geometry of one layer, and its operation with another weight."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Literal, Self
@@ -67,6 +67,13 @@ class Site:
         if type(module).__name__.endswith("Norm") and weight is not None and weight.ndim == 1:
             return cls(tuple(weight.shape), "norm", bias=bias)
         return None
+
+    @classmethod
+    def of_shape(cls, shape: tuple[int, ...], kinds: Sequence[Kind] = ("linear",)) -> Self:
+        """The site of a weight of which the shape alone is known; kinds: that it may be of, where several are so."""
+        flat: tuple[Kind, ...] = ("linear", "embedding", "fused")
+        kind: Kind = next((k for k in flat if k in kinds), flat[0]) if len(shape) == 2 else "conv"
+        return cls(shape, kind if len(shape) > 1 else "norm", bias="bias")
 
     @property
     def kernel(self) -> tuple[int, ...]:

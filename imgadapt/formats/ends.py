@@ -6,6 +6,8 @@ The tensors' names here are those of the methods where they mean the same; `mean
 import re
 from typing import NamedTuple
 
+from imgadapt.methods import METHODS
+
 
 class End(NamedTuple):
     """tensor: its name. tail: what the end says of the layer's path (`processor.to_q_lora` is the layer `to_q`).
@@ -75,7 +77,14 @@ OTHERS = {
     "bias": End("set_bias"), "scale": End("set_norm"),
 }  # fmt: skip
 
+OF_METHODS = {end: End(end) for method in METHODS if method.peft is not None for end in method.peft.ends}
+"""peft's of the methods that say themselves how peft has them."""
+
+BESIDE = frozenset(name for method in METHODS if method.peft is not None for name in method.peft.beside)
+"""What peft has once for all layers of such a method."""
+
 ENDS: dict[str, End] = {
+    **OF_METHODS,
     **{end: End(tensor) for end, tensor in {**LYCORIS, **PEFT}.items()}, **LEGACY, **XLABS, **OTHERS,
 }  # fmt: skip
 
@@ -90,7 +99,27 @@ def split(key: str) -> tuple[str, str, End] | None:
     if (found := _split(key)) is not None and found[1] != "weight":
         return found
     plain = _ADAPTER.sub(r"\1\2\3\4", key)  # peft's adapter names: `lora_A.default.weight`
-    return _split(plain) if plain != key else found
+    return _split(plain) if plain != key else _of_method(key) or found
+
+
+def beside(key: str) -> str | None:
+    """Which name of BESIDE a key is, with the number of one of several (`tinylora_v.2`); None if it is a layer's."""
+    before, found, name = key.rpartition("base_model.")
+    first, _, rest = name.partition(".")
+    if not found or before.strip(".").count(".") or first not in BESIDE:
+        return None
+    numbers = [word for word in rest.split(".") if word.isdecimal()]
+    return ".".join([first, *numbers]) if rest.count(".") <= 1 else None
+
+
+def _of_method(key: str) -> tuple[str, str, End] | None:
+    """The same of a key with an adapter's name in its end or behind it: `hra_u.default`."""
+    words = key.split(".")
+    for place in range(len(words) - 1, max(0, len(words) - 4), -1):
+        found = _split(".".join([*words[:place], *words[place + 1 :]]))
+        if found is not None and found[1] in OF_METHODS and words[place] not in ("weight", "bias"):
+            return found
+    return None
 
 
 def _split(key: str) -> tuple[str, str, End] | None:

@@ -7,6 +7,10 @@ from imgadapt.formats.part import Parts
 from imgadapt.formats.spelling import Spell, plain_key
 
 
+def nothing_beside(parts: Parts) -> Mapping[str, Mapping[str, str]]:
+    return {}
+
+
 @dataclass(frozen=True, eq=False)  # a row is itself; hashed by identity
 class Format:
     """A row of the table of tools.
@@ -22,6 +26,7 @@ class Format:
         still true; own_metadata: the names of those entries.
     key: (a layer as it is spelled, an end) -> the tensor's name.
     single: whether a file is of one component and one method.
+    beside: layers -> which of their ends stand for several layers once, and under which key.
     claims: (entry, what it contains): metadata by which a file is this tool's, where its keys could be another's.
     """
 
@@ -40,6 +45,7 @@ class Format:
     claims: tuple[tuple[str, str], ...] = ()
     key: Callable[[str, str], str] = plain_key
     single: bool = False
+    beside: Callable[[Parts], Mapping[str, Mapping[str, str]]] = nothing_beside
 
     def prefix(self, component: str, architecture: str | None) -> str | None:
         """What keys of a component begin with; None if the tool has no word for it."""

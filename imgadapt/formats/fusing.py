@@ -11,6 +11,7 @@ from imgadapt.arch import Slice
 from imgadapt.errors import FormatError
 from imgadapt.formats.part import Part
 from imgadapt.formats.splitting import Made, by_layer, inner_of, take
+from imgadapt.methods.base import Method
 from imgadapt.methods.lora import LoRA
 
 
@@ -50,9 +51,14 @@ def fuse(parts: Mapping[str, Part], slices: Sequence[Slice]) -> Made:
 _Pieces = Sequence[tuple[Slice, Part | None]]
 
 
+def written_out(method: Method) -> bool:
+    """Whether its change can be worked out without the base's weights."""
+    return method.merges and not method.needs_weight
+
+
 def _never(pieces: _Pieces) -> Made:
     part = next(part for _, part in pieces if part is not None)
-    raise Unfusable(f"{part.method.name} of parts is none of the whole", dense=not part.method.needs_weight)
+    raise Unfusable(f"{part.method.name} of parts is none of the whole", dense=written_out(part.method))
 
 
 def _present(pieces: _Pieces) -> list[Part]:

@@ -10,6 +10,14 @@ from imgadapt.patterns import Budget, Pattern
 
 DIFFUSERS_KEY = "lora_adapter_metadata"
 PEFT_KEY = "peft_config"
+PATTERNS = {
+    "rank_pattern": "r",
+    "alpha_pattern": "alpha",
+    "block_size_pattern": "block_size",
+    "n_frequency_pattern": "n_frequency",
+    "lambda_pattern": "delora_lambda",
+}
+"""Fields that say for some layers what another says for all."""
 LONGEST_JSON = 2**22
 """Characters of a config; one with patterns for 5,000 layers has a tenth."""
 _MOST_FIELDS = 1000  # of one component's; peft has some 60
@@ -45,8 +53,8 @@ class LayerConfig:
         return set(self._fields)
 
     def of(self, name: str) -> dict[str, Any]:
-        """Its fields, with `r` and `alpha` as the patterns have them, and `feedforward`: whether the layer is one of
-        those modules.
+        """Its fields, with `r`, `alpha` and others as patterns have them, and `feedforward`: whether it is one of those
+        modules.
 
         name: canonical, or a fused layer's own. CLIP's `text_model.` may be there or not.
 
@@ -60,9 +68,10 @@ class LayerConfig:
         if not fields:
             return {}
         try:
-            alpha = self._at(path, component, fields, "alpha_pattern", fields.get("lora_alpha", fields.get("alpha")))
-            rank = self._at(path, component, fields, "rank_pattern", fields.get("r"))
-            return {**fields, "r": rank, "alpha": alpha, "feedforward": self._feeds(path, component, fields)}
+            whole = {**fields, "r": fields.get("r"), "alpha": fields.get("lora_alpha", fields.get("alpha"))}
+            patterned = [(field, name) for field, name in PATTERNS.items() if field in fields]
+            own = {name: self._at(path, component, fields, field, whole.get(name)) for field, name in patterned}
+            return {**whole, **own, "feedforward": self._feeds(path, component, fields)}
         except (ConfigError, FormatError) as error:
             self._wrong = FormatError(f"the metadata '{self.key}': {error}")
             raise self._wrong from error

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from imgadapt.errors import FormatError
+from imgadapt.formats import of_peft
 from imgadapt.methods import BOFT, IA3, OFT, DoRA, Full, GLoRA, LoHa, LoKr, LoRA, Method, Norm
 from imgadapt.methods.rotation import block_size
 
@@ -20,12 +21,13 @@ class Note:
     """What is known of a layer beyond its tensors.
 
     dialect: the format's name. config: what a peft config says of this layer, `alpha` and `r` among it.
-    shape: of the layer's weight, if an architecture lists it.
+    shape: of the layer's weight, if an architecture lists it. beside: what the file has for all layers.
     """
 
     dialect: str = ""
     config: Mapping[str, Any] = field(default_factory=dict[str, Any])
     shape: tuple[int, ...] | None = None
+    beside: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     @property
     def alpha(self) -> float | None:
@@ -42,6 +44,8 @@ def meaning(t: Mapping[str, Tensor], note: Note) -> Made:
         ConfigError, ShapeError: what they say cannot be.
     """
     own = dict(t)
+    if (kind := of_peft.kind_of(own.keys(), note.config)) is not None:
+        return checked(of_peft.meant(kind, own, note.beside, note.config, note.shape))
     if empty := [name for name, tensor in own.items() if not tensor.numel()]:
         raise FormatError(f"{', '.join(empty)} is empty")
     alpha = note.alpha

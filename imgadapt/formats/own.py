@@ -1,12 +1,13 @@
 """imgadapt's own format: dotted names, our tensor names, and every hyper-parameter in the metadata; for any method.
 
-`imgadapt` is JSON: {"methods": [{"method": "lora", "rank": 4, ...}, ...], "layers": {layer: place in that list}}.
+`imgadapt` is JSON: {"methods": [{"method": "lora", "rank": 4, ...}, ...], "layers": {layer: place in that list}}, and,
+where there are any, "common", {layer: {tensor: number}} of the tensors that layers share, which have the keys
+`common.<tensor>.<number>`, and "shapes", {layer: [out, in, ...]} of weights of which the tensors tell less.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
@@ -15,57 +16,57 @@ from imgadapt.formats.format import Format
 from imgadapt.formats.layer_config import LONGEST_JSON
 from imgadapt.formats.meaning import checked
 from imgadapt.formats.part import Part, Parts, Source
+from imgadapt.formats.settings import check, described, made_of
 from imgadapt.formats.spelling import own
-from imgadapt.methods import METHODS, Method
+from imgadapt.formats.splitting import inputs_of, rows_of
+from imgadapt.methods import METHODS
 from imgadapt.targets import DENOISERS, TEXT_ENCODERS
 
 KEY = "imgadapt"
 """Metadata entry."""
+_COMMON = "common."
+_LARGEST = 2**31  # numbers of a weight; an embedding of 256,000 words of 8,192 has as many
 
 
-def _described(method: Method) -> dict[str, Any]:
-    values = {field.name: getattr(method, field.name) for field in fields(method)}
-    return {
-        "method": method.name,
-        **{name: _described(value) if isinstance(value, Method) else value for name, value in values.items()},
-    }
+class _Said(NamedTuple):
+    """What the metadata says: settings, layer -> place among them, its common tensors' numbers, its weight's shape."""
+
+    methods: list[dict[str, Any]]
+    layers: dict[str, int]
+    common: dict[str, dict[str, int]]
+    shapes: dict[str, tuple[int, ...]]
 
 
-def _contents(text: str) -> tuple[list[tuple[type[Method], dict[str, Any]]], dict[str, int]]:
+def _contents(text: str) -> _Said:
     try:
         if len(text) > LONGEST_JSON:
             raise ValueError("it is larger than any")
         said = cast("dict[str, Any]", json.loads(text))
-        rows = [(_values(row), _kind(row)) for row in said["methods"]]
-        methods = [(kind, values) for values, kind in rows]
+        methods: list[dict[str, Any]] = [{**row} for row in said["methods"]]
+        for row in methods:
+            check(row)
         layers = {str(name): int(place) for name, place in said["layers"].items()}
         if any(not 0 <= place < len(methods) for place in layers.values()):
             raise ValueError("a layer's method is not in the list")
+        common = {str(name): {str(k): int(n) for k, n in row.items()} for name, row in said.get("common", {}).items()}
+        shapes = {str(name): _shape(row) for name, row in said.get("shapes", {}).items()}
+        if not {*common, *shapes} <= layers.keys():
+            raise ValueError("it says more of a layer that it does not have")
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise FormatError(f"the metadata '{KEY}' is not what imgadapt writes: {error!r}") from error
-    return methods, layers
+    return _Said(methods, layers, common, shapes)
 
 
-def _kind(row: Mapping[str, Any]) -> type[Method]:
-    return next(m for m in METHODS if m.name == row["method"])
-
-
-def _values(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a method; ValueError where it is none."""
-    kind = next((m for m in METHODS if m.name == row["method"]), None)
-    if kind is None or not set(row) - {"method"} <= {field.name for field in fields(kind)}:
-        raise ValueError(f"no method {row}")
-    if wrong := [f.name for f in fields(kind) if f.type is bool and not isinstance(row.get(f.name, False), bool)]:
-        raise ValueError(f"{wrong[0]} is {row[wrong[0]]!r}, wanted true or false")
-    return {name: _made(value) for name, value in row.items() if name != "method"}
-
-
-def _made(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    row = cast("dict[str, Any]", value)
-    values = _values(row)
-    return _kind(row)(**values)
+def _shape(row: Any) -> tuple[int, ...]:
+    sizes = cast("list[Any]", row)
+    total = 1
+    for n in sizes:
+        if type(n) is not int or not 0 < n <= _LARGEST or not 1 <= len(sizes) <= 5:
+            raise ValueError(f"no weight is of the shape {sizes!r}")
+        total *= n
+    if not isinstance(row, list) or total > _LARGEST:
+        raise ValueError(f"no weight is of the shape {sizes!r}")
+    return tuple(sizes)
 
 
 def is_own(metadata: Mapping[str, str]) -> bool:
@@ -78,35 +79,59 @@ def read_own(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tupl
     Raises:
         FormatError: the metadata is not what imgadapt writes.
     """
-    methods, layers = _contents(metadata.get(KEY, ""))
+    said = _contents(metadata.get(KEY, ""))
     found: dict[str, dict[str, Tensor]] = {}
     unknown: dict[str, str] = {}
+    shared = {_key(name, number) for row in said.common.values() for name, number in row.items()}
     for key, tensor in tensors.items():
         name, _, end = key.rpartition(".")
+        if key in shared:
+            continue
         if end not in _NAMES:
             unknown[key] = "no tensor of any method"
-        elif name not in layers:
+        elif name not in said.layers:
             unknown[key] = f"the metadata '{KEY}' does not say how {name} was trained"
         else:
             found.setdefault(name, {})[end] = tensor
-    for name in layers.keys() - found.keys():
+    for name, row in said.common.items():
+        for end, number in row.items():
+            if (key := _key(end, number)) not in tensors:
+                unknown[key] = f"{name} has it in common with others, and the file does not have it"
+            elif end in found.setdefault(name, {}):
+                unknown[f"{name}.{end}"] = f"{name} has {end} twice, of its own and in common with others"
+            else:
+                found[name][end] = tensors[key]
+    for name in said.layers.keys() - found.keys():
         unknown[name] = f"the metadata '{KEY}' has this layer, and the file does not"
     parts: dict[str, Part] = {}
     for name, t in found.items():
-        kind, values = methods[layers[name]]
         try:
-            method = kind(**values)
-            if not kind.recognises(set(t)):
-                raise ValueError(f"{', '.join(sorted(t))} are not {kind.name}, whole: it lost a tensor")
-            checked((method, t))
-            inferred = method.infer(t, method.file_alpha)
-            if method.file_rank != inferred.file_rank:
-                raise ValueError(f"its tensors are of rank {inferred.file_rank}, and the metadata says {method}")
-            keys = {f"{name}.{end}": tensor for end, tensor in t.items()}
-            parts[name] = Part(method, t, Source("imgadapt", keys, {name: (method, t)}))
-        except (ValueError, TypeError, ImgadaptError) as error:
+            parts[name] = _part(name, t, said)
+        except (ValueError, TypeError, IndexError, KeyError, OverflowError, RuntimeError, ImgadaptError) as error:
             unknown |= {f"{name}.{end}": f"{name}: {error}" for end in t}
     return parts, unknown
+
+
+def _key(name: str, number: int) -> str:
+    return f"{_COMMON}{name}.{number}"
+
+
+def _part(name: str, t: dict[str, Tensor], said: _Said) -> Part:
+    method = made_of(said.methods[said.layers[name]])
+    if not method.recognises(set(t)):
+        raise ValueError(f"{', '.join(sorted(t))} are not {method.name}, whole: it lost a tensor")
+    checked((method, t))
+    common = said.common.get(name, {})
+    if common.keys() - {*method.common}:
+        raise ValueError(f"{', '.join(sorted(common))} are not what layers of {method.name} have in common")
+    inferred = method.infer(t, method.file_alpha)
+    if method.file_rank != inferred.file_rank:
+        raise ValueError(f"its tensors are of rank {inferred.file_rank}, and the metadata says {method}")
+    shape = said.shapes.get(name)
+    if method.common:  # keys that are numbered anew when they are written
+        return Part(method, t, shape=shape)
+    keys = {f"{name}.{end}": tensor for end, tensor in t.items()}
+    return Part(method, t, Source("imgadapt", keys, {name: (method, t)}), shape=shape)
 
 
 def nothing(parts: Parts, old: Mapping[str, str]) -> dict[str, str]:
@@ -116,8 +141,45 @@ def nothing(parts: Parts, old: Mapping[str, str]) -> dict[str, str]:
 
 def _metadata(parts: Parts, old: Mapping[str, str]) -> dict[str, str]:
     methods = list(dict.fromkeys(part.method for part in parts.values()))
-    layers = {name: methods.index(part.method) for name, part in parts.items()}
-    return {KEY: json.dumps({"methods": [_described(m) for m in methods], "layers": layers}, sort_keys=True)}
+    places = {method: place for place, method in enumerate(methods)}
+    made: dict[str, Any] = {
+        "methods": [described(method) for method in methods],
+        "layers": {name: places[part.method] for name, part in parts.items()},
+    }
+    if common := _numbers(parts):
+        made["common"] = common
+    if shapes := {name: part.shape for name, part in parts.items() if part.shape is not None and _untold(part)}:
+        made["shapes"] = shapes
+    return {KEY: json.dumps(made, sort_keys=True)}
+
+
+def _untold(part: Part) -> bool:
+    """Whether its tensors do not tell the shape of the weight."""
+    if part.method.kinds == ("norm",) or part.slices:
+        return False
+    return rows_of(part.method, part.tensors) is None or inputs_of(part.method, part.tensors) is None
+
+
+def _numbers(parts: Parts) -> dict[str, dict[str, int]]:
+    """Layer -> tensor that it has in common with others -> which of those of that name, in the layers' order."""
+    seen: dict[str, list[Tensor]] = {}
+    numbers: dict[tuple[str, int], int] = {}
+    made: dict[str, dict[str, int]] = {}
+    for layer, part in sorted(parts.items()):
+        for name in part.method.common:
+            tensor = part.tensors.get(name)
+            if tensor is None:
+                continue
+            own = seen.setdefault(name, [])
+            if (name, id(tensor)) not in numbers:
+                numbers[name, id(tensor)] = len(own)
+                own.append(tensor)
+            made.setdefault(layer, {})[name] = numbers[name, id(tensor)]
+    return made
+
+
+def _beside(parts: Parts) -> dict[str, dict[str, str]]:
+    return {layer: {name: _key(name, number) for name, number in row.items()} for layer, row in _numbers(parts).items()}
 
 
 _NAMES = {tensor: tensor for method in METHODS for tensor in (*method.tensors, *method.optional)}
@@ -130,4 +192,5 @@ OWN = Format(
     tuple(_NAMES),
     _metadata,
     own_metadata=(KEY,),
+    beside=_beside,
 )

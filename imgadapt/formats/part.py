@@ -14,20 +14,25 @@ class Source:
     """What a file had for one of its layers: the tensors untouched, under their keys there.
 
     format: which one it was in. made: what became of them: layers of ours (a fused q/k/v is three) -> method, tensors.
-    of: how many tensors the file has for layers.
+    of: how many tensors the file has for layers. beside: those it has once for this layer and others.
     """
 
     format: str
     tensors: Mapping[str, Tensor]
     made: Mapping[str, tuple[Method, Mapping[str, Tensor]]]
     of: int = 0
+    beside: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     stamps: Mapping[int, int] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stamps", {id(t): t._version for t in self._all()})
 
     def _all(self) -> list[Tensor]:
-        return [*self.tensors.values(), *(t for _, own in self.made.values() for t in own.values())]
+        return [
+            *self.tensors.values(),
+            *self.beside.values(),
+            *(t for _, own in self.made.values() for t in own.values()),
+        ]
 
     def is_of(self, parts: Mapping[str, "Part"]) -> bool:
         """Whether these are all the layers it was made into, and nothing has changed them since."""

@@ -12,7 +12,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from imgadapt.errors import FormatError, first_few
-from imgadapt.formats.layer_config import DIFFUSERS_KEY, PEFT_KEY, LayerConfig
+from imgadapt.formats import of_peft
+from imgadapt.formats.layer_config import DIFFUSERS_KEY, PATTERNS, PEFT_KEY, LayerConfig
 from imgadapt.formats.part import Part, Parts
 from imgadapt.methods.lokr import split
 from imgadapt.targets import TEXT_ENCODERS
@@ -26,8 +27,12 @@ def _modules(paths: Collection[str]) -> list[str] | str:
 
 
 def config_for(parts: Mapping[str, Part]) -> dict[str, Any]:
-    """A config that says the ranks and alphas of layers, by their paths; of LoRA, DoRA, LoHa, LoKr, OFT, BOFT, IA3."""
+    """A config that says the ranks and alphas of layers, by their paths; of LoRA, DoRA, LoHa, LoKr, OFT, BOFT, IA3, and
+    what other methods say for themselves.
+    """
     kind: Any = next(iter(parts.values())).method
+    if kind.peft is not None:
+        return {"peft_type": kind.peft.type, "target_modules": _modules(parts), **of_peft.config_for(parts)}
     inner = getattr(kind, "inner", kind)
     fields: dict[str, Any] = {
         "peft_type": {"lora": "LORA", "dora": "LORA"}.get(kind.name, kind.name.upper()),
@@ -158,7 +163,7 @@ def peft_metadata(parts: Parts) -> dict[str, str]:
 def _bare_patterns(config: dict[str, Any], paths: Collection[str]) -> None:
     """Names that match with CLIP's `text_model.` before them, too."""
     config["target_modules"] = sorted(paths)
-    for field in ("rank_pattern", "alpha_pattern"):
+    for field in PATTERNS:
         if field in config:
             config[field] = {pattern.removeprefix("^"): value for pattern, value in config[field].items()}
 

@@ -4,13 +4,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from imgadapt.arch import Architecture, Slice, form_of
 from imgadapt.errors import FormatError, ImgadaptError, first_few
 from imgadapt.formats import splitting
 from imgadapt.formats.cloneofsimo import CLONEOFSIMO, aliases
-from imgadapt.formats.ends import End, split
+from imgadapt.formats.ends import End, beside, split
 from imgadapt.formats.format import Format
 from imgadapt.formats.layer_config import LayerConfig
 from imgadapt.formats.meaning import Note, meaning
@@ -36,6 +37,42 @@ class Reading:
     format: str
     architecture: str | None
     unknown: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+class _Shared:
+    """What a file of peft's has once for all layers. tensors: by their names there."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._keys: dict[str, str] = {}
+        self._all = tensors
+        self._first: dict[tuple[str, str], Tensor] = {}
+
+    def take(self, key: str) -> bool:
+        """Whether it is one of these; one that is there twice is none."""
+        name = beside(key)
+        if name is None or name in self._keys:
+            return False
+        self._keys[name], self.tensors[name] = key, self._all[key]
+        return True
+
+    def of(self, method: Method) -> dict[str, Tensor]:
+        """Those that a method has, by their keys."""
+        own = () if method.peft is None else method.peft.beside
+        return {key: self.tensors[name] for name, key in self._keys.items() if name.partition(".")[0] in own}
+
+    def once(self, method: Method, t: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A layer's tensors, with those that layers have in common as one tensor for all."""
+        made = dict(t)
+        for name in method.common:
+            if name in t and torch.equal(first := self._first.setdefault((method.name, name), t[name]), t[name]):
+                made[name] = first
+        return made
+
+    def idle(self, parts: Mapping[str, Part]) -> dict[str, str]:
+        """Keys that no layer reads -> why."""
+        used = {key for part in parts.values() for key in self.of(part.method)}
+        return dict.fromkeys((key for key in self._keys.values() if key not in used), "")
 
 
 @dataclass
@@ -122,7 +159,10 @@ def _read(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], architectu
     renamed = aliases(tensors, metadata)
     unknown: dict[str, str] = {}
     stems: dict[str, dict[str, tuple[str, End]]] = {}  # layer as spelled -> key -> (end, what it says)
+    shared = _Shared(tensors)
     for key in tensors:
+        if shared.take(key):
+            continue
         found = split(renamed.get(key, key))
         if found is None:
             unknown[key] = ""
@@ -149,13 +189,14 @@ def _read(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], architectu
     config = LayerConfig(metadata)
     for layer in layers.values():
         try:
-            made = _parts(layer, tensors, config, tool, architecture)
+            made = _parts(layer, tensors, config, tool, architecture, shared)
             if again := [name for name in made if name in parts]:
                 raise FormatError(f"it has {first_few(again)} twice, under two names")
             parts |= made
         except (ImgadaptError, ValueError, TypeError, OverflowError, IndexError, RuntimeError) as error:
             shapes = ", ".join(f"{end} {tuple(tensors[key].shape)}" for (end, _), key in layer.keys.items())
             unknown |= dict.fromkeys(layer.keys.values(), f"{layer.place.name} ({shapes}): {error}")
+    unknown |= shared.idle(parts)
     return Reading(parts, tool.name, architecture.name if architecture else None, unknown)
 
 
@@ -260,12 +301,13 @@ def _parts(
     config: LayerConfig,
     tool: Format,
     architecture: Architecture | None,
+    shared: "_Shared",
 ) -> dict[str, Part]:
     """The layers of ours that one of the file is: itself, or what a fused one is split into."""
     place = layer.place
     raw = {key: tensors[key] for key in layer.keys.values()}
     shape = architecture.shape_of(place.name) if architecture else None
-    note = Note("kohya-oft" if tool is KOHYA_OFT else tool.name, config.of(place.name), shape)
+    note = Note("kohya-oft" if tool is KOHYA_OFT else tool.name, config.of(place.name), shape, shared.tensors)
     # what a config says that the tool does not write must be spelled out, so it cannot be written back as it was
     origin = tool.name if not note.config or config.key in tool.own_metadata else ""
     slices = architecture.native.get(place.name, ()) if architecture and place.naming == "native" else ()
@@ -273,8 +315,10 @@ def _parts(
     if pieces:
         return _from_pieces(layer, tensors, note, origin, slices, pieces)
     method, own = meaning({name: tensors[key] for (name, _), key in layer.keys.items()}, note)
+    own = shared.once(method, own)
     if not slices:
-        return {place.name: Part(method, own, Source(origin, raw, {place.name: (method, own)}, len(tensors)))}
+        source = Source(origin, raw, {place.name: (method, own)}, len(tensors), shared.of(method))
+        return {place.name: Part(method, own, source)}
     assert architecture is not None
     rows = splitting.rows_of(method, own)
     total = architecture.native_rows[place.name]

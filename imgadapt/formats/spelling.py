@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imgadapt.formats import of_peft
 from imgadapt.formats.ends import LYCORIS, PEFT, XLABS
-from imgadapt.formats.fusing import Unfusable
+from imgadapt.formats.fusing import Unfusable, written_out
 from imgadapt.formats.part import Part
 
 Spelled = dict[str, Tensor]
@@ -62,14 +63,21 @@ def _no(method: Any, tool: str, *, dense: bool | None = None) -> Unfusable:
     inner = f" over {method.inner.name} with a magnitude for each {method.axis}" if method.name == "dora" else ""
     core = " with a Tucker core" if getattr(method, "tucker", False) else ""
     return Unfusable(
-        f"{tool} has no word for {method.name}{inner}{core}", dense=not method.needs_weight if dense is None else dense
+        f"{tool} has no word for {method.name}{inner}{core}", dense=written_out(method) if dense is None else dense
     )
 
 
 def lycoris(part: Part, axes: int) -> Spelled:
-    """kohya, LyCORIS, OneTrainer, ComfyUI: every method, rotations of the outputs only."""
+    """kohya, LyCORIS, OneTrainer, ComfyUI: LyCORIS' methods, rotations of the outputs only."""
     method: Any = part.method
+    if not in_lycoris(method):
+        raise _no(method, "LyCORIS")
     return _LYCORIS_METHODS[method.name](method, dict(part.tensors), axes)
+
+
+def in_lycoris(method: Any) -> bool:
+    """Whether LyCORIS has the method, with whatever settings."""
+    return method.name in _LYCORIS_METHODS and getattr(method, "inner", method).name in _LYCORIS_METHODS
 
 
 def _lycoris_lora(method: Any, t: dict[str, Tensor], axes: int) -> Spelled:
@@ -127,6 +135,8 @@ _LYCORIS_METHODS: dict[str, Callable[[Any, dict[str, Tensor], int], Spelled]] = 
 def peft(part: Part, axes: int) -> Spelled:
     """peft: no Tucker LoRA, DoRA over LoRA for each output, rotations of the inputs; alpha is in the config."""
     method: Any = part.method
+    if method.peft is not None:
+        return of_peft.spelled(part)
     t = dict(part.tensors)
     inner = getattr(method, "inner", method)
     if method.name in ("lora", "dora"):

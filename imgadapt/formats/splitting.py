@@ -35,7 +35,7 @@ def rows_of(method: Method, t: Mapping[str, Tensor]) -> int | None:
         "full": lambda: t["diff"].shape[0],
         "norm": lambda: t["w_norm"].shape[0],
     }
-    return by_name[method.name]()
+    return by_name.get(method.name, lambda: None)()
 
 
 def inputs_of(method: Method, t: Mapping[str, Tensor]) -> int | None:
@@ -93,7 +93,8 @@ def take(method: Method, t: Mapping[str, Tensor], rows: Rows, total: int) -> Mad
     """The adapter of some rows of its layer, in this order."""
     if list(rows) == [(0, total)]:
         return method, dict(t)
-    return _TAKE[method.name](method, dict(t), rows)
+    known = _TAKE.get(method.name)
+    return None if known is None else known(method, dict(t), rows)
 
 
 def taken(method: Method, t: Mapping[str, Tensor], rows: Rows) -> Made:
@@ -157,7 +158,7 @@ def _take_oft(method: Any, t: dict[str, Tensor], rows: Rows) -> Made | None:
 
 
 def _take_dora(method: Any, t: dict[str, Tensor], rows: Rows) -> Made | None:
-    if method.axis == "input":
+    if method.axis == "input" or method.inner.name not in _TAKE:
         return None
     inner = _TAKE[method.inner.name](method.inner, {k: v for k, v in t.items() if k != "magnitude"}, rows)
     return (

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from imgadapt.formats import kohya, own, spelling
-from imgadapt.formats.ends import LEGACY, LYCORIS, OTHERS, PEFT, XLABS
+from imgadapt.formats import kohya, of_peft, own, spelling
+from imgadapt.formats.ends import LEGACY, LYCORIS, OF_METHODS, OTHERS, PEFT, XLABS
 from imgadapt.formats.format import Format
 from imgadapt.formats.layer_config import DIFFUSERS_KEY, PEFT_KEY
 from imgadapt.formats.part import Parts
@@ -151,13 +151,14 @@ PEFT_FORMAT = Format(
     "peft's save_pretrained; one method and one component in a file",
     dict.fromkeys((*DENOISERS, *TEXT_ENCODERS, "model"), "base_model.model."),
     spelling.peft,
-    (*PEFT, *(end for end in LYCORIS if end.startswith(("hada", "lokr")))),
+    (*PEFT, *OF_METHODS, *(end for end in LYCORIS if end.startswith(("hada", "lokr")))),
     _peft,
     key=spelling.peft_key,
     also_prefixes=tuple(f"{component}.base_model.model." for component in _DOTTED),
     own_metadata=(PEFT_KEY, "format"),
     claims=((PEFT_KEY, ""),),
     single=True,
+    beside=of_peft.beside,
 )
 AI_TOOLKIT = Format(
     "ai-toolkit",

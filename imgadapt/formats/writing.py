@@ -1,7 +1,7 @@
 """Writing: an adapter as another tool has it, and what that costs, said before it happens."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -11,14 +11,15 @@ from torch import Tensor
 from imgadapt.arch import Architecture, Slice
 from imgadapt.errors import FormatError, first_few
 from imgadapt.formats.format import Format
-from imgadapt.formats.fusing import Unfusable, fuse
+from imgadapt.formats.fusing import Unfusable, fuse, written_out
 from imgadapt.formats.part import Part, Parts
-from imgadapt.formats.spelling import held
+from imgadapt.formats.spelling import held, in_lycoris
 from imgadapt.formats.splitting import by_layer, rows_of, scaled, taken
 from imgadapt.methods import Full, LoRA
-from imgadapt.sites import Kind, Site
+from imgadapt.sites import Site
 
 Loss = Literal["exact", "aligned", "dense", "impossible"]
+_NONE: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Step:
         its whole difference can be written, which is exact too and as large as the weight; "impossible".
     reason: why it is not exact, and what to do.
     layers: the layers of ours it is made of. tensors: what is written, by key; of "dense" ones that difference, if it
-        was asked for. verbatim: whether that is what the file had. parts: what it is as written, by layer.
+        was asked for. verbatim: whether that is what the file had. parts: what it is as written, by layer. beside:
+        tensors that it has in common with other layers, by key.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Step:
     tensors: Mapping[str, Tensor] | None = field(default=None, repr=False)
     verbatim: bool = False
     parts: Mapping[str, Part] = field(default_factory=dict[str, Part], repr=False)
+    beside: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor], repr=False)
 
 
 @dataclass(frozen=True)
@@ -62,10 +65,15 @@ class Writer:
             source = own[names[0]].source
             assert source is not None
             stem = next(iter(source.tensors)).rpartition(".")[0]
-            done.append(Step(stem, tuple(names), "exact", "", source.tensors, verbatim=True, parts=own))
+            done.append(
+                Step(stem, tuple(names), "exact", "", source.tensors, verbatim=True, parts=own, beside=source.beside)
+            )
         groups = self._fused(left)
         inside = {s.layer for slices in groups.values() for s in slices}
-        done += [self._step(name, (name,), part) for name, part in left.items() if name not in inside]
+        apart = self.form.beside(parts)
+        done += [
+            self._step(name, (name,), part, apart.get(name, {})) for name, part in left.items() if name not in inside
+        ]
         for name, slices in groups.items():
             own = {s.layer: left[s.layer] for s in slices if s.layer in left}
             done.append(self._fused_step(name, slices, own))
@@ -76,6 +84,7 @@ class Writer:
             return [replace(step, loss="impossible", reason=reason, tensors=None) for step in done]
         if self.form.single and all(step.tensors is not None for step in done):
             try:  # it may have no words for them together
+                together(done)
                 self.form.metadata({name: part for step in done for name, part in step.parts.items()}, {})
             except FormatError as error:
                 if not all(step.verbatim for step in done):
@@ -116,7 +125,8 @@ class Writer:
             return replace(step, loss="aligned", reason="the edges of its layers fall between its blocks")
         return step
 
-    def _step(self, name: str, layers: tuple[str, ...], part: Part) -> Step:
+    def _step(self, name: str, layers: tuple[str, ...], part: Part, apart: Mapping[str, str] = _NONE) -> Step:
+        """apart: ends of what stands beside the layers -> key."""
         form, architecture = self.form, self.architecture
         spelled = form.spell_name(name, architecture.name if architecture else None)
         if spelled is None:
@@ -130,9 +140,12 @@ class Writer:
             return self._split_step(name, layers, part)
         shape = self._shape(name, part)
         try:
-            ends = form.spell(part, _axes(part, architecture.shape_of(name) if architecture else None))
-            tensors = {form.key(spelled, end): tensor for end, tensor in ends.items()}
-            return Step(spelled, layers, "exact", "", tensors, parts={name: replace(part, shape=shape)})
+            known = architecture.shape_of(name) if architecture else None
+            ends = form.spell(replace(part, shape=shape), _axes(part, known))
+            tensors = {form.key(spelled, end): tensor for end, tensor in ends.items() if end not in apart}
+            beside = {apart[end]: tensor for end, tensor in ends.items() if end in apart}
+            own = {name: replace(part, shape=shape)}
+            return Step(spelled, layers, "exact", "", tensors, parts=own, beside=beside)
         except Unfusable as error:
             if (plain := _as_lora(part, shape)) is not None:
                 step = replace(self, dense=False)._step(name, layers, plain)
@@ -165,11 +178,11 @@ class Writer:
     ) -> Step:
         """A whole difference where the format has one and no weights are needed for it."""
         shapes = {layer: self._shape(layer, part) for layer, part in own.items()}
-        no_weights = error.dense and not any(
-            part.method.needs_weight or getattr(part.method, "absolute", False) for part in own.values()
+        no_weights = error.dense and all(
+            written_out(part.method) and not getattr(part.method, "absolute", False) for part in own.values()
         )
         if not no_weights or "diff" not in self.form.ends or None in shapes.values():
-            return Step(name, layers, "impossible", f"{error}; 'lycoris' has for most, 'imgadapt' for all")
+            return Step(name, layers, "impossible", f"{error}; {_remedy(own.values())}")
         if not self.dense:
             return Step(name, layers, "dense", f"{error}; dense=True (--dense) writes its whole difference")
         made = {layer: difference(own[layer], shape) for layer, shape in shapes.items() if shape is not None}
@@ -181,7 +194,7 @@ class Writer:
         if part.shape is not None:
             return part.shape
         known = self.architecture.shape_of(name) if self.architecture else None
-        if known is not None and part.method.fits(part.tensors, Site(known, _kind(known), bias="bias")) is None:
+        if known is not None and part.method.fits(part.tensors, Site.of_shape(known, part.method.kinds)) is None:
             return known
         rows, t = rows_of(part.method, part.tensors), part.tensors
         kernel = known[2:] if known is not None else ()
@@ -204,6 +217,35 @@ class Writer:
         return None if inputs % math.prod(kernel) else (rows, inputs // math.prod(kernel), *kernel)
 
 
+def _remedy(parts: Collection[Part]) -> str:
+    """What to do with what a format has no word for."""
+    methods = [part.method for part in parts]
+    if still := next((method for method in methods if not method.merges), None):
+        return f"{still.name} is no change of a weight, which other words could say: only 'imgadapt' and peft have any"
+    if all(map(in_lycoris, methods)):
+        return "'lycoris' has for most, 'imgadapt' for all"
+    base = " --base BASE" if any(method.needs_weight for method in methods) else ""
+    lora = (
+        f"`imgadapt resize FILE OUTPUT --rank 16{base} --format FORMAT` makes LoRA of it and says what that leaves out"
+    )
+    return f"'imgadapt' has; {lora}"
+
+
+def together(steps: Sequence[Step]) -> dict[str, Tensor]:
+    """What stands beside layers, by key.
+
+    Raises:
+        FormatError: two layers have different ones.
+    """
+    made: dict[str, Tensor] = {}
+    for step in steps:
+        for key, tensor in step.beside.items():
+            first = made.setdefault(key, tensor)
+            if first is not tensor and not (first.dtype == tensor.dtype and torch.equal(first, tensor)):
+                raise FormatError(f"a file has one {key} for all layers, and these have several")
+    return made
+
+
 def _whole_rows(slices: Sequence[Slice], own: Mapping[str, Part], total: int) -> int:
     """Rows of the fused layer of this model, whose architecture's has `total`."""
     for layer, part in own.items():
@@ -215,32 +257,35 @@ def _whole_rows(slices: Sequence[Slice], own: Mapping[str, Part], total: int) ->
 def _as_lora(part: Part, shape: tuple[int, ...] | None) -> Part | None:
     """The same change as LoRA, where it is of no higher rank than the weight; None if it is none, or is LoRA."""
     method = part.method
-    if shape is None or len(shape) < 2 or method.needs_weight or method.name == "lora" or len(part.tensors) < 2:
+    if shape is None or len(shape) < 2 or not written_out(method) or method.name == "lora":
         return None
-    site = Site(shape, "conv" if len(shape) > 2 else "linear")
-    pair = method.pair({name: tensor.float() for name, tensor in part.tensors.items()}, site)
-    if pair is None or pair[0].shape[1] > min(site.rows, site.fan_in):
+    site = Site.of_shape(shape, method.kinds)
+    t = {name: tensor.float() for name, tensor in part.tensors.items()}
+    if method.fits(t, site) is not None or method.check(site) is not None:
+        return None
+    pair, bias = method.pair(t, site), method.bias_delta(t)
+    if pair is None or not 0 < pair[0].shape[1] <= min(site.rows, site.fan_in):
         return None
     up, down = pair
     dtype, rank = next(iter(part.tensors.values())).dtype, up.shape[1]
     tensors = {
         "down": held(down.reshape(rank, *shape[1:]), dtype),
         "up": held(up.reshape(*up.shape, *site.ones), dtype),
+        **({} if bias is None else {"bias": held(bias, dtype)}),
     }
-    return Part(LoRA(rank=rank, alpha=method.scale * rank), tensors)
+    return Part(LoRA(rank=rank, alpha=method.scale * rank, bias=bias is not None), tensors)
 
 
 def difference(part: Part, shape: tuple[int, ...]) -> Part:
     """scale * delta of a method that needs no weight, and of the bias, in fp32."""
     t = {name: tensor.float() for name, tensor in part.tensors.items()}
-    made = {"diff": part.method.scale * part.method.delta(t, Site(shape, _kind(shape)), None)}
+    site = Site.of_shape(shape, part.method.kinds)
+    if wrong := part.method.fits(t, site):
+        raise FormatError(f"the layer's weight is {shape}, as it seems, and {wrong}")
+    made = {"diff": part.method.scale * part.method.delta(t, site, None)}
     if (bias := part.method.bias_delta(t)) is not None:
         made["diff_b"] = part.method.scale * bias
     return Part(Full(bias=bias is not None), made)
-
-
-def _kind(shape: Sequence[int]) -> Kind:
-    return "conv" if len(shape) > 2 else "linear" if len(shape) == 2 else "norm"
 
 
 def _axes(part: Part, known: tuple[int, ...] | None) -> int:
@@ -270,6 +315,7 @@ def write(writer: Writer, parts: Parts, metadata: Mapping[str, str]) -> tuple[di
         reasons = [f"{reason} ({first_few(names)})" for reason, names in by_reason.items()]
         raise FormatError(f"{len(lost)} of {len(steps)} layers cannot be written as {form.name}: {first_few(reasons)}")
     tensors: dict[str, Tensor] = {}
+    tensors |= together(steps)
     for step in steps:
         for key, tensor in (step.tensors or {}).items():
             if key in tensors:

@@ -1,0 +1,157 @@
+"""Methods that say themselves how peft has them (`Method.peft`): read from its files, and written."""
+
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from imgadapt.errors import FormatError, ImgadaptError, first_few
+from imgadapt.formats.fusing import Unfusable
+from imgadapt.formats.layer_config import PATTERNS
+from imgadapt.formats.part import Part
+from imgadapt.methods import METHODS, Method
+from imgadapt.methods.base import Peft
+from imgadapt.sites import Site
+
+Made = tuple[Method, dict[str, Tensor]]
+_WRONG = (ImgadaptError, ValueError, TypeError, OverflowError, IndexError, KeyError, RuntimeError, AttributeError)
+"""What settings and tensors of a file, which say anything, may raise."""
+
+_PATTERNED = {
+    "C3A": ("block_size",),
+    "DELORA": ("r", "delora_lambda"),
+    "FOURIERFT": ("n_frequency",),
+    "HIRA": ("r",),
+    "WAVEFT": ("n_frequency",),
+}
+"""peft_type -> fields of its config that it has patterns for (peft 0.21, tuners/*/config.py)."""
+_PLAIN = ("C3A", "FOURIERFT")
+"""Whose patterns are looked up by the whole name, and tried as the end of one (tuners/*/model.py)."""
+
+
+def kind_of(names: Collection[str], config: Mapping[str, Any]) -> type[Method] | None:
+    """The method whose ends these names are; None if it is none of those that say so themselves.
+
+    Raises:
+        FormatError: peft has several such, or the config says another.
+    """
+    found = [(m, m.peft) for m in METHODS if m.peft is not None and names and set(names) <= {*m.peft.ends}]
+    said = config.get("peft_type")
+    own = [method for method, peft in found if said in (None, peft.type)]
+    if not found or len(own) == 1:
+        return own[0] if own else None
+    types = " or ".join(peft.type for _, peft in found)
+    if not own:
+        raise FormatError(f"{first_few(sorted(names))} are of peft's {types}, and its config says {said!r}")
+    raise FormatError(f"{first_few(sorted(names))} are of peft's {types}: adapter_config.json, which says, is missing")
+
+
+def meant(
+    kind: type[Method],
+    t: Mapping[str, Tensor],
+    beside: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    shape: tuple[int, ...] | None,
+) -> Made:
+    """The method and its tensors, of what a layer has in peft's file and what stands beside the layers.
+
+    Raises:
+        FormatError: they are no whole adapter, or the config, which the method needs, is not there.
+    """
+    peft = kind.peft
+    assert peft is not None
+    own = {**{name: tensor for name, tensor in beside.items() if _stands_beside(peft, name)}, **t}
+    if empty := [name for name, tensor in own.items() if not tensor.numel()]:
+        raise FormatError(f"{', '.join(empty)} is empty")
+    try:
+        return _read(peft, own, config, shape)
+    except _WRONG as error:
+        said = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+        rest = "" if config else "; its adapter_config.json, which may say more, is missing: keep them together"
+        raise FormatError(f"as peft's {peft.type}: {said}{rest}") from error
+
+
+def _read(peft: Peft, t: Mapping[str, Tensor], config: Mapping[str, Any], shape: tuple[int, ...] | None) -> Made:
+    """With the shape that a table has of the layer, unless this model is of another size."""
+    if shape is None:
+        return peft.read(t, config, None)
+    try:
+        made = peft.read(t, config, shape)
+        if made[0].fits(made[1], Site.of_shape(shape, made[0].kinds)) is None:
+            return made
+    except _WRONG:
+        return peft.read(t, config, None)
+    try:
+        return peft.read(t, config, None)
+    except _WRONG:
+        return made
+
+
+def _stands_beside(peft: Peft, name: str) -> bool:
+    return name.partition(".")[0] in peft.beside
+
+
+def beside(parts: Mapping[str, Part]) -> dict[str, dict[str, str]]:
+    """Layer -> name of what peft has beside its layers -> its key."""
+    return {
+        layer: {name: f"base_model.{name}" for name in part.method.peft.beside}
+        for layer, part in parts.items()
+        if part.method.peft is not None and part.method.peft.beside
+    }
+
+
+def spelled(part: Part) -> dict[str, Tensor]:
+    """What peft has of a part, by its names.
+
+    Raises:
+        Unfusable: peft has no word for it.
+    """
+    return _written(part)[0]
+
+
+def _written(part: Part) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    peft = part.method.peft
+    assert peft is not None
+    if part.shape is None:
+        raise Unfusable(
+            f"peft's {peft.type} needs the layer's size, which no table has: attach the file to the model, collect it",
+            dense=False,
+        )
+    try:
+        return peft.write(part.method, part.tensors, part.shape)
+    except FormatError as error:
+        raise Unfusable(str(error), dense=False) from error
+
+
+def config_for(parts: Mapping[str, Part]) -> dict[str, Any]:
+    """What the config says of layers beyond which they are, by their paths.
+
+    Raises:
+        FormatError: they differ in what peft has one setting for.
+    """
+    peft = next(iter(parts.values())).method.peft
+    assert peft is not None
+    rows = {path: _written(part)[1] for path, part in parts.items()}
+    patterns = {value: field for field, value in PATTERNS.items() if value in _PATTERNED.get(peft.type, ())}
+    made: dict[str, Any] = {}
+    for field in dict.fromkeys(field for row in rows.values() for field in row):
+        values = {path: row.get(field) for path, row in rows.items()}
+        most: Any = Counter(map(repr, values.values())).most_common(1)[0][0]
+        made[field] = next(value for value in values.values() if repr(value) == most)
+        others = {path: value for path, value in values.items() if repr(value) != most}
+        if not others:
+            continue
+        if field not in patterns or (peft.type in _PLAIN and _ambiguous(parts)):
+            said = first_few(list(dict.fromkeys(map(repr, values.values()))))
+            raise FormatError(f"peft's {peft.type} has one {field} for all layers of a file, and this has {said}")
+        plain = peft.type in _PLAIN
+        made[patterns[field]] = {path if plain else f"^{re.escape(path)}": value for path, value in others.items()}
+    return made
+
+
+def _ambiguous(paths: Collection[str]) -> bool:
+    """Whether one is the end of another."""
+    ends = {path[k + 1 :] for path in paths for k, letter in enumerate(path) if letter == "."}
+    return not ends.isdisjoint(paths)
