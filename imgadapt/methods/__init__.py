@@ -5,6 +5,7 @@ from imgadapt.methods.anchored import Anchored
 from imgadapt.methods.base import Method
 from imgadapt.methods.bitfit import BitFit
 from imgadapt.methods.boft import BOFT
+from imgadapt.methods.delora import DeLoRA
 from imgadapt.methods.dora import DoRA
 from imgadapt.methods.fourierft import FourierFT
 from imgadapt.methods.full import Full, Norm
@@ -44,6 +45,7 @@ METHODS: tuple[type[Method], ...] = (
     VeRA,
     GraLoRA,
     FourierFT,
+    DeLoRA,
 )
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "AdaLoRA",
     "Anchored",
     "BitFit",
+    "DeLoRA",
     "DoRA",
     "FourierFT",
     "Full",

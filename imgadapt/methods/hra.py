@@ -39,10 +39,6 @@ class HRA(Method):
     def __post_init__(self) -> None:
         positive("rank", self.rank)
 
-    @property
-    def file_rank(self) -> int:
-        return self.rank
-
     def check(self, site: Site) -> str | None:
         if site.kind == "embedding":
             return "its inputs are token ids, which nothing reflects"
