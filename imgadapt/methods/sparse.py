@@ -99,9 +99,16 @@ def act(o: Tensors, site: Site, x: Tensor, onto: Tensor | None, into: Basis, out
     channels = -1 if site.kind == "linear" else 1
     x = x.movedim(channels, -1)
     flat = x.reshape(-1, into.size)
-    change: Any = _Product.apply(flat, o["values"], *(o[name] for name in _NAMES), into, out)
+    given = (flat, o["values"], *(o[name] for name in _NAMES), into, out)
+    # dynamo makes an instance of a Function, and torch warns of it; a compiler decides itself what is kept
+    change: Any = _through(*given) if torch.compiler.is_compiling() else _Product.apply(*given)
     change = change.view(*x.shape[:-1], out.size).movedim(-1, channels)
     return change.to(o["values"].dtype) if onto is None else onto + change.to(onto.dtype)
+
+
+def _through(x: Tensor, values: Tensor, *rest: Any) -> Tensor:
+    columns, row_starts, of_row, *_, into, out = rest
+    return out.synthesise(_times(into.analyse(x), out.once(values, of_row), columns, row_starts)).to(x.dtype)
 
 
 class _Product(Function):
@@ -111,8 +118,7 @@ class _Product(Function):
     def forward(ctx: Any, x: Tensor, values: Tensor, *rest: Any) -> Tensor:
         ctx.save_for_backward(x, values, *rest[:-2])
         ctx.bases = rest[-2:]
-        columns, row_starts, of_row, *_, into, out = rest
-        return out.synthesise(_times(into.analyse(x), out.once(values, of_row), columns, row_starts)).to(x.dtype)
+        return _through(x, values, *rest)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
