@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from imgadapt.live import adapters, collect, disabled, merge, parameters, set_weights, unmerge
     from imgadapt.methods import *  # noqa: F403
     from imgadapt.overview import status
+    from imgadapt.prompting import GatedPrompts, PrefixTuning, PromptTuning, PTuning
     from imgadapt.slot import Dropout
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ _PLACES = {  # where the public names live; imported at first use, so that `imga
     "live": ("adapters", "collect", "disabled", "merge", "parameters", "set_weights", "unmerge"),
     "slot": ("Dropout",),
     "overview": ("status",),
+    "prompting": ("GatedPrompts", "PTuning", "PrefixTuning", "PromptTuning"),
 }
 _HOMES = {name: home for home, names in _PLACES.items() for name in names}
 
@@ -41,6 +43,7 @@ __all__ = [
     "Entry",
     "Full",
     "GLoRA",
+    "GatedPrompts",
     "ImgadaptError",
     "LoHa",
     "LoKr",
@@ -48,6 +51,9 @@ __all__ = [
     "MergeRecipe",
     "Method",
     "Norm",
+    "PTuning",
+    "PrefixTuning",
+    "PromptTuning",
     "adapters",
     "attach",
     "collect",
@@ -72,7 +78,7 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(f"imgadapt.{_HOMES[name]}"), name)
     if name in ("demo", "methods"):
         return import_module(f"imgadapt.{name}")
-    if not name.startswith("_") and name in (methods := import_module("imgadapt.methods")).__all__:
+    if name[:1].isupper() and name in (methods := import_module("imgadapt.methods")).__all__:
         return getattr(methods, name)
     raise AttributeError(f"module 'imgadapt' has no attribute '{name}'")
 

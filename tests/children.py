@@ -1,9 +1,12 @@
 """Programs in forked children of this process, which has imported everything: how they end, and what they say."""
 
+import faulthandler
 import os
 import random
 import runpy
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -42,6 +45,7 @@ def started(main: Callable[[Sequence[str]], None], arguments: Sequence[str], log
             os.dup2(os.open(f"{log}.{end}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600), number)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
         sys.argv = ["imgadapt program"]
+        faulthandler.enable(2)
         if before is not None:
             before()
         cli.program(main, arguments)
@@ -57,9 +61,26 @@ def started(main: Callable[[Sequence[str]], None], arguments: Sequence[str], log
         os._exit(status)
 
 
-def ended(process: int, log: Path) -> Ended:
-    """Wait for a child's end."""
-    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+class Hung(AssertionError):
+    """A child that does not end. It may be none of the program's doing: a fork copies the locks that other threads of
+    this process, which earlier tests left, hold at that moment, and nobody gives them back.
+    """
+
+
+def ended(process: int, log: Path, seconds: float = 150) -> Ended:
+    """Wait for a child's end.
+
+    Raises:
+        Hung: it took longer, and was killed; with where it was.
+    """
+    late = time.monotonic() + seconds
+    while not (found := os.waitpid(process, os.WNOHANG))[0]:
+        if time.monotonic() > late:
+            os.kill(process, signal.SIGABRT)  # it says where it is
+            os.waitpid(process, 0)
+            raise Hung(Path(f"{log}.err").read_text())
+        time.sleep(0.002)
+    status = os.waitstatus_to_exitcode(found[1])
     return Ended(status, Path(f"{log}.err").read_text(), Path(f"{log}.out").read_text())
 
 
