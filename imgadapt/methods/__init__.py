@@ -20,6 +20,7 @@ from imgadapt.methods.lora import LoRA
 from imgadapt.methods.mora import MoRA
 from imgadapt.methods.oft import OFT
 from imgadapt.methods.road import RoAd
+from imgadapt.methods.svdiff import SVDiff
 from imgadapt.methods.tlora import TLoRA
 from imgadapt.methods.vera import VeRA
 
@@ -46,6 +47,7 @@ METHODS: tuple[type[Method], ...] = (
     GraLoRA,
     FourierFT,
     DeLoRA,
+    SVDiff,
 )
 
 __all__ = [
@@ -71,6 +73,7 @@ __all__ = [
     "MoRA",
     "Norm",
     "RoAd",
+    "SVDiff",
     "TLoRA",
     "VeRA",
 ]
