@@ -49,8 +49,9 @@ def sums(
         raise StateError("the weights are offloaded (on 'meta'): merge before offloading the model")
     if sampled := [slot.name for slot in slots if slot.per_sample]:
         raise StateError(f"the strength of {sampled[0]} differs from sample to sample and cannot be merged")
-    if apart := [f"{slot.name} ({slot.method.name})" for slot in slots if slot.on and not slot.method.merges]:
-        raise StateError(f"{apart[0]} is no change of the weight and cannot be merged: keep it live")
+    if apart := [slot for slot in slots if slot.on and not slot.method.merges]:
+        name, method = apart[0].name, apart[0].method
+        raise StateError(f"{name} ({method.name}) {method.apart} and cannot be merged: keep it live")
     total: Tensor = weight if in_place else roomy_like(weight)
     add_up(weight, site, slots, total)
     made: dict[str, Tensor] = {} if in_place else {parameter: total}

@@ -13,7 +13,10 @@ from imgadapt.sites import Site
 
 @dataclass(eq=False)
 class Ready:
-    """One adapter in one forward: operands with the strength in them, or `gain` (batch,) where it is per sample."""
+    """One adapter in one forward: operands with the strength in them, or `gain` (batch,) where it is per sample.
+
+    ranks: which of a pair's ranks act, 1 or 0, (1 or batch, r); None: all.
+    """
 
     method: Method
     way: Way
@@ -21,6 +24,7 @@ class Ready:
     operands: Tensors
     gain: Tensor | None
     dropped: float
+    ranks: Tensor | None = None
 
     def read(self, x: Tensor) -> Tensor:
         """The activation as this adapter reads it."""
@@ -68,7 +72,7 @@ def add_pairs(site: Site, pairs: Sequence[Ready], x: Tensor, out: Tensor) -> Ten
         down = _joined([adapter.operands["down"] for adapter in together], 0)
         up = _joined([adapter.operands["up"] for adapter in together], 1)
         h = site.spread(together[0].read(x), down)
-        if any(adapter.gain is not None for adapter in together):
+        if any(adapter.gain is not None or adapter.ranks is not None for adapter in together):
             h = h * _gains(site, together, h)
         if h.dtype != out.dtype and not torch.is_autocast_enabled(h.device.type):
             out = out + site.mix(h, up, None).to(out.dtype)
@@ -79,12 +83,12 @@ def add_pairs(site: Site, pairs: Sequence[Ready], x: Tensor, out: Tensor) -> Ten
 
 def _gains(site: Site, pairs: Sequence[Ready], h: Tensor) -> Tensor:
     """Each sample's strength for each rank of what `spread` gave."""
-    rows = [
-        (h.new_ones(1) if adapter.gain is None else adapter.gain.to(h.device, h.dtype))[:, None].expand(
-            len(h), adapter.operands["up"].shape[1]
-        )
-        for adapter in pairs
-    ]
+    rows: list[Tensor] = []
+    for adapter in pairs:
+        row = h.new_ones(1, 1) if adapter.gain is None else adapter.gain.to(h.device, h.dtype)[:, None]
+        if adapter.ranks is not None:
+            row = row * adapter.ranks.to(h.device, h.dtype)
+        rows.append(row.expand(len(h), adapter.operands["up"].shape[1]))
     gains = torch.cat(rows, 1).repeat(1, site.groups)
     middle = (1,) * (h.ndim - 2)
     return gains.reshape(len(h), -1, *middle) if site.kind == "conv" else gains.reshape(len(h), *middle, -1)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from imgadapt.errors import ConfigError, StateError
 from imgadapt.methods.base import Method, Tensors, Way
+from imgadapt.moment import Moment
 from imgadapt.ready import Ready
 from imgadapt.shared import cast
 from imgadapt.sites import Site
@@ -56,7 +57,11 @@ class Source(Protocol):
 
 
 class Slot(nn.Module):
-    """One adapter on one layer: method, tensors, strength, dropout. Its tensors stay out of the model's state dict."""
+    """One adapter on one layer: method, tensors, strength, dropout. Its tensors stay out of the model's state dict.
+
+    moment: of the denoiser it is in, for a method that is `timed`. still: tensors that a training leaves as they are.
+    first: 1 for the ranks that act in this step, 0 for the others, (rank,); None: all do.
+    """
 
     weight: Strength
     per_sample: bool
@@ -69,6 +74,9 @@ class Slot(nn.Module):
     keys: tuple[str, ...]
     settings: int
     gain: Tensor
+    moment: Moment | None
+    still: tuple[str, ...]
+    first: Tensor | None
     _kept: tuple[Any, Tensors] | None
     _made: tuple[Any, Tensors, dict[str, Tensor]] | None
 
@@ -96,7 +104,9 @@ class Slot(nn.Module):
         # which compiled code takes as an input
         with torch.inference_mode(False):
             self.__dict__["gain"] = torch.zeros((), dtype=torch.float64)
-        self.__dict__.update(_kept=None, _made=None, settings=0)  # settings: how often the strength was set
+        self.__dict__.update(
+            moment=None, still=(), first=None, _kept=None, _made=None, settings=0
+        )  # settings: how often the strength was set
         self.set(weight)
 
     def set(self, weight: Strength) -> None:
@@ -129,7 +139,17 @@ class Slot(nn.Module):
     @property
     def learning(self) -> tuple[str, ...]:
         """Names of the tensors that training changes."""
-        return tuple(key for key in self.keys if key not in self.method.frozen)
+        return tuple(key for key in self.keys if key not in (*self.method.frozen, *self.still))
+
+    def hold(self, *names: str) -> None:
+        """Leave these tensors as they are from now on."""
+        self.__dict__["still"] = names
+        for name in names:
+            getattr(self, name).requires_grad_(False)
+
+    def restrict(self, first: Tensor | None) -> None:
+        """Let only some of its ranks act: see `first`."""
+        self.__dict__["first"] = first
 
     @property
     def strength(self) -> float:
@@ -159,7 +179,7 @@ class Slot(nn.Module):
         t: Tensors = self.tensors(wide, device)
         if self.method.constant_names:
             t = {**t, **self._constants(site, base, device, wide)}
-        if self.training and self.dropout.rank:
+        if self.first is not None or (self.training and self.dropout.rank):
             t = self._ranks_left_out(t)
         if self.way.dense:
             made = {"delta": self.method.delta(t, site, None if weight is None else weight.to(wide))}
@@ -217,7 +237,12 @@ class Slot(nn.Module):
     def _state(self, stamp: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> tuple[Any, ...] | None:
         """What the operands depend on, to keep them for the next forward; None while they are being trained."""
         tensors = [getattr(self, key) for key in self.keys]
-        if (self.training and self.dropout) or self.way.dense or any(t.requires_grad for t in tensors):
+        if (
+            (self.training and self.dropout)
+            or self.first is not None
+            or self.way.dense
+            or any(t.requires_grad for t in tensors)
+        ):
             return None
         if any(t.is_inference() for t in tensors):
             return None  # they count no versions
@@ -236,10 +261,13 @@ class Slot(nn.Module):
         for name, axis in self.method.ranked.items():
             if name in made:
                 shape = [made[name].shape[axis] if d == axis else 1 for d in range(made[name].ndim)]
-                kept = (torch.rand(shape, device=made[name].device) >= self.dropout.rank).to(made[name].dtype)
-                if self.method.additive:
-                    kept = kept / (1 - self.dropout.rank)
-                made[name] = made[name] * kept
+                if self.training and self.dropout.rank:
+                    kept = (torch.rand(shape, device=made[name].device) >= self.dropout.rank).to(made[name].dtype)
+                    if self.method.additive:
+                        kept = kept / (1 - self.dropout.rank)
+                    made[name] = made[name] * kept
+                if self.first is not None:
+                    made[name] = made[name] * self.first.to(made[name]).reshape(shape)
         return made
 
     def ready(self, operands: Tensors, site: Site, batch: int) -> Ready:
@@ -258,7 +286,9 @@ class Slot(nn.Module):
             gain = self.gain.repeat(batch // len(self.gain))
             if self.training and self.dropout.module:
                 gain = gain * (torch.rand((), dtype=gain.dtype) >= self.dropout.module)
-        return Ready(self.method, self.way, site, operands, gain, self.dropout.input if self.training else 0.0)
+        dropped = self.dropout.input if self.training else 0.0
+        ranks = None if self.moment is None else self.moment.acting(self.method, batch)
+        return Ready(self.method, self.way, site, operands, gain, dropped, ranks)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Nothing: `collect` reads adapters, so that the base can be saved and loaded as if it stood alone."""

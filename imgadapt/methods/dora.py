@@ -35,7 +35,7 @@ class DoRA(Method):
     needs_weight = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.inner, Method) or self.inner.needs_weight or self.inner.scale == 0:  # pyright: ignore[reportUnnecessaryIsInstance] # a file's metadata may say anything
+        if not isinstance(self.inner, Method) or self.inner.needs_weight or self.inner.timed or self.inner.scale == 0:  # pyright: ignore[reportUnnecessaryIsInstance] # a file's metadata may say anything
             raise ConfigError(f"DoRA({self.inner}): it works over additive methods: LoRA, LoHa, LoKr, Full")
         if self.axis not in ("output", "input"):
             raise ConfigError(f"axis is {self.axis!r}; it must be 'output' (peft) or 'input' (LyCORIS' default)")
@@ -43,6 +43,10 @@ class DoRA(Method):
     @property
     def ranked(self) -> dict[str, int]:
         return dict(self.inner.ranked)
+
+    @property
+    def cut(self) -> dict[str, int]:
+        return dict(self.inner.cut)
 
     @property
     def file_rank(self) -> int | None:

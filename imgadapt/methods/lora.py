@@ -62,6 +62,10 @@ class LoRA(Method):
     def ranked(self) -> dict[str, int]:
         return {"down": 0}
 
+    @property
+    def cut(self) -> dict[str, int]:
+        return {} if self.tucker else {"down": 0, "up": 1}
+
     def check(self, site: Site) -> str | None:
         return super().check(site) or too_large(self.rank, site)
 
