@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from imgadapt import moment, tokens
 from imgadapt import targets as where
-from imgadapt import tokens
 from imgadapt.arch import canonical
 from imgadapt.collector import uncollected
 from imgadapt.dequantize import weight_of
@@ -75,7 +75,7 @@ def attach(
     learns = not isinstance(adapter, AdapterFile) if trainable is None else trainable
     try:
         with uncollected():
-            _put_on(chosen, name, by_layer, left_out, learns)
+            _put_on(parts, chosen, name, by_layer, left_out, learns)
             if words:
                 tokens.add(model, words, name)
     except BaseException:  # whatever it was (no memory, NaN in a merged layer): nothing stays half attached
@@ -93,7 +93,12 @@ def _check_kind(adapter: Any) -> None:
 
 
 def _put_on(
-    chosen: Sequence["Row"], name: str, by_layer: Mapping[str, Strength], dropout: Dropout, learns: bool
+    parts: Mapping[str, nn.Module],
+    chosen: Sequence["Row"],
+    name: str,
+    by_layer: Mapping[str, Strength],
+    dropout: Dropout,
+    learns: bool,
 ) -> None:
     common: dict[int, nn.Parameter] = {}
     for layer, part in chosen:
@@ -103,7 +108,11 @@ def _put_on(
             if key in tensors:
                 learning = learns and key not in part.method.frozen
                 tensors[key] = common.setdefault(id(part.tensors[key]), nn.Parameter(tensors[key], learning))
-        wrapper.add(Slot(name, part.method, layer.site, tensors, by_layer[layer.name], dropout, learns))
+        slot = Slot(name, part.method, layer.site, tensors, by_layer[layer.name], dropout, learns)
+        if part.method.timed:
+            component = layer.name.partition(".")[0]
+            slot.__dict__["moment"] = moment.given(parts[component], component)
+        wrapper.add(slot)
         if wrapper is not layer.module:
             layer.replace(wrapper)
 
@@ -203,9 +212,13 @@ def _take_off(parts: Mapping[str, nn.Module], names: Sequence[str]) -> None:
                 wrapper.refresh()
                 wrapper.merge(kept)
         raise
+    timed = {id(slot.moment) for _, wrapper in rows for slot in wrapper}
     for layer, wrapper in rows:
         if not wrapper.slots:
             layer.replace(wrapper.release())
+    for root in parts.values():
+        if (there := moment.moment(root)) is not None and id(there) not in timed:
+            there.remove()
 
 
 Row = tuple[Layer, Part]
