@@ -19,6 +19,7 @@ from imgadapt.methods.lokr import LoKr
 from imgadapt.methods.lora import LoRA
 from imgadapt.methods.mora import MoRA
 from imgadapt.methods.oft import OFT
+from imgadapt.methods.randlora import RandLoRA
 from imgadapt.methods.road import RoAd
 from imgadapt.methods.svdiff import SVDiff
 from imgadapt.methods.tlora import TLoRA
@@ -48,6 +49,7 @@ METHODS: tuple[type[Method], ...] = (
     FourierFT,
     DeLoRA,
     SVDiff,
+    RandLoRA,
 )
 
 __all__ = [
@@ -72,6 +74,7 @@ __all__ = [
     "Method",
     "MoRA",
     "Norm",
+    "RandLoRA",
     "RoAd",
     "SVDiff",
     "TLoRA",

@@ -27,22 +27,23 @@ def rows(seed: int, stream: int, count: int, width: int, bound: float = 1.0) -> 
     """(count, width), uniform in [-bound, bound): each row is the same however many follow it, so a smaller layer's are
     the first of a larger one's. Not to be changed: it is one tensor for all.
     """
-    return _drawn(seed, stream, count, width, bound)
+    return drawn(seed, stream, count, width, bound)
 
 
 @lru_cache(maxsize=32)
 def columns(seed: int, stream: int, height: int, shape: tuple[int, ...], bound: float = 1.0) -> Tensor:
     """(height, *shape), the transpose of `rows`."""
-    return _drawn(seed, stream, math.prod(shape), height, bound).t().reshape(height, *shape)
+    return drawn(seed, stream, math.prod(shape), height, bound).t().reshape(height, *shape)
 
 
-def _drawn(seed: int, stream: int, count: int, width: int, bound: float) -> Tensor:
+def drawn(seed: int, stream: int, count: int, width: int, bound: float) -> Tensor:
+    """`rows` that nothing keeps."""
     if wrong := too_large(count * width):
         raise ShapeError(wrong)
     with torch.inference_mode(False), torch.no_grad():
         generator = torch.Generator().manual_seed(seed * STREAMS + stream)
-        drawn = torch.rand(count * width, generator=generator, dtype=torch.float32, device="cpu")
-        return drawn.mul_(2).sub_(1).mul_(bound).view(count, width)
+        values = torch.rand(count * width, generator=generator, dtype=torch.float32, device="cpu")
+        return values.mul_(2).sub_(1).mul_(bound).view(count, width)
 
 
 def too_large(size: int) -> str | None:
