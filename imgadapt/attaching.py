@@ -18,6 +18,8 @@ from imgadapt.formats import Part
 from imgadapt.layer import AdapterLayer
 from imgadapt.live import Weight, adapters, require, slots, strengths
 from imgadapt.methods import Method
+from imgadapt.prompting import Prompting
+from imgadapt.prompting import stack as prompts
 from imgadapt.sites import Kind
 from imgadapt.slot import Dropout, Slot, Strength
 from imgadapt.stored import Stored
@@ -27,7 +29,7 @@ from imgadapt.whole import settled
 
 def attach(
     model: Any,
-    adapter: Method | Mapping[str, Method] | AdapterFile,
+    adapter: Method | Mapping[str, Method] | Prompting | AdapterFile,
     *,
     name: str = "default",
     targets: Targets | None = None,
@@ -39,7 +41,7 @@ def attach(
 
     model: a diffusers pipeline, a mapping of component names to modules, or one module.
     adapter: a Method; a mapping of targets to Methods, for a rank, alpha or method of their own (the first target that
-        a layer matches gives its method); or a loaded file.
+        a layer matches gives its method); a learned prompt (PromptTuning, ...); or a loaded file.
     targets: presets, globs and `!` exclusions (see `targets.matches`); "*" is every layer the method can act on.
         Presets and globs that end in `*` pass by norms (save for `Norm`) and embeddings: those are named by their ends.
         None means the preset "transformer" for a Method, all that its targets match for a mapping, and everything in it
@@ -48,8 +50,10 @@ def attach(
     dropout: what training leaves out, see `Dropout`; a number is the share of the input.
     trainable: whether its tensors require gradients; None: those of a fresh one do, those of a file do not.
 
-    Words that a file brings (embeddings) go into the pipeline's tokenizers and text encoders, at full strength.
-    A fresh adapter changes nothing until it is trained; its tensors are fp32 and come from torch's global generator.
+    Words that a file brings (embeddings) go into the pipeline's tokenizers and text encoders, at full strength. Learned
+    prompts go to the denoiser's cross-attentions, which targets and weight then name.
+    A fresh adapter changes nothing until it is trained (save for prompts without a gate); its tensors are fp32 and come
+    from torch's global generator.
     Freeze the base yourself (`unet.requires_grad_(False)`) before training: attach leaves it as it is.
 
     Raises:
@@ -62,29 +66,41 @@ def attach(
     """
     _check_kind(adapter)
     parts = where.components(model)
-    if any(layer.slot(name) is not None for _, layer in where.adapted(parts)) or name in tokens.names(model):
+    taken = {*tokens.names(model), *prompts.names(parts)}
+    if any(layer.slot(name) is not None for _, layer in where.adapted(parts)) or name in taken:
         raise StateError(f"the name '{name}' is taken: detach(model, '{name}') first, or choose another name=")
     words = adapter.embeddings if isinstance(adapter, AdapterFile) else {}
+    prompt = (
+        adapter.prompts if isinstance(adapter, AdapterFile) else adapter if isinstance(adapter, Prompting) else None
+    )
     if isinstance(adapter, AdapterFile):
-        chosen = _from_file(parts, adapter, targets) if adapter.parts or not words else []
+        chosen = _from_file(parts, adapter, targets) if adapter.parts or not (words or prompt) else []
     else:
-        chosen = _fresh(parts, adapter, targets)
+        chosen = [] if isinstance(adapter, Prompting) else _fresh(parts, adapter, targets)
+    readers = prompts.readers(parts, prompt, None if chosen else targets) if prompt else []
     left_out = dropout if isinstance(dropout, Dropout) else Dropout(input=dropout)
+    if prompt and not chosen and left_out:
+        raise ConfigError("a learned prompt has no dropout")
     _check_dropout(left_out, chosen)
-    by_layer = strengths(weight, [layer.name for layer, _ in chosen]) if chosen else {}
+    by_layer = strengths(weight, [*(layer.name for layer, _ in chosen), *readers]) if chosen or readers else {}
     learns = not isinstance(adapter, AdapterFile) if trainable is None else trainable
     try:
         with uncollected():
             _put_on(parts, chosen, name, by_layer, left_out, learns)
+            if prompt:
+                prompts.add(parts, prompt, name, {reader: by_layer[reader] for reader in readers}, learns=learns)
             if words:
                 tokens.add(model, words, name)
     except BaseException:  # whatever it was (no memory, NaN in a merged layer): nothing stays half attached
+        prompts.remove(parts, [name])
         _take_off(parts, [name])
         raise
 
 
 def _check_kind(adapter: Any) -> None:
     methods = list(adapter.values()) if isinstance(adapter, Mapping) else [adapter]
+    if isinstance(adapter, Prompting):
+        return
     if wrong := [one for one in methods if not isinstance(one, Method | AdapterFile)]:
         hint = ": imgadapt.load(path) reads a file" if isinstance(wrong[0], str | PathLike) else ""
         raise ConfigError(f"{wrong[0]!r} is no adapter; wanted a method such as LoRA(rank=8), or a loaded file{hint}")
@@ -126,7 +142,9 @@ def detach(model: Any, *names: str) -> None:
     require(model, names)
     gone = names or adapters(model)
     tokens.check_removal(model, gone)
-    _take_off(where.components(model), gone)
+    parts = where.components(model)
+    _take_off(parts, gone)
+    prompts.remove(parts, gone)
     tokens.remove(model, gone)
 
 
@@ -147,6 +165,8 @@ def swap(model: Any, file: AdapterFile, *, name: str = "default") -> None:
         raise StateError(
             f"the file brings words ({first_few(list(file.embeddings))}): detach '{name}' and attach the file"
         )
+    if file.prompts or name in prompts.names(where.components(model)):
+        raise StateError(f"a learned prompt is not swapped: detach '{name}' and attach the file")
     own = {canonical(layer_name): (layer, slot) for layer_name, layer, slot in slots(model, name)}
     if strange := [key for key in file.parts if key not in own]:
         raise StateError(

@@ -21,6 +21,9 @@ from imgadapt.formats.layer_config import LONGEST_JSON, PEFT_KEY
 from imgadapt.header import opened
 from imgadapt.kinds import START, is_torch_zip
 from imgadapt.pickles import is_picture, read_pickle, read_picture
+from imgadapt.prompting.files import KEY as PROMPTS_KEY
+from imgadapt.prompting.files import read_prompts, write_prompts
+from imgadapt.prompting.kind import Prompts
 from imgadapt.tensors import DTYPES, bytes_of, header_bytes, read_outline, read_tensors, write_tensors
 from imgadapt.together import together
 
@@ -32,7 +35,7 @@ _LONGEST = 2000  # characters of what is wrong with a file
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter: its layers under canonical names, its embeddings by their tokens, and its metadata.
+    """An adapter: its layers under canonical names, its embeddings by their tokens, its learned prompt, its metadata.
 
     format, architecture: the tables that knew the file it came from; None for one that was never in a file, or whose
         architecture has no table.
@@ -45,6 +48,7 @@ class AdapterFile:
     architecture: str | None = None
     unknown: Mapping[str, str] = field(default_factory=dict[str, str])
     embeddings: Mapping[str, Embedding] = field(default_factory=dict[str, Embedding])
+    prompts: Prompts | None = None
 
 
 def load(path: str | PathLike[str], *, strict: bool = True, pickle: bool = False) -> AdapterFile:
@@ -75,15 +79,21 @@ def outline(path: str | PathLike[str], *, strict: bool = True) -> AdapterFile:
 def _load(path: Path, contents: Callable[[Path], _Contents], *, strict: bool) -> AdapterFile:
     tensors, metadata = _folder_or_file(path, contents)
     try:
-        embeddings, keys = read_embeddings(tensors, metadata, path.stem)
+        prompts, taken = read_prompts(tensors, metadata)
+        rest = {key: tensor for key, tensor in tensors.items() if key not in set(taken)}
+        embeddings, keys = read_embeddings(rest, metadata, path.stem)
         words = set(keys)
-        rest = {key: tensor for key, tensor in tensors.items() if key not in words}
+        rest = {key: tensor for key, tensor in rest.items() if key not in words}
+        if prompts and not rest:
+            form = "imgadapt" if PROMPTS_KEY in metadata else "peft"
+            return AdapterFile({}, metadata, form, None, {}, embeddings, prompts)
         if embeddings and not rest:
             return AdapterFile({}, metadata, "embedding", None, {}, embeddings)
         reading = read(rest, metadata, architectures(), strict=strict)
     except FormatError as error:
         raise FormatError(f"{path}: {shortened(str(error), _LONGEST)}") from error
-    return AdapterFile(reading.parts, metadata, reading.format, reading.architecture, reading.unknown, embeddings)
+    known = reading.format, reading.architecture, reading.unknown
+    return AdapterFile(reading.parts, metadata, *known, embeddings, prompts)
 
 
 def _folder_or_file(path: Path, contents: Callable[[Path], _Contents]) -> _Contents:
@@ -165,12 +175,14 @@ def save(
         raise ConfigError(f"{path}: only safetensors is written; other tools would take this name for a pickle")
     architecture = _architecture(file)
     form = _default(file, architecture) if format is None else _format(format)
+    if format is None and file.prompts and not (form.name == file.format == "peft"):
+        form = _format("imgadapt")
     if dtype is not None and not (dtype in DTYPES and dtype.is_floating_point):
         raise ConfigError(f"an adapter cannot be written as {dtype}; wanted a floating-point dtype of safetensors")
     mine = {*form.own_metadata} if form.name == file.format else set[str]()
-    others = {key for f in FORMATS for key in f.own_metadata} - mine
+    others = {PROMPTS_KEY, *(key for f in FORMATS for key in f.own_metadata)} - mine
     kept = {key: value for key, value in file.metadata.items() if key not in others}
-    if file.parts or not file.embeddings:
+    if file.parts or not (file.embeddings or file.prompts):
         tensors, metadata = write(Writer(form, architecture, architectures(), dense), file.parts, kept)
     else:
         tensors, metadata = {}, kept
@@ -178,6 +190,11 @@ def save(
         own = {"diffusers": "diffusers", "kohya": "kohya", "onetrainer": "pair"}
         in_form = write_embeddings(file.embeddings, "bundled" if file.parts else own.get(format or ""))  # pyright: ignore[reportArgumentType] # they are forms
         tensors = {**tensors, **in_form}
+    if file.prompts:
+        if file.parts and form.name == "peft":
+            raise FormatError("peft has learned prompts and layers in files of their own; wanted format='imgadapt'")
+        learned, told = write_prompts(file.prompts, form.name)
+        tensors, metadata = {**tensors, **learned}, {**metadata, **told}
     if dtype is not None:
         tensors = exact_alpha(tensors, dtype)
     if broken := [key for key, tensor in tensors.items() if not is_finite(tensor)]:

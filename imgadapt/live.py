@@ -1,11 +1,8 @@
 """Adapters that are on a model: their strengths, merging, and taking them back as files."""
 
-from collections import Counter
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,38 +14,44 @@ from imgadapt.errors import ConfigError, StateError, TargetError, first_few
 from imgadapt.file import AdapterFile
 from imgadapt.formats import Part
 from imgadapt.layer import AdapterLayer
+from imgadapt.prompting import stack as prompts
 from imgadapt.slot import Slot, Strength
-from imgadapt.stored import Stored, in_parallel, stored
+from imgadapt.stored import in_parallel
+from imgadapt.waiting import Places, untied, waiting
 
 Weight = Strength | Mapping[str, Strength]
 """An adapter's strength: one number; a tensor (batch,), one number for each sample of a batch (guidance, which doubles
 the batch, repeats it); or globs over full layer names to either (first match wins; none: 0)."""
 
 
-Places = str | PathLike[str] | Mapping[str, str | PathLike[str]]
-"""A checkpoint, or one for each component."""
-
-
 def set_weights(model: Any, weights: Mapping[str, Weight]) -> None:
     """Change the strengths of the named adapters; the others keep theirs. Merged layers are merged anew. Words that an
-    adapter brought have no strength.
+    adapter brought have no strength; that of a learned prompt is its share of attention (see `prompting`).
 
     Raises:
         StateError: a name is not on the model, or a merge is not finite (all strengths are then as before).
-        ConfigError: a strength is not a finite number.
+        ConfigError: a strength is not a finite number, or one at which a learned prompt cannot act.
     """
     if not isinstance(weights, Mapping):
         raise ConfigError(f"weights is {weights!r}; it maps names of adapters to strengths: {{'default': 0.5}}")
-    rows = [(layer, slot) for _, layer in where.wrappers(where.components(model)) for slot in layer]
-    _require(weights, (*(slot.name for _, slot in rows), *tokens.names(model)))
+    parts = where.components(model)
+    rows = [(layer, slot) for _, layer in where.wrappers(parts) for slot in layer]
+    _require(weights, (*(slot.name for _, slot in rows), *tokens.names(model), *prompts.names(parts)))
     wanted: dict[Slot, Strength] = {}
+    read: dict[prompts.Attached, dict[str, Strength]] = {}
     for name, weight in weights.items():
+        prompt = prompts.attached(parts, name)
         if isinstance(weight, Mapping):
-            named = [(layer_name, slot) for layer_name, _, slot in slots(model, name)]
-            by_layer = strengths(weight, [layer_name for layer_name, _ in named])
+            named = [(layer_name, slot) for layer_name, _, slot in _slots(parts) if slot.name == name]
+            readers = list(prompt.strengths) if prompt else []
+            by_layer = strengths(weight, [*(layer_name for layer_name, _ in named), *readers])
             wanted |= {slot: by_layer[layer_name] for layer_name, slot in named}
         else:
-            wanted |= dict.fromkeys((slot for _, slot in rows if slot.name == name), _checked(weight))
+            wanted |= dict.fromkeys((slot for _, slot in rows if slot.name == name), checked := _checked(weight))
+            by_layer = dict.fromkeys(prompt.strengths if prompt else (), checked)
+        if prompt:
+            read[prompt] = {reader: by_layer[reader] for reader in prompt.strengths}
+            prompts.check(parts, name, read[prompt])
     before = {slot: slot.weight for slot in wanted}
     merged = [layer for layer, slot in rows if slot in wanted and layer.merged]
     try:
@@ -62,10 +65,13 @@ def set_weights(model: Any, weights: Mapping[str, Weight]) -> None:
         for layer in merged:
             layer.refresh()
         raise
+    for prompt, strength in read.items():
+        prompt.strengths = strength
 
 
 def merge(model: Any, *, originals: Places | None = None) -> None:
-    """Fold all attached adapters into the weights at their strengths; `unmerge` restores the weights bitwise.
+    """Fold all attached adapters into the weights at their strengths; `unmerge` restores the weights bitwise. Words and
+    learned prompts change no weight, and stay as they are.
 
     originals: where the base's own weights wait. None: in memory, next to the merged ones. A checkpoint that they came
         from (a pipeline's folder, a model's folder or a .safetensors file with the model's own keys; or a mapping of
@@ -86,9 +92,9 @@ def merge(model: Any, *, originals: Places | None = None) -> None:
     if originals is not None and any(layer.merged and layer.kept is None for _, layer in layers):
         raise StateError("already merged, with the originals in memory: unmerge first")
     bare = [(name, layer) for name, layer in layers if not layer.merged]
-    kept = {} if originals is None else _waiting(originals, bare)
+    kept = {} if originals is None else waiting(originals, bare)
     if kept:
-        _untied(parts, bare)
+        untied(parts, bare)
     touched: list[AdapterLayer] = []
     try:
         for name, layer in bare:
@@ -97,44 +103,6 @@ def merge(model: Any, *, originals: Places | None = None) -> None:
     except BaseException:
         _unmerge(touched)
         raise
-
-
-def _waiting(originals: Places, layers: Sequence[tuple[str, AdapterLayer]]) -> dict[str, Stored]:
-    """Layer -> its weight in the checkpoint, which is this very weight."""
-    components = list(dict.fromkeys(name.partition(".")[0] for name, _ in layers))
-    if isinstance(originals, Mapping):
-        places = {component: Path(originals[component]) for component in components if component in originals}
-    else:
-        root = Path(originals)
-        places = {c: root / c if (root / c).is_dir() else root for c in components}
-    if missing := [component for component in components if component not in places]:
-        raise StateError(f"originals= says nothing of {first_few(missing)}: give each component its file or folder")
-    files = {component: stored(place) for component, place in places.items()}
-    kept = {name: _where(files, name, layer) for name, layer in layers}
-
-    def other(row: tuple[str, AdapterLayer]) -> bool:
-        return not kept[row[0]].matches(row[1]._parameters[row[1].site.parameter])  # pyright: ignore[reportArgumentType] # a layer's parameter is there
-
-    if wrong := [name for (name, _), is_other in zip(layers, in_parallel(other, layers), strict=True) if is_other]:
-        raise StateError(f"{kept[wrong[0]].file} has other weights for {len(wrong)} layers: {first_few(wrong)}")
-    return kept
-
-
-def _untied(parts: Mapping[str, nn.Module], layers: Sequence[tuple[str, AdapterLayer]]) -> None:
-    """Raises StateError where a weight that would change in place is another layer's, too."""
-    modules = {id(module): module for part in parts.values() for module in part.modules()}
-    uses = Counter(id(p) for module in modules.values() for p in module._parameters.values() if p is not None)
-    if tied := [name for name, layer in layers if uses[id(layer._parameters[layer.site.parameter])] > 1]:
-        raise StateError(f"{first_few(tied)} share their weight with other layers: merge without originals=")
-
-
-def _where(files: Mapping[str, Mapping[str, Stored]], name: str, layer: AdapterLayer) -> Stored:
-    component, _, path = name.partition(".")
-    key = f"{path.removesuffix('.in_proj') if layer.site.kind == 'fused' else path}.{layer.site.parameter}"
-    found = files[component].get(key) or files[component].get(f"text_model.{key}")
-    if found is None:
-        raise StateError(f"the checkpoint of {component} has no {key}; it has {first_few(list(files[component]))}")
-    return found
 
 
 def unmerge(model: Any) -> None:
@@ -162,13 +130,20 @@ def disabled(model: Any) -> Generator[None]:
     """Within the block the model acts as the base, merged or not; afterwards as before. Adapters that are attached
     within it act.
     """
-    states = [(layer, layer.merged, layer.kept, layer.enabled) for _, layer in where.adapted(where.components(model))]
+    parts = where.components(model)
+    states = [(layer, layer.merged, layer.kept, layer.enabled) for _, layer in where.adapted(parts)]
+    stack = prompts.of(parts)
     _unmerge([layer for layer, *_ in states])
     for layer, *_ in states:
         layer.enabled = False
+    enabled_before = stack is not None and stack.enabled
+    if stack:
+        stack.enabled = False
     try:
         yield
     finally:
+        if stack:
+            stack.enabled = enabled_before
         for layer, _, _, enabled in states:
             layer.enabled = enabled
         for layer, merged, kept, _ in states:
@@ -178,7 +153,9 @@ def disabled(model: Any) -> Generator[None]:
 
 def adapters(model: Any) -> list[str]:
     """Names of the attached adapters, in the order they came."""
-    return list(dict.fromkeys((*(slot.name for _, _, slot in slots(model)), *tokens.names(model))))
+    parts = where.components(model)
+    rows = (slot.name for _, _, slot in _slots(parts))
+    return list(dict.fromkeys((*rows, *tokens.names(model), *prompts.names(parts))))
 
 
 def parameters(model: Any, name: str = "default") -> list[nn.Parameter]:
@@ -187,13 +164,15 @@ def parameters(model: Any, name: str = "default") -> list[nn.Parameter]:
     Raises:
         StateError: it is not on the model.
     """
-    rows = [slot._parameters[key] for _, _, slot in slots(model, name) for key in slot.learning]
+    learned = [parameter for _, _, parameter in prompts.learning(where.components(model), name)]
+    found = [] if learned and not _has_slots(model, name) else slots(model, name)
+    rows = [*(slot._parameters[key] for _, _, slot in found for key in slot.learning), *learned]
     return list({id(parameter): parameter for parameter in rows if parameter is not None}.values())
 
 
 def collect(model: Any, name: str = "default") -> AdapterFile:
     """The adapter `name` as a file in memory; its tensors are copies, on the CPU, in their own dtype. Words that it
-    brought are in it.
+    brought are in it, and its learned prompt.
 
     Under FSDP2 the shards are gathered: every process must call it.
 
@@ -201,7 +180,8 @@ def collect(model: Any, name: str = "default") -> AdapterFile:
         StateError: it is not on the model.
     """
     brought = tokens.embeddings(model, name)
-    rows = [] if brought and all(slot.name != name for _, _, slot in slots(model)) else slots(model, name)
+    prompt = prompts.collected(where.components(model), name)
+    rows = [] if (brought or prompt) and not _has_slots(model, name) else slots(model, name)
     common: dict[int, Tensor] = {}
 
     def copied(slot: Slot, key: str) -> Tensor:
@@ -216,7 +196,7 @@ def collect(model: Any, name: str = "default") -> AdapterFile:
         for layer_name, layer, slot in rows
         if not slot.absent
     }
-    return AdapterFile(parts, embeddings=brought)
+    return AdapterFile(parts, embeddings=brought, prompts=prompt)
 
 
 def _whole(tensor: Any) -> Tensor:
@@ -230,9 +210,17 @@ def slots(model: Any, *names: str) -> list[tuple[str, AdapterLayer, Slot]]:
     Raises:
         StateError: a name is not on the model.
     """
-    rows = [(n, layer, slot) for n, layer in where.adapted(where.components(model)) for slot in layer]
+    rows = _slots(where.components(model))
     _require(names, (slot.name for _, _, slot in rows))
     return [row for row in rows if row[2].name in names] if names else rows
+
+
+def _slots(parts: Mapping[str, nn.Module]) -> list[tuple[str, AdapterLayer, Slot]]:
+    return [(name, layer, slot) for name, layer in where.adapted(parts) for slot in layer]
+
+
+def _has_slots(model: Any, name: str) -> bool:
+    return any(slot.name == name for _, _, slot in _slots(where.components(model)))
 
 
 def require(model: Any, names: Collection[str]) -> None:

@@ -1,14 +1,17 @@
 """Status: what is on a model, as rows and as a table."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from imgadapt import targets as where
 from imgadapt.layer import AdapterLayer
 from imgadapt.live import slots
+from imgadapt.prompting import stack as prompts
 from imgadapt.slot import Slot, Strength
 
 
@@ -16,7 +19,8 @@ from imgadapt.slot import Slot, Strength
 class Row:
     """One adapter on one layer.
 
-    norm: Frobenius norm of what is added to the weight at strength 1, scale included. state: "merged", "live", "off"
+    norm: Frobenius norm of what is added to the weight at strength 1, scale included, NaN where there is no such; of a
+        learned prompt: of what attention reads. state: "merged", "live", "off"
         (its strength is 0, or a swapped-in file does not have this layer) or "disabled".
     requantised: relative error of storing the merged weight in the base's quantisation; None if it is plain.
     """
@@ -95,22 +99,33 @@ def status(model: Any) -> Status:
 
     model: a diffusers pipeline, a mapping of component names to modules, or one module.
     """
-    return Status(
-        tuple(
-            Row(
-                name,
-                slot.name,
-                slot.method.name,
-                slot.method.file_rank,
-                slot.method.scale,
-                slot.weight,
-                _norm(layer, slot),
-                _state(layer, slot),
-                layer.requantised if layer.merged else None,
-            )
-            for name, layer, slot in slots(model)
+    rows = [
+        Row(
+            name,
+            slot.name,
+            slot.method.name,
+            slot.method.file_rank,
+            slot.method.scale,
+            slot.weight,
+            _norm(layer, slot),
+            _state(layer, slot),
+            layer.requantised if layer.merged else None,
         )
-    )
+        for name, layer, slot in slots(model)
+    ]
+    return Status((*rows, *_prompts(where.components(model))))
+
+
+def _prompts(parts: Mapping[str, nn.Module]) -> Iterator[Row]:
+    """A row for each attention that reads a learned prompt."""
+    stack = prompts.of(parts)
+    for one in stack.attached if stack else ():
+        norms = {key: prompts.size(one, key) for key in one.parameters}
+        for reader, strength in one.strengths.items():
+            off = not isinstance(strength, Tensor) and strength == 0
+            state = "disabled" if stack and not stack.enabled else "off" if off else "live"
+            norm = norms[reader if reader in norms else reader.partition(".")[0]]
+            yield Row(reader, one.name, one.kind.name, None, 1.0, strength, norm, state, None)
 
 
 def _state(layer: AdapterLayer, slot: Slot) -> str:
@@ -124,6 +139,8 @@ def _state(layer: AdapterLayer, slot: Slot) -> str:
 @torch.no_grad()
 def _norm(layer: AdapterLayer, slot: Slot) -> float:
     """‖scale * delta‖; of a pair from its two small Gram matrices: ‖UD‖² = ⟨UᵀU, DDᵀ⟩."""
+    if not slot.method.merges:
+        return math.nan
     t = slot.tensors(torch.float32)
     weight = layer.pristine().float() if slot.method.needs_weight else None
     if slot.way.pair and not slot.method.needs_weight and (pair := slot.method.pair(t, layer.site)) is not None:

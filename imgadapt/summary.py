@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from imgadapt.arch import Architecture
 from imgadapt.file import AdapterFile, is_finite
 from imgadapt.formats import Part
 from imgadapt.formats.layer_config import PEFT_KEY
-from imgadapt.sites import Kind, Site
+from imgadapt.sites import Site
 
 NO_CONFIG = "peft's file without its adapter_config.json: alpha is not known and taken as the rank; keep them together"
 _TAGS = 10
@@ -71,9 +72,13 @@ def _finite(value: Any) -> Any:
 def summary(file: AdapterFile, *, norms: bool = True) -> Summary:
     """What a file has. norms: whether its tensors are read for them."""
     rows = [_row(name, part, norms) for name, part in file.parts.items()]
+    learned = file.prompts.tensors if file.prompts else {}
+    if file.prompts:
+        rows += [_prompt_row(name, file.prompts.kind.name, t) for name, t in learned.items()]
     own = {
         **{f"<{word}>": list(one.source.values()) for word, one in file.embeddings.items()},
         **{name: list(part.tensors.values()) for name, part in file.parts.items()},
+        **{f"prompt {name}": list(t.values()) for name, t in learned.items()},
     }
     tensors = [tensor for some in own.values() for tensor in some]
     broken = [name for name, some in own.items() if norms and not all(map(is_finite, some))]
@@ -114,20 +119,24 @@ def _row(name: str, part: Part, norms: bool) -> Row:
     return Row(name, method.name, method.file_rank, method.file_alpha, method.scale, norm, shapes)
 
 
+def _prompt_row(place: str, kind: str, t: Mapping[str, Tensor]) -> Row:
+    return Row(place, kind, None, None, 1.0, None, {key: tuple(tensor.shape) for key, tensor in t.items()})
+
+
 @torch.no_grad()
 def norm_of(part: Part) -> float | None:
     """Frobenius norm of scale * delta, from the factors alone; None where it depends on the weight, or is too wide."""
     method, t = part.method, {key: tensor.float() for key, tensor in part.tensors.items()}
-    if method.needs_weight:
+    if method.needs_weight or not method.merges:
         return None
     if "w2" in t:
         first = t["w1"] if "w1" in t else t["w1_a"] @ t["w1_b"]
         return method.scale * float(first.norm() * t["w2"].norm())
     if method.name in ("full", "norm"):
         return float(next(iter(t.values())).norm())
-    narrow = method.file_rank is not None and method.file_rank**2 <= _WIDE
-    pair = method.pair(t, _site(part)) if narrow else None
-    if "down" in t and "mid" not in t:
+    narrow, site = method.file_rank is not None and method.file_rank**2 <= _WIDE, _site(part)
+    pair = method.pair(t, site) if narrow and site is not None else None
+    if method.name == "lora" and "mid" not in t:
         pair = t["up"].flatten(1), t["down"].flatten(1)
     if pair is None or pair[0].shape[1] > _WIDE:
         return None
@@ -135,9 +144,12 @@ def norm_of(part: Part) -> float | None:
     return method.scale * float(((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt())
 
 
-def _site(part: Part) -> Site:
-    """A site of the size that the factors have, flattened where they do not tell the kernel."""
+def _site(part: Part) -> Site | None:
+    """A site of the size that the factors have, flattened where they do not tell the kernel; None: they tell none."""
     t = part.tensors
+    if part.shape is not None:
+        site = Site.of_shape(part.shape, part.method.kinds)
+        return site if part.method.fits(t, site) is None else None
     if "mid" in t:
         return Site((t["up"].shape[0], t["down"].shape[1], *t["mid"].shape[2:]), "conv")
     if "core_1" in t:
@@ -149,6 +161,8 @@ def _site(part: Part) -> Site:
         rows = first[0] * t["w2_a"].shape[1 if "t2" in t else 0]
         kernel = t["t2"].shape[2:] if "t2" in t else ()
         return Site((rows, first[1] * t["w2_b"].shape[1], *kernel), "conv" if kernel else "linear")
+    if part.method.name != "lora":
+        return None
     return Site((t["up"].shape[0], *t["down"].shape[1:]), "conv" if t["down"].ndim > 2 else "linear")
 
 
@@ -179,7 +193,6 @@ def misfits(file: AdapterFile, architecture: Architecture) -> dict[str, str]:
         if shape is None:
             found[name] = "no such layer"
             continue
-        kind: Kind = "conv" if len(shape) > 2 else "linear" if len(shape) == 2 else "norm"
-        if wrong := part.method.fits(part.tensors, Site(shape, kind, bias="bias")):
+        if wrong := part.method.fits(part.tensors, Site.of_shape(shape, part.method.kinds)):
             found[name] = wrong
     return found

@@ -101,8 +101,8 @@ class Job:
 
     def collected(self) -> AdapterFile:
         """What is trained, as it is now: the adapter, the word, or both."""
-        parts = live.collect(self.family.pipeline).parts if self.adapter else {}
-        return AdapterFile(parts, embeddings=self.word.embeddings() if self.word else {})
+        own = live.collect(self.family.pipeline) if self.adapter else AdapterFile({})
+        return AdapterFile(own.parts, prompts=own.prompts, embeddings=self.word.embeddings() if self.word else {})
 
     def of(self, examples: Sequence[Any], *, fixed: bool = False) -> Material:
         """Examples as the base takes them."""

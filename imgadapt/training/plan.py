@@ -13,6 +13,7 @@ import torch
 
 from imgadapt.errors import ConfigError
 from imgadapt.methods import DoRA, LoRA
+from imgadapt.prompting import Prompting
 from imgadapt.training import recipe, subject, words
 from imgadapt.training.config import DreamBoothConfig, InversionConfig, TrainConfig
 from imgadapt.training.data import Example, scan
@@ -217,6 +218,9 @@ def _choices(
         chosen["preservation"] = ("class-free", "keeps the rest of the class, without class pictures")
     if kind == "concept" and not given.get("adapter"):  # the word's own rate is another setting
         for name in ("targets", "learning_rate", "rank"):
+            chosen.pop(name, None)
+    if isinstance(recipe.method(str(given.get("method", "lora")), {}), Prompting):  # which has no layers
+        for name in ("targets", "learning_rates"):
             chosen.pop(name, None)
     return chosen
 

@@ -9,18 +9,22 @@ from typing import Any
 
 from torch import nn
 
-from imgadapt import attaching, live
+from imgadapt import attaching, live, prompting
 from imgadapt import targets as where
 from imgadapt.errors import ConfigError, first_few
 from imgadapt.methods import METHODS, DoRA, LoRA, Method
+from imgadapt.prompting import Prompting
+from imgadapt.prompting import stack as prompts
 from imgadapt.slot import Dropout
 from imgadapt.training.config import TrainConfig
 
-_KINDS = {kind.name: kind for kind in METHODS}
+Trained = Method | Prompting
+
+_KINDS: Mapping[str, type[Trained]] = {kind.name: kind for kind in (*METHODS, *prompting.KINDS)}
 
 
-def method(text: str, defaults: Mapping[str, Any]) -> Method:
-    """The method that `lora`, `lokr(factor=8)` or `dora(loha(rank=4))` says.
+def method(text: str, defaults: Mapping[str, Any]) -> Trained:
+    """What `lora`, `lokr(factor=8)`, `dora(loha(rank=4))` or `prompt_tuning(tokens=8)` says.
 
     defaults: rank, alpha and the like, for methods that have such a field and are not told otherwise.
 
@@ -33,7 +37,7 @@ def method(text: str, defaults: Mapping[str, Any]) -> Method:
         raise ConfigError(f"method '{text}' is not NAME or NAME(field=value, ...): {error}") from error
 
 
-def _made(node: ast.AST, defaults: Mapping[str, Any]) -> Method:
+def _made(node: ast.AST, defaults: Mapping[str, Any]) -> Trained:
     call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])  # pyright: ignore[reportArgumentType] # checked next
     if not isinstance(call.func, ast.Name) or any(word.arg is None for word in call.keywords):
         raise ValueError("wanted a name, and fields by name")
@@ -68,12 +72,12 @@ def _made(node: ast.AST, defaults: Mapping[str, Any]) -> Method:
         raise ConfigError(f"{name}: {error}") from error
 
 
-def _fitting(kind: type[Method], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def _fitting(kind: type[Trained], defaults: Mapping[str, Any]) -> dict[str, Any]:
     own = inspect.signature(kind).parameters
     return {name: value for name, value in defaults.items() if name in own and value is not None}
 
 
-def methods(config: TrainConfig) -> dict[str, Method]:
+def methods(config: TrainConfig) -> dict[str, Trained]:
     """Targets -> methods, those with settings of their own first.
 
     Raises:
@@ -91,11 +95,11 @@ def methods(config: TrainConfig) -> dict[str, Method]:
         if "rank" not in {f.name for f in fields(inner)}:
             raise ConfigError(f"ranks: {inner.name} has no rank")
         own = replace(inner, rank=rank)  # pyright: ignore[reportCallIssue] # it has one
-        found.setdefault(glob, DoRA(own) if isinstance(main, DoRA) else own)
+        found.setdefault(glob, DoRA(own) if isinstance(main, DoRA) and isinstance(own, Method) else own)
     return {**found, "*": main}
 
 
-def _innermost(method: Method) -> Method:
+def _innermost(method: Trained) -> Trained:
     return method.inner if isinstance(method, DoRA) else method
 
 
@@ -106,9 +110,18 @@ def put_on(config: TrainConfig, model: Any) -> None:
         ConfigError, TargetError: see `methods` and `attach`; targets with settings of their own must be targets, too.
     """
     chosen = methods(config)
-    adapter = chosen["*"] if len(chosen) == 1 else chosen
+    main = chosen["*"]
     dropout = Dropout(config.dropout, config.rank_dropout, config.module_dropout)
-    attaching.attach(model, adapter, targets=config.targets, dropout=dropout)
+    if isinstance(main, Prompting):
+        if len(chosen) > 1:
+            raise ConfigError(f"{main.name} is for all of the denoiser; leave methods and ranks out")
+        presets = set(config.targets) <= where.PRESETS.keys()  # of layers: the usual ones say nothing of prompts
+        attaching.attach(model, main, targets=None if presets else config.targets, dropout=dropout)
+        return
+    layered = {glob: one for glob, one in chosen.items() if isinstance(one, Method)}
+    if prompted := [one.name for one in chosen.values() if isinstance(one, Prompting)]:
+        raise ConfigError(f"methods: {prompted[0]} is no method of layers; it can only be the main one, --method")
+    attaching.attach(model, layered["*"] if len(layered) == 1 else layered, targets=config.targets, dropout=dropout)
 
 
 @dataclass(frozen=True)
@@ -125,13 +138,13 @@ class Tensor:
 
 def tensors(model: Any) -> list[Tensor]:
     """What of a model's adapter is trained, in its order; what layers share is the first one's."""
-    rows = [
-        Tensor(name, key, getattr(slot, key)) for name, _, slot in live.slots(model, "default") for key in slot.learning
-    ]
-    found: dict[int, Tensor] = {}
+    prompted = [Tensor(*row) for row in prompts.learning(where.components(model), "default")]
+    found = [] if prompted else live.slots(model, "default")
+    rows = [*(Tensor(name, key, getattr(slot, key)) for name, _, slot in found for key in slot.learning), *prompted]
+    first: dict[int, Tensor] = {}
     for row in rows:
-        found.setdefault(id(row.parameter), row)
-    return list(found.values())
+        first.setdefault(id(row.parameter), row)
+    return list(first.values())
 
 
 def groups(config: TrainConfig, rows: list[Tensor]) -> list[dict[str, Any]]:

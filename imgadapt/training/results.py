@@ -35,6 +35,8 @@ def formats(file: AdapterFile, wanted: Sequence[str] = ()) -> list[str]:
         raise ConfigError(f"no format '{wrong[0]}'; there are: {', '.join(known)}")
     if wanted:
         return list(wanted)
+    if file.prompts:
+        return ["imgadapt"]
     if not file.parts:
         one = all(len(embedding.vectors) == 1 for embedding in file.embeddings.values())
         return ["diffusers", "kohya"] if one else ["kohya"]
@@ -72,6 +74,8 @@ def check(file: AdapterFile, wanted: Sequence[str], exports: Mapping[str, str]) 
         ConfigError: a format is not known or has no word for a layer, or an export has no layers.
     """
     for name in formats(file, wanted):
+        if file.prompts and name not in ("imgadapt", "peft"):
+            raise ConfigError(f"formats: {name} has no word for {file.prompts.kind.name}; wanted imgadapt")
         if steps := [step for step in plan(file, name) if step.loss == "impossible"]:
             raise ConfigError(
                 f"formats: {len(steps)} of {len(file.parts)} layers cannot be written as {name} "
@@ -155,12 +159,12 @@ def prove(
 def _whole(files: Mapping[Path, AdapterFile], words: Collection[str]) -> dict[Path, AdapterFile]:
     """What is to be attached for each file; one of words alone goes with those of layers alone, if there are any."""
     named = {path: _named(file, words) for path, file in files.items()}
-    alone = [file.embeddings for file in named.values() if not file.parts]
+    alone = [file.embeddings for file in named.values() if not (file.parts or file.prompts)]
     layers = [path for path, file in named.items() if file.parts and not file.embeddings]
     if not (words and alone and layers):
         return named
     named |= {path: replace(named[path], embeddings=alone[0]) for path in layers}
-    return {path: file for path, file in named.items() if file.parts}
+    return {path: file for path, file in named.items() if file.parts or file.prompts}
 
 
 def _named(file: AdapterFile, words: Collection[str]) -> AdapterFile:

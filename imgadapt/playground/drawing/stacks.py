@@ -158,6 +158,8 @@ class Stack:
         stamp = _stamp(card.path)
         try:
             file = self._library.file(id)
+            if file.prompts:
+                raise ConfigError(f"{file.prompts.kind.name} is for programs: the playground's strengths are of layers")
             imgadapt.attach(self._pipeline, file, name=id, weight=0.0, trainable=False)
         except ImgadaptError as error:
             raise ConfigError(f"{card.name} does not go on this base: {error}") from error

@@ -11,7 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from imgadapt import attaching, live
-from imgadapt.errors import ImgadaptError
+from imgadapt.errors import ConfigError, ImgadaptError
 from imgadapt.file import load
 from imgadapt.training import pictures
 from imgadapt.training.families import Family
@@ -69,9 +69,12 @@ def draw(
             unseen.append((snapshot, str(error)))
             continue
         try:
-            for strength in strengths if file.parts else [1.0]:  # words are there or not
-                if file.parts:
-                    live.set_weights(family.pipeline, {"shown": strength})
+            for strength in strengths if file.parts or file.prompts else [1.0]:  # words are there or not
+                if file.parts or file.prompts:
+                    try:
+                        live.set_weights(family.pipeline, {"shown": strength})
+                    except ConfigError:  # learned prompts of SD3 and Flux are there or not
+                        continue
                 rows.append(Row(snapshot, strength, _drawn(family, prompts, side)))
         finally:
             attaching.detach(family.pipeline, "shown")

@@ -37,7 +37,7 @@ def measure(pipeline: Any, file: AdapterFile) -> list[Norm]:
     """The norms of each layer that the file is for, in the model's order. The pipeline is as before afterwards."""
     if not file.parts:
         return []
-    attaching.attach(pipeline, replace(file, embeddings={}), name="measured")
+    attaching.attach(pipeline, replace(file, embeddings={}, prompts=None), name="measured")
     try:
         rows = [row for row in overview.status(pipeline) if row.adapter == "measured"]
         layers = {name: layer for name, layer, _ in live.slots(pipeline, "measured")}

@@ -120,6 +120,7 @@ def _facts(
 ) -> list[tuple[str, str]]:
     """(name, value) of what the run was."""
     tensors = [t for part in file.parts.values() for t in part.tensors.values()]
+    learned = [t for own in (file.prompts.tensors.values() if file.prompts else ()) for t in own.values()]
     ranks = sorted({p.method.file_rank for p in file.parts.values() if p.method.file_rank is not None})
     scales = sorted({p.method.scale for p in file.parts.values()})
     views = outcome.material.views
@@ -130,10 +131,11 @@ def _facts(
     memory = _peak(config.output / "status.json")
     method = config.method + "".join(f", {glob}: {text}" for glob, text in config.methods.items())
     rows = [
-        ("method", method if file.parts else ""),
+        ("method", method if file.parts or file.prompts else ""),
         ("rank", _span(ranks)),
         ("scale (alpha / rank)", _span(scales)),
         ("layers", f"{len(file.parts):,}, {sum(t.numel() for t in tensors):,} numbers" if file.parts else ""),
+        ("learned prompt", f"{sum(t.numel() for t in learned):,} numbers" if learned else ""),
         ("words", f"{len(file.embeddings):,}" if file.embeddings else ""),
         ("files", ", ".join(f"{path.name} ({path.stat().st_size / 1e6:.2f} MB)" for path in outcome.paths)),
         ("read back", f"predictions differ by at most {outcome.worst:.1e} from those of the live model"),
