@@ -13,11 +13,11 @@ from typing import Any
 
 os.environ["MKL_DISABLE_FAST_MM"] = "1"  # before torch: MKL's locks are not given back in a child of fork
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
+import pytest
+import torch
+from PIL import Image
 
-from imgadapt import adapters, cli, demo, detach  # noqa: E402
+from imgadapt import adapters, cli, demo, detach
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs that tests start
 torch.set_num_threads(1)  # tensors are tiny here: threads would only wait for one another
