@@ -13,6 +13,7 @@ from imgadapt.training import texts
 from imgadapt.training.report import scores
 
 Precision = Literal["fp32", "bf16", "fp16"]
+Start = Literal["pissa", "olora", "orthogonal", "eva", "corda", "lora_ga", "loftq"]
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "lion", "schedule-free", "came")
 _NO_CAPTION = "trained without caption"
 _SAID = 5  # errors at once
@@ -49,6 +50,10 @@ class TrainConfig(BaseModel):
     targets: list[str] = Field(["transformer"], description="presets and globs of layers; '!glob' leaves out; 'text': encoders")  # fmt: skip  # noqa: E501
     methods: dict[str, str] = Field({}, description="targets that have a method of their own: convolution=lokr(rank=4)")
     ranks: dict[str, _Rank] = Field({}, description="targets that have a rank of their own: unet.mid_block.*=32")
+    start: Start | None = Field(None, description="where LoRA starts instead of at zero: pissa, olora, orthogonal, eva, corda, lora_ga, loftq")  # fmt: skip  # noqa: E501
+    start_samples: int = Field(
+        64, ge=1, le=_COUNT, description="pictures, each at its own time, that eva, corda and lora_ga look at first"
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="share of the input that the adapter does not see")
     rank_dropout: float = Field(0.0, ge=0, lt=1, description="share of the ranks left out")
     module_dropout: float = Field(0.0, ge=0, lt=1, description="how often a layer goes without the adapter")
@@ -246,6 +251,7 @@ class InversionConfig(TrainConfig):
 
 _NEEDS: Sequence[tuple[tuple[str, ...], str, Callable[[Any], bool]]] = (
     (("restarts",), "schedule = restarts", lambda c: c.schedule == "restarts"),
+    (("start_samples",), "start = eva, corda or lora_ga", lambda c: c.start in ("eva", "corda", "lora_ga")),
     (("huber_c",), "huber", lambda c: c.huber is not None),
     (("logit_mean", "logit_spread"), "timesteps = logit_normal", lambda c: c.timesteps == "logit_normal"),
     (("mode_scale",), "timesteps = mode", lambda c: c.timesteps == "mode"),

@@ -1,6 +1,6 @@
 """Job: all that a training program needs around its loss, from settings to proved files."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from imgadapt.training.material import Material, kept_out
 from imgadapt.training.metadata import metadata
 from imgadapt.training.processes import Processes
 from imgadapt.training.report import page
+from imgadapt.training.starts import beginning
 from imgadapt.training.swap import Swap
 from imgadapt.training.words import NewWord
 
@@ -50,9 +51,11 @@ class Job:
         self.lock = self.processes.hold(config.output)
         if not self.lock.held:
             self.say(f"{config.output}: there are no locks here; see to it that no other training writes into it")
+        originals: dict[str, torch.Tensor] = {}
         self.family = families.load(
-            config.base, device=self.processes.device, dtype=DTYPES[config.precision], quantise=config.quantise
-        )
+            config.base, device=self.processes.device, dtype=DTYPES[config.precision], quantise=config.quantise,
+            originals=originals if config.start == "loftq" else None,
+        )  # fmt: skip
         identity = self.family.identity()
         self.objective = objective.of(
             config, self.family.schedule, self._usual(), lambda height, width: self.family.sampling(height, width).shift
@@ -63,14 +66,9 @@ class Job:
         if adapter:
             recipe.put_on(config, self.family.pipeline)
             results.check(live.collect(self.family.pipeline), config.formats, config.exports)
-        self.trained = recipe.tensors(self.family.pipeline) if adapter else []
-        groups = recipe.groups(config, self.trained) if adapter else []
         if self.word:
-            self.trained, groups = [*self.trained, *self.word.rows()], [*groups, *self.word.groups()]
             examples, held_out = self.word.put_into(examples), self.word.put_into(held_out)
-        self.optimizer = optimizers.build(config, groups)
-        if self.word:
-            self.word.follow(self.optimizer)
+        self.trained, self.optimizer = self._learnt()
         self.live_text = any(row.layer.startswith("text_encoder") for row in self.trained)
         if config.checkpointing:
             self.checkpoint_activations()
@@ -83,6 +81,10 @@ class Job:
             if some is not None:
                 self.prepare(some)
         self.family.away(text=not self.live_text)
+        self.origin = {**identity, "data": fingerprint(examples), "order": self.material.order.fingerprint}
+        if config.start and adapter:
+            self._begin(originals)
+        originals.clear()
         if config.swap_blocks:
             self._swap()
         if config.shard:
@@ -95,9 +97,27 @@ class Job:
             config, self.family, self.objective, followed, fresh, collect=self.collected, spelled=spelled,
             writes=self.processes.main,
         )  # fmt: skip
-        layers = digest([f"{row} {tuple(row.parameter.shape)}" for row in self.trained])
-        order = self.material.order.fingerprint
-        self.origin = {**identity, "data": fingerprint(examples), "order": order, "layers": layers}
+        self.origin["layers"] = digest([f"{row} {tuple(row.parameter.shape)}" for row in self.trained])
+
+    def _learnt(self) -> tuple[list[recipe.Tensor], torch.optim.Optimizer]:
+        """What is trained, and its optimiser."""
+        rows = recipe.tensors(self.family.pipeline) if self.adapter else []
+        groups = recipe.groups(self.config, rows) if self.adapter else []
+        if self.word:
+            rows, groups = [*rows, *self.word.rows()], [*groups, *self.word.groups()]
+        optimizer = optimizers.build(self.config, groups)
+        if self.word:
+            self.word.follow(optimizer)
+        return rows, optimizer
+
+    def _begin(self, originals: Mapping[str, torch.Tensor]) -> None:
+        """Start where the settings say."""
+        said, self.origin["begun"] = beginning.begin(
+            self.config, self.family, self.objective, self.material, self.processes,
+            origin=self.origin, originals=originals,
+        )  # fmt: skip
+        self.say(said)
+        self.trained, self.optimizer = self._learnt()
 
     def collected(self) -> AdapterFile:
         """What is trained, as it is now: the adapter, the word, or both."""

@@ -12,11 +12,12 @@ from torch import nn
 from imgadapt import attaching, live, prompting
 from imgadapt import targets as where
 from imgadapt.errors import ConfigError, first_few
-from imgadapt.methods import METHODS, DoRA, LoRA, Method
+from imgadapt.methods import METHODS, Anchored, DoRA, LoRA, Method
 from imgadapt.prompting import Prompting
 from imgadapt.prompting import stack as prompts
 from imgadapt.slot import Dropout
 from imgadapt.training.config import TrainConfig
+from imgadapt.training.starts import ANCHORED
 
 Trained = Method | Prompting
 
@@ -96,7 +97,26 @@ def methods(config: TrainConfig) -> dict[str, Trained]:
             raise ConfigError(f"ranks: {inner.name} has no rank")
         own = replace(inner, rank=rank)  # pyright: ignore[reportCallIssue] # it has one
         found.setdefault(glob, DoRA(own) if isinstance(main, DoRA) and isinstance(own, Method) else own)
-    return {**found, "*": main}
+    return {glob: _startable(config, one) for glob, one in {**found, "*": main}.items()}
+
+
+def _startable(config: TrainConfig, method: Trained) -> Trained:
+    """What a start can be put in the place of.
+
+    Raises:
+        ConfigError: none can, of the kind that is asked for.
+    """
+    start = config.start
+    if start is None:
+        return method
+    if not isinstance(method, LoRA) or method.tucker or method.bias:
+        raise ConfigError(f"start is for plain lora, and the method is {method}; leave one of them out")
+    if start == "loftq" and config.quantise is None:
+        raise ConfigError("start = loftq makes up for what quantising takes, and nothing is quantised: give --quantise")
+    if start == "lora_ga" and config.precision == "fp16":
+        raise ConfigError("start = lora_ga needs gradients, which fp16 does not hold before they are scaled; use bf16")
+    anchored = Anchored(method.rank, method.alpha, method.rank_stabilised)
+    return anchored if start in ANCHORED else method
 
 
 def _innermost(method: Trained) -> Trained:

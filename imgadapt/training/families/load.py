@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from imgadapt import demo
 from imgadapt.errors import ConfigError, MissingExtra, shortened
@@ -44,11 +45,13 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     quantise: Storage | None = None,
+    originals: dict[str, Tensor] | None = None,
 ) -> Family:
     """The base, frozen, on a device; it is read in `dtype` at once and never lies in memory as fp32.
 
     base: "demo"; one of `hub.NAMES` or `owner/name`, out of the hub's cache; a folder in diffusers format; a
-        single-file checkpoint. quantise: "nf4" or "int8": how the denoiser's layers are kept (see quantise.py).
+        single-file checkpoint. quantise: "nf4" or "int8": how the denoiser's layers are kept (see quantise.py);
+        originals takes their weights as they were, by full names.
 
     Raises:
         ConfigError: there is no such base, it cannot be read, or its kind is not one that imgadapt trains.
@@ -58,7 +61,11 @@ def load(
     family = family_of(base, type(pipeline).__name__)
     if quantise is not None:
         denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
-        quantising.quantise(denoiser, quantise, device=torch.device(device), dtype=dtype)
+        held: dict[str, Tensor] | None = None if originals is None else {}
+        quantising.quantise(denoiser, quantise, device=torch.device(device), dtype=dtype, originals=held)
+        component = "transformer" if getattr(pipeline, "unet", None) is None else "unet"
+        if originals is not None:
+            originals.update({f"{component}.{name}": weight for name, weight in (held or {}).items()})
     return family(pipeline, torch.device(device), dtype)
 
 

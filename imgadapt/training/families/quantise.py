@@ -11,7 +11,7 @@ import logging
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from imgadapt.errors import ConfigError, MissingExtra
 
@@ -23,10 +23,17 @@ which also rounds what goes into a layer to 8 bits a row, by way of fp16.
 _BLOCK = 64
 
 
-def quantise(model: nn.Module, storage: Storage, *, device: torch.device, dtype: torch.dtype) -> int:
+def quantise(
+    model: nn.Module,
+    storage: Storage,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    originals: dict[str, Tensor] | None = None,
+) -> int:
     """Replace layers of a frozen model by quantised ones, in place, each moved to the device as it is made; how many.
 
-    dtype: of the computation.
+    dtype: of the computation. originals: takes the weights as they were, by the layers' names.
 
     Raises:
         MissingExtra: bitsandbytes is not installed.
@@ -46,7 +53,9 @@ def quantise(model: nn.Module, storage: Storage, *, device: torch.device, dtype:
     for name in names:
         path, _, last = name.rpartition(".")
         parent, layer = model.get_submodule(path), model.get_submodule(name)
-        setattr(parent, last, _made(bitsandbytes.nn, layer, storage, device, dtype))  # the old one is freed here
+        if originals is not None:
+            originals[name] = layer.get_parameter("weight").detach()
+        setattr(parent, last, _made(bitsandbytes.nn, layer, storage, device, dtype))  # the old one goes, or is kept
     return len(names)
 
 
