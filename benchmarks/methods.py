@@ -1,165 +1,285 @@
-"""What each method learns of a style in equal steps, at its own best learning rate: held-out loss on the embedded base.
+"""Every method on the embedded base, each tuned by the same budget: what it learns, what it spoils, what it costs.
 
-    python benchmarks/methods.py --output methods.json            # goes on where it stopped; then the table
-    python benchmarks/methods.py --output methods.json --only lora dora --steps 150 --batch 8
+    python benchmarks/methods.py STYLES --output methods.jsonl --jobs 2            # goes on where it stopped
+    python benchmarks/methods_table.py methods.jsonl --picture docs/methods.svg    # the table, and the Pareto picture
 
-40 pictures of the demo style, 96 held-out subjects. The rate is tuned on 48 of them, from three, extended while the
-best one is at an end; the loss reported is that of the other 48, with the paired bootstrap interval of the gain.
-The placebo is trained alike, on the same subjects as the base draws them. Losses do not depend on how busy the machine
-is; seconds do.
+STYLES has a folder for each of --tasks, with train/, plain/ and held_out/, as train_scripts/demo_base/styles.py makes
+them of the same 40 and 96 subjects; `character` is drawn here. Captions say `ohwx` in front. benchmarks/methods.toml
+lists the methods, each at three sizes. A method's rate is tuned at its middle size from that of the table: five
+tries by factors of two, on 24 held-out subjects of the first task; small and large try that rate, half and double.
+Then each size learns each task from three seeds. Its loss is that on other held-out pictures (48 subjects; 6 of the
+character); drift is the loss on `plain` pictures, without the word, over that of the base. Losses do not depend on how
+busy the machine is; seconds do, and are measured by `--time`, a step of each in turn with LoRA's, in one process.
 """
 
 import argparse
 import json
+import multiprocessing
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from imgadapt import demo, detach
-from imgadapt.atomic import write_bytes
+from imgadapt import collect, demo, detach, save
 from imgadapt.cli import program
-from imgadapt.errors import TrainingError
+from imgadapt.demo import character
+from imgadapt.errors import ImgadaptError, TrainingError
 from imgadapt.training import families, objective, optimizers, recipe
 from imgadapt.training.config import TrainConfig
 from imgadapt.training.data import scan
-from imgadapt.training.evaluate import bootstrap, held_out_losses
+from imgadapt.training.evaluate import held_out_losses
 from imgadapt.training.loop import Run, Terms
 from imgadapt.training.material import Material
 from imgadapt.training.processes import Processes
 
-STEP = 2.5  # factor between learning rates that are tried beyond the three
-METHODS: Mapping[str, tuple[str, Sequence[float]]] = {
-    "lora": ("lora(rank=8)", (1e-3, 2e-3, 4e-3)),
-    "dora": ("dora(lora(rank=8))", (1e-3, 2e-3, 4e-3)),
-    "loha": ("loha(rank=8)", (2e-3, 4e-3, 8e-3)),
-    "lokr": ("lokr(factor=8)", (2e-3, 5e-3, 1e-2)),
-    "lokr-low": ("lokr(rank=4, factor=-1)", (2e-3, 5e-3, 1e-2)),
-    "oft": ("oft(block_size=8)", (2e-3, 5e-3, 1e-2)),
-    "boft": ("boft(block_size=4, factors=2)", (2e-3, 5e-3, 1e-2)),
-    "glora": ("glora(rank=8)", (5e-4, 1e-3, 2e-3)),
-    "ia3": ("ia3", (1e-2, 3e-2, 1e-1)),
-    "full": ("full", (1e-4, 3e-4, 1e-3)),
-    "norm": ("norm", (3e-3, 1e-2, 3e-2)),
-}
+SIZES = ("small", "middle", "large")
+WORD = "ohwx"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method at one size."""
+
+    name: str
+    size: str
+    method: str
+    rate: float
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def key(self) -> str:
+        return f"{self.name} {self.size}"
+
+
+def cases(path: Path) -> list[list[Case]]:
+    """Of each method its sizes, the middle one first."""
+    made: list[list[Case]] = []
+    for name, row in tomllib.loads(path.read_text("utf-8")).items():
+        sizes = ("middle",) if len(row["sizes"]) == 1 else SIZES
+        of_size = {
+            size: Case(name, size, method, row["rate"], row.get("settings", {}))
+            for size, method in zip(sizes, row["sizes"], strict=True)
+        }
+        made.append([of_size[size] for size in ("middle", "small", "large") if size in of_size])
+    return made
 
 
 class Study:
-    """The base, the pictures of style and placebo, and the held-out ones in two halves."""
+    """The base, and the pictures of all tasks."""
 
-    def __init__(self, steps: int, batch: int, folder: Path) -> None:
-        self.steps, self.batch, self.folder, self.processes = steps, batch, folder, Processes()
+    def __init__(self, styles: Path, tasks: Sequence[str], steps: int, batch: int, folder: Path) -> None:
+        self.tasks, self.steps, self.batch, self.folder = tasks, steps, batch, folder
+        self.processes = Processes()
         self.family = families.load("demo")
-        base = self.config("lora", 1e-3)
-        self.material = {name: Material(base, self.family, scan(demo.STYLE / name)) for name in ("train", "plain")}
-        held_out = scan(demo.STYLE / "held_out")
-        self.tuning = Material(base, self.family, held_out[0::2], fixed=True)
-        self.judging = Material(base, self.family, held_out[1::2], fixed=True)
-        for material in (*self.material.values(), self.tuning, self.judging):
+        shared = self.config(Case("lora", "middle", "lora", 1e-3), 1e-3, 0)
+        self.train: dict[str, Material] = {}
+        self.judging: dict[str, Material] = {}
+        for task in tasks:
+            if task == "character":
+                character.draw(folder / "seen", character.SEEN, 12, 0)
+                character.draw(folder / "held_out", character.HELD_OUT, 6, 1)
+                seen, held_out = scan(folder / "seen"), scan(folder / "held_out")
+            else:
+                seen = scan(styles / task / "train", trigger=WORD)
+                held_out = scan(styles / task / "held_out", trigger=WORD)
+            self.train[task] = Material(shared, self.family, seen)
+            self.judging[task] = Material(
+                shared, self.family, held_out[1::2] if task != "character" else held_out, fixed=True
+            )
+            if task == tasks[0]:
+                self.tuning = Material(shared, self.family, held_out[0::4], fixed=True)
+        self.prior = Material(shared, self.family, scan(demo.STYLE / "plain")[::2], fixed=True)
+        for material in (*self.train.values(), *self.judging.values(), self.tuning, self.prior):
             material.prepare(quiet=True)
-        self.objective = objective.of(base, self.family.schedule, self.family.sampling(8, 8))
-        self.base = self.losses(self.judging)
+        self.objective = objective.of(shared, self.family.schedule, self.family.sampling(8, 8))
 
-    def config(self, method: str, rate: float) -> TrainConfig:
+    def config(self, case: Case, rate: float, seed: int) -> TrainConfig:
         """The settings of one training."""
-        targets = ["norm*"] if method == "norm" else ["transformer", "convolution"]
         return TrainConfig.of({
-            "folder": demo.STYLE / "train", "output": self.folder, "method": METHODS[method][0], "learning_rate": rate,
-            "steps": self.steps, "batch_size": self.batch, "targets": targets, "checkpoint_every": 10**6,
-            "log_with": [],
+            "folder": demo.STYLE / "train", "output": self.folder, "method": case.method, "learning_rate": rate,
+            "steps": self.steps, "batch_size": self.batch, "targets": ["transformer", "convolution"], "seed": seed,
+            "checkpoint_every": 10**6, "log_with": [], "warmup_steps": 5, **case.settings,
         })  # fmt: skip
 
-    def losses(self, material: Material) -> torch.Tensor:
-        """(pictures, timesteps) of the model as it is."""
-        return held_out_losses(self.family, self.objective, material)
+    def losses(self, material: Material) -> list[float]:
+        """Of each picture of it, the mean over four timesteps, of the model as it is."""
+        return held_out_losses(self.family, self.objective, material, timesteps=4).mean(1).tolist()
 
-    def train(self, method: str, rate: float, pictures: str) -> dict[str, Any]:
-        """Train anew; losses on both halves, numbers trained, seconds."""
-        config = self.config(method, rate)
-        torch.manual_seed(config.seed)
+    def learn(self, case: Case, rate: float, task: str, seed: int, *, tuning: bool) -> dict[str, Any]:
+        """Train anew and look: at the loss on what the rate is tuned on, or at all that is reported."""
+        config, material = self.config(case, rate, seed), self.train[task]
+        torch.manual_seed(seed)
         recipe.put_on(config, self.family.pipeline)
-        rows = recipe.tensors(self.family.pipeline)
-        optimizer = optimizers.build(config, recipe.groups(config, rows))
-        material = self.material[pictures]
+        try:
+            rows = recipe.tensors(self.family.pipeline)
+            optimizer = optimizers.build(config, recipe.groups(config, rows))
 
-        def loss(step: int, places: range) -> Terms:
-            batch = material.batch(step, places)
-            asked = self.objective.ask(batch.latents, config.seed, step, places, config.batch_size)
-            guess = self.family.predict(asked.noisy, batch.conditions, asked.times)
-            losses = self.objective.losses(guess, batch.latents, asked.noise, asked.times)
-            return Terms(losses.weighted, losses.raw, asked.times, batch.names)
+            def loss(step: int, places: range) -> Terms:
+                batch = material.batch(step, places)
+                asked = self.objective.ask(batch.latents, seed, step, places, config.batch_size)
+                guess = self.family.predict(asked.noisy, batch.conditions, asked.times)
+                losses = self.objective.losses(guess, batch.latents, asked.noise, asked.times)
+                return Terms(losses.weighted, losses.raw, asked.times, batch.names)
 
-        start = time.monotonic()
-        with tempfile.TemporaryDirectory(dir=self.folder) as output:
-            own = config.model_copy(update={"output": Path(output)})
-            with Run(own, rows, optimizer, {}, self.processes) as run:
-                for step in run.steps():
-                    run.learn(step, loss)
-        seconds = time.monotonic() - start
-        judged, tuned = self.losses(self.judging), self.losses(self.tuning).mean().item()
-        detach(self.family.pipeline)
-        gain, low, high = bootstrap(judged, self.base)
-        numbers = sum(row.parameter.numel() for row in rows)
+            with tempfile.TemporaryDirectory(dir=self.folder) as output:
+                own = config.model_copy(update={"output": Path(output)})
+                with Run(own, rows, optimizer, {}, self.processes) as run:
+                    for step in run.steps():
+                        run.learn(step, loss)
+                if tuning:
+                    return {"tuned": statistics.fmean(self.losses(self.tuning))}
+                path = save(
+                    collect(self.family.pipeline),
+                    Path(output) / "x.safetensors",
+                    format="imgadapt",
+                    dtype=torch.float16,
+                )
+                return {
+                    "losses": self.losses(self.judging[task]), "prior": self.losses(self.prior),
+                    "numbers": sum(row.parameter.numel() for row in rows), "bytes": path.stat().st_size,
+                }  # fmt: skip
+        except TrainingError as error:  # a rate at which it diverges
+            return {"diverged": str(error)[:120]}
+        finally:
+            detach(self.family.pipeline)
+
+    def base(self) -> dict[str, Any]:
         return {
-            "rate": rate, "tuned": tuned, "loss": judged.mean().item(), "gain": gain, "low": low, "high": high,
-            "numbers": numbers, "seconds": seconds,
+            "losses": {task: self.losses(material) for task, material in self.judging.items()},
+            "prior": self.losses(self.prior), "steps": self.steps, "batch": self.batch,
         }  # fmt: skip
 
 
-def best(tried: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The run of the least tuning loss."""
-    return min(tried.values(), key=lambda row: row["tuned"])
+class Found:
+    """The rows of a file of results, one JSON a line, that several processes add to."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text("utf-8").splitlines() if path.exists() else []
+        self.rows: dict[str, dict[str, Any]] = {row["key"]: row for row in map(json.loads, lines)}
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        return self.rows.get(key)
+
+    def add(self, key: str, row: Mapping[str, Any]) -> dict[str, Any]:
+        self.rows[key] = {"key": key, **row}
+        with self.path.open("a", encoding="utf-8") as file:  # a line at a time, which appending keeps whole
+            file.write(json.dumps(self.rows[key]) + "\n")
+        return self.rows[key]
 
 
-def study(study: Study, method: str, found: dict[str, Any], output: Path) -> None:
-    """Tune a method's rate, and train its placebo; what is in `found` is not done again."""
-    tried = found.setdefault(method, {"runs": {}})["runs"]
-    rates = list(METHODS[method][1])
-    while rates:
-        rate = rates.pop(0)
-        if f"{rate:.3g}" not in tried:
-            try:
-                tried[f"{rate:.3g}"] = study.train(method, rate, "train")
-            except TrainingError as error:
-                detach(study.family.pipeline)  # a rate at which it diverges
-                tried[f"{rate:.3g}"] = {"rate": rate, "tuned": float("inf"), "diverged": str(error)[:80]}
-            write_bytes(output, json.dumps(found, indent=1).encode())
-        if not rates and len(tried) < 5:
-            known, top = sorted(row["rate"] for row in tried.values()), best(tried)["rate"]
-            if top in (known[0], known[-1]):
-                rates = [top * STEP if top == known[-1] else top / STEP]
-    if "placebo" not in found[method]:
-        found[method]["placebo"] = study.train(method, best(tried)["rate"], "plain")
-        write_bytes(output, json.dumps(found, indent=1).encode())
+def tuned(study: Study, case: Case, start: float, found: Found) -> float:
+    """The best rate: three tries by factors of two, and at the middle size two more towards the better end."""
+    tried: dict[float, float] = {}
+
+    def attempt(rate: float) -> None:
+        key = f"tune {case.key} {rate:.4g}"
+        row = found.get(key)
+        if row is None:
+            made = study.learn(case, rate, study.tasks[0], 0, tuning=True)
+            row = found.add(key, {"case": case.name, "size": case.size, "rate": rate, **made})
+        tried[rate] = row.get("tuned", float("inf"))
+
+    for factor in (1.0, 0.5, 2.0):
+        attempt(start * factor)
+    if case.size == "middle":
+        for _ in range(2):
+            best, known = min(tried, key=lambda r: tried[r]), sorted(tried)
+            below, above = best / 2, best * 2
+            wanted = [r for r in (above, below) if not any(abs(r / k - 1) < 1e-6 for k in known)]
+            # at an end it goes on there; between two it looks half-way to the better neighbour
+            attempt(wanted[0] if wanted else best * 2 ** (0.5 if tried[above] < tried[below] else -0.5))
+    return min(tried, key=lambda r: tried[r])
+
+
+def chain(study: Study, sizes: Sequence[Case], seeds: int, found: Found, *, middle: bool) -> None:
+    """All that is to be known of one method, save what is found already; its middle size, or the others."""
+    start = tuned(study, sizes[0], sizes[0].rate, found)
+    for case in sizes[:1] if middle else sizes[1:]:
+        rate = start if middle else tuned(study, case, start, found)
+        for task in study.tasks:
+            for seed in range(seeds):
+                key = f"run {case.key} {task} {seed}"
+                if found.get(key) is None:
+                    about = {"case": case.name, "size": case.size, "method": case.method, "rate": rate}
+                    made = study.learn(case, rate, task, seed, tuning=False)
+                    found.add(key, {**about, "task": task, "seed": seed, **made})
+
+
+def work(job: tuple[Path, list[str], int, int, int, Path, list[Case], bool]) -> str:
+    """`chain` in a process of its own."""
+    styles, tasks, steps, batch, seeds, output, sizes, middle = job
+    torch.set_num_threads(1)
+    sys.stderr = open(f"{output}.{sizes[0].name}.log", "a", encoding="utf-8")  # noqa: SIM115  of the process
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            chain(Study(styles, tasks, steps, batch, Path(folder)), sizes, seeds, Found(output), middle=middle)
+        except ImgadaptError as error:
+            return f"{sizes[0].name}: {error}"
+    return f"{sizes[0].name}: {'middle size' if middle else 'all'} done"
+
+
+def step_times(study: Study, chosen: Sequence[Case], rounds: int) -> Iterator[tuple[Case, float]]:
+    """Seconds of a step over those of LoRA's middle size, the median of rounds in which both are measured."""
+    for case in chosen:
+        ratios: list[float] = []
+        for _ in range(rounds):
+            ours, theirs = (_step(study, c) for c in (case, Case("lora", "middle", "lora(rank=8)", 1e-3)))
+            ratios.append(ours / theirs)
+        yield case, statistics.median(ratios)
+
+
+def _step(study: Study, case: Case, count: int = 4) -> float:
+    """Seconds of a forward and a backward, without the optimiser, the least of a few."""
+    recipe.put_on(study.config(case, 1e-3, 0), study.family.pipeline)
+    batch = study.train[study.tasks[0]].batch(0, range(study.batch))
+    asked = study.objective.ask(batch.latents, 0, 0, range(study.batch), study.batch)
+    seconds: list[float] = []
+    for _ in range(count):
+        start = time.perf_counter()
+        guess = study.family.predict(asked.noisy, batch.conditions, asked.times)
+        study.objective.losses(guess, batch.latents, asked.noise, asked.times).weighted.sum().backward()
+        seconds.append(time.perf_counter() - start)
+    detach(study.family.pipeline)
+    return min(seconds)
 
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="JSON of all runs")
-    parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("styles", type=Path)
+    parser.add_argument("--output", type=Path, required=True, help="a line of JSON for each training")
+    parser.add_argument("--methods", type=Path, default=Path(__file__).with_suffix(".toml"))
+    parser.add_argument("--only", nargs="+", default=[], help="methods; all when not given")
+    parser.add_argument("--tasks", nargs="+", default=["duotone", "ink", "character"])
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, a thread each")
+    parser.add_argument("--time", type=int, metavar="ROUNDS", help="measure the steps instead")
     args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    found: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {}
+    chosen = [sizes for sizes in cases(args.methods) if not args.only or sizes[0].name in args.only]
+    found = Found(args.output)
     with tempfile.TemporaryDirectory() as folder:
-        made = Study(args.steps, args.batch, Path(folder))
-        found.setdefault("base", {"loss": made.base.mean().item(), "steps": args.steps, "batch": args.batch})
-        for method in args.only:
-            study(made, method, found, args.output)
-    rows = {name: best(row["runs"]) for name, row in found.items() if name != "base"}
-    print(f"base {found['base']['loss']:.4f}")
-    print(f"| method | rate | numbers | held-out loss | gain (95 %) | placebo | s |\n|{'---|' * 7}")
-    for name, row in sorted(rows.items(), key=lambda item: item[1]["loss"]):
-        placebo = found[name]["placebo"]["loss"]
-        print(f"| `{METHODS[name][0]}` | {row['rate']:g} | {row['numbers']:,} | {row['loss']:.4f} | {row['gain']:.4f} "
-              f"({row['low']:.4f} to {row['high']:.4f}) | {placebo:.4f} | {row['seconds']:.0f} |")  # fmt: skip
+        if args.time or found.get("base") is None:
+            study = Study(args.styles, args.tasks, args.steps, args.batch, Path(folder))
+            if args.time:
+                for case, ratio in step_times(study, [case for sizes in chosen for case in sizes], args.time):
+                    found.add(f"time {case.key}", {"case": case.name, "size": case.size, "ratio": ratio})
+                    print(f"{case.key:24} {ratio:.2f} x LoRA's step")
+                return
+            found.add("base", study.base())
+    shared = (args.styles, args.tasks, args.steps, args.batch, args.seeds, args.output)
+    jobs = [(*shared, sizes, middle) for middle in (True, False) for sizes in chosen if middle or len(sizes) > 1]
+    with multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=1) as pool:
+        for told in pool.imap_unordered(work, jobs):
+            print(told, flush=True)
 
 
 if __name__ == "__main__":
