@@ -5,11 +5,12 @@
 
 STYLES has a folder for each of --tasks, with train/, plain/ and held_out/, as train_scripts/demo_base/styles.py makes
 them of the same 40 and 96 subjects; `character` is drawn here. Captions say `ohwx` in front. benchmarks/methods.toml
-lists the methods, each at three sizes. A method's rate is tuned at its middle size from that of the table: five
-tries by factors of two, on 24 held-out subjects of the first task; small and large try that rate, half and double.
-Then each size learns each task from three seeds. Its loss is that on other held-out pictures (48 subjects; 6 of the
-character); drift is the loss on `plain` pictures, without the word, over that of the base. Losses do not depend on how
-busy the machine is; seconds do, and are measured by `--time`, a step of each in turn with LoRA's, in one process.
+lists the methods, each at three sizes, and a rate that `--look` found. A method's rate is tuned at its middle size
+from that of the table: five tries by factors of two, on 24 held-out subjects of the first task; small and large try
+that rate, half and double. Then each size learns each task from three seeds. Its loss is that on other held-out
+pictures (48 subjects; 6 of the character); drift is the loss on `plain` pictures, without the word, over that of the
+base. Losses do not depend on how busy the machine is; seconds do, and are measured by `--time`, a step of each in
+turn with LoRA's, in one process.
 """
 
 import argparse
@@ -226,6 +227,18 @@ def work(job: tuple[Path, list[str], int, int, int, Path, list[Case], bool]) -> 
     return f"{sizes[0].name}: {'middle size' if middle else 'all'} done"
 
 
+def look(study: Study, case: Case) -> float:
+    """A rate to start from, of the table's and others by factors of four: that of the least tuning loss."""
+    losses: dict[float, float] = {}
+    rates, best = [case.rate], case.rate
+    while rates:
+        for rate in rates:
+            losses[rate] = study.learn(case, rate, study.tasks[0], 0, tuning=True).get("tuned", float("inf"))
+        best = min(losses, key=lambda r: losses[r])
+        rates = [r for r in (best * 4, best / 4) if not any(abs(r / k - 1) < 1e-6 for k in losses)]
+    return best
+
+
 def step_times(study: Study, chosen: Sequence[Case], rounds: int) -> Iterator[tuple[Case, float]]:
     """Seconds of a step over those of LoRA's middle size, the median of rounds in which both are measured."""
     for case in chosen:
@@ -263,12 +276,19 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, a thread each")
     parser.add_argument("--time", type=int, metavar="ROUNDS", help="measure the steps instead")
+    parser.add_argument(
+        "--look", action="store_true", help="say a rate to start from for the table (--steps 12) instead"
+    )
     args = parser.parse_args(argv)
     chosen = [sizes for sizes in cases(args.methods) if not args.only or sizes[0].name in args.only]
     found = Found(args.output)
     with tempfile.TemporaryDirectory() as folder:
-        if args.time or found.get("base") is None:
+        if args.time or args.look or found.get("base") is None:
             study = Study(args.styles, args.tasks, args.steps, args.batch, Path(folder))
+            if args.look:
+                for sizes in chosen:
+                    print(f"{sizes[0].name:24} {look(study, sizes[0]):.3g}", flush=True)
+                return
             if args.time:
                 for case, ratio in step_times(study, [case for sizes in chosen for case in sizes], args.time):
                     found.add(f"time {case.key}", {"case": case.name, "size": case.size, "ratio": ratio})
