@@ -71,8 +71,8 @@ class Site:
     @classmethod
     def of_shape(cls, shape: tuple[int, ...], kinds: Sequence[Kind] = ("linear",)) -> Self:
         """The site of a weight of which the shape alone is known; kinds: that it may be of, where several are so."""
-        flat: tuple[Kind, ...] = ("linear", "embedding", "fused")
-        kind: Kind = next((k for k in flat if k in kinds), flat[0]) if len(shape) == 2 else "conv"
+        flat: list[Kind] = [kind for kind in kinds if kind in ("linear", "embedding", "fused")] or ["linear"]
+        kind: Kind = flat[0] if len(shape) == 2 else "conv"
         return cls(shape, kind if len(shape) > 1 else "norm", bias="bias")
 
     @property

@@ -13,6 +13,7 @@ from imgadapt.combining.terms import Dense, Kron, Pair, Term
 from imgadapt.errors import ConfigError, ShapeError
 from imgadapt.formats import Part
 from imgadapt.formats.splitting import inputs_of, rows_of
+from imgadapt.methods import Method
 from imgadapt.sites import Site
 
 
@@ -46,14 +47,17 @@ class Change:
 
 @torch.no_grad()
 def change_of(name: str, part: Part, site: Site, base: Base | None, of: str = "") -> Change:
-    """LoRA, LoHa and low-rank LoKr are pairs, full LoKr is a Kronecker product: exactly, without the dense change. What
-    reads the weight (DoRA, OFT, BOFT, GLoRA, IA3) is evaluated on the base's. of: the input, for errors.
+    """Methods that are pairs enter as such (LoRA, LoHa, low-rank LoKr), full LoKr as a Kronecker product: exactly,
+    without the dense change. What reads the weight (DoRA, OFT, BOFT, GLoRA, IA3) is evaluated on the base's. of: the
+    input, for errors.
 
     Raises:
-        ConfigError: it reads the weight, and there is no base.
+        ConfigError: it reads the weight, and there is no base; or it is no change of a weight.
         ShapeError: its tensors do not fit the layer.
     """
     method, t = part.method, {key: tensor.float() for key, tensor in part.tensors.items()}
+    if not method.merges:
+        raise ConfigError(f"{f'{of}: ' if of else ''}{name}: {no_change(method)}; attach it beside what is merged")
     if base is None and (method.needs_weight or getattr(method, "absolute", False)):
         raise ConfigError(_needs_base(name, part, of))
     # NaN is found in the result; shapes would only be found by luck
@@ -67,6 +71,10 @@ def change_of(name: str, part: Part, site: Site, base: Base | None, of: str = ""
         weight, site = base.weight(name)
         if tuple(weight.shape) != site.shape or wrong_size(part, site):
             raise ShapeError(f"{name}: the base's weight is {tuple(weight.shape)}, the adapter is for another")
+        t = method.whole(t, site, weight.float())
+        pair = method.pair(t, site)  # of what the base's weight is not in itself
+        if pair is not None and pair[0].shape[1] < min(site.rows, site.fan_in):
+            return Change(Pair(pair[0] * method.scale, pair[1]), bias)
         if method.name == "glora":  # W a1 a2 + b1 b2
             up = torch.cat([weight.float().flatten(1) @ t["a1"].flatten(1), t["b1"].flatten(1)], 1)
             if not site.kernel:
@@ -79,10 +87,19 @@ def change_of(name: str, part: Part, site: Site, base: Base | None, of: str = ""
         return Change(Kron(first * method.scale, t["w2"].flatten(1)), bias)
     pair = method.pair(t, site)
     if pair is not None:
-        own = {"up", "down"} <= t.keys() and "mid" not in t
+        own = method.name == "lora" and "mid" not in t
         return Change(Pair(pair[0] * method.scale, pair[1]), bias, method.scale if own else None)
-    raw: Any = part.tensors[getattr(method, "of_weight", "diff")]
-    return Change(Dense(raw.flatten(1) if raw.ndim > 1 else raw[:, None]), bias)
+    of_weight = getattr(method, "of_weight", None)
+    if of_weight is not None:  # read where it lies
+        raw: Any = part.tensors[of_weight]
+        return Change(Dense(raw.flatten(1) if raw.ndim > 1 else raw[:, None]), bias)
+    change = method.delta(t, site, None) * method.scale
+    return Change(Dense(change.flatten(1) if change.ndim > 1 else change[:, None]), bias)
+
+
+def no_change(method: Method) -> str:
+    """Of one that does not merge."""
+    return f"{method.name} is no change of the weight, so it cannot be merged, cut or written as LoRA"
 
 
 def _needs_base(name: str, part: Part, of: str) -> str:

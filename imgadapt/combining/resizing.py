@@ -1,6 +1,7 @@
 """resize: an adapter at lower ranks, each layer the best approximation that its rank has.
 
-A resize is a merge of one input: LoHa and LoKr become LoRA exactly before they are cut, and so do whole differences.
+A resize is a merge of one input: what is LoRA in other words (LoHa, LoKr, ...) becomes it exactly before it is cut, and
+any other change of the weight is cut as the whole difference that it is.
 """
 
 import json
@@ -14,7 +15,7 @@ from imgadapt.arch import architectures
 from imgadapt.combining.combine import Progress, part_of, row_of, shared_ranks, word_bytes
 from imgadapt.combining.cutting import truncated
 from imgadapt.combining.engine import Engine
-from imgadapt.combining.entering import Base
+from imgadapt.combining.entering import Base, no_change
 from imgadapt.combining.keep import Keep, header_bytes
 from imgadapt.combining.layers import Input, Merged
 from imgadapt.combining.lowrank import spectrum
@@ -55,9 +56,16 @@ def resize(
         ConfigError: methods that read the base's weights, and neither; a size that cannot be met; nothing is left.
         FormatError, ShapeError, StateError: see `combine`.
     """
-    bound = sorted(layer for layer, part in file.parts.items() if base is None and _reads_weights(part))
+    bound = sorted(
+        layer for layer, part in file.parts.items() if not part.method.merges or (base is None and _reads_weights(part))
+    )
     if bound and not others:
         kinds = ", ".join(sorted({file.parts[layer].method.name for layer in bound}))
+        if still := [layer for layer in bound if not file.parts[layer].method.merges]:
+            raise ConfigError(
+                f"{len(still)} layers ({first_few(still)}): {no_change(file.parts[still[0]].method)}; keep them as "
+                "they are (--keep-others, others=True in Python)"
+            )
         raise ConfigError(
             f"{len(bound)} layers ({first_few(bound)}) are {kinds}, and what they change depends on the base's "
             "weights; give the base (--base), or keep them as they are (--keep-others, others=True in Python)"

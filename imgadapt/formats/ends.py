@@ -77,7 +77,9 @@ OTHERS = {
     "bias": End("set_bias"), "scale": End("set_norm"),
 }  # fmt: skip
 
-OF_METHODS = {end: End(end) for method in METHODS if method.peft is not None for end in method.peft.ends}
+OF_METHODS = {
+    end: End(end) for method in METHODS if method.peft is not None for end in (*method.peft.ends, *method.peft.beside)
+}
 """peft's of the methods that say themselves how peft has them."""
 
 BESIDE = frozenset(name for method in METHODS if method.peft is not None for name in method.peft.beside)

@@ -11,6 +11,10 @@ def nothing_beside(parts: Parts) -> Mapping[str, Mapping[str, str]]:
     return {}
 
 
+def no_sizes(parts: Parts) -> Mapping[str, tuple[int, ...]]:
+    return {}
+
+
 @dataclass(frozen=True, eq=False)  # a row is itself; hashed by identity
 class Format:
     """A row of the table of tools.
@@ -26,7 +30,8 @@ class Format:
         still true; own_metadata: the names of those entries.
     key: (a layer as it is spelled, an end) -> the tensor's name.
     single: whether a file is of one component and one method.
-    beside: layers -> which of their ends stand for several layers once, and under which key.
+    beside: layers -> which of their ends stand for several layers once, and under which key. sizes: layers -> sizes of
+        these, by key, where they are not what the layers need alone.
     claims: (entry, what it contains): metadata by which a file is this tool's, where its keys could be another's.
     """
 
@@ -46,6 +51,7 @@ class Format:
     key: Callable[[str, str], str] = plain_key
     single: bool = False
     beside: Callable[[Parts], Mapping[str, Mapping[str, str]]] = nothing_beside
+    sizes: Callable[[Parts], Mapping[str, tuple[int, ...]]] = no_sizes
 
     def prefix(self, component: str, architecture: str | None) -> str | None:
         """What keys of a component begin with; None if the tool has no word for it."""

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from imgadapt.errors import FormatError, ImgadaptError, first_few
+from imgadapt.formats.ends import ENDS
 from imgadapt.formats.fusing import Unfusable
 from imgadapt.formats.layer_config import PATTERNS
 from imgadapt.formats.part import Part
@@ -32,12 +33,12 @@ _PLAIN = ("C3A", "FOURIERFT")
 
 
 def kind_of(names: Collection[str], config: Mapping[str, Any]) -> type[Method] | None:
-    """The method whose ends these names are; None if it is none of those that say so themselves.
+    """The method whose ends these tensors are, by our names; None if it is none of those that say so themselves.
 
     Raises:
         FormatError: peft has several such, or the config says another.
     """
-    found = [(m, m.peft) for m in METHODS if m.peft is not None and names and set(names) <= {*m.peft.ends}]
+    found = [(m, m.peft) for m in METHODS if m.peft is not None and _all_of(m.peft, set(names))]
     said = config.get("peft_type")
     own = [method for method, peft in found if said in (None, peft.type)]
     if not found or len(own) == 1:
@@ -46,6 +47,18 @@ def kind_of(names: Collection[str], config: Mapping[str, Any]) -> type[Method] |
     if not own:
         raise FormatError(f"{first_few(sorted(names))} are of peft's {types}, and its config says {said!r}")
     raise FormatError(f"{first_few(sorted(names))} are of peft's {types}: adapter_config.json, which says, is missing")
+
+
+def _all_of(peft: Peft, names: set[str]) -> bool:
+    """Whether these are its own, and one at least that no other table has (AdaLoRA's `lora_A` is LoRA's, too). A layer
+    may have what stands beside the layers (RandLoRA's does).
+    """
+    return names <= _by_tensor(peft).keys() and any(name in peft.ends for name in names)
+
+
+def _by_tensor(peft: Peft) -> dict[str, str]:
+    """Our name of an end -> the end."""
+    return {ENDS[end].tensor: end for end in (*peft.ends, *peft.beside)}
 
 
 def meant(
@@ -62,7 +75,8 @@ def meant(
     """
     peft = kind.peft
     assert peft is not None
-    own = {**{name: tensor for name, tensor in beside.items() if _stands_beside(peft, name)}, **t}
+    own = {name: tensor for name, tensor in beside.items() if _stands_beside(peft, name)}
+    own |= {_by_tensor(peft)[name]: tensor for name, tensor in t.items()}
     if empty := [name for name, tensor in own.items() if not tensor.numel()]:
         raise FormatError(f"{', '.join(empty)} is empty")
     try:
@@ -100,6 +114,16 @@ def beside(parts: Mapping[str, Part]) -> dict[str, dict[str, str]]:
         for layer, part in parts.items()
         if part.method.peft is not None and part.method.peft.beside
     }
+
+
+def sizes(parts: Mapping[str, Part]) -> dict[str, tuple[int, ...]]:
+    """Key of what stands beside the layers -> its shape, where the method says what peft makes it of."""
+    shapes = [part.shape for part in parts.values() if part.shape is not None]
+    first = next(iter(parts.values())).method if parts else None
+    if first is None or first.peft is None or first.peft.widest is None or not shapes:
+        return {}
+    largest = tuple(max(numbers) for numbers in zip(*(shape[:2] for shape in shapes), strict=True))
+    return {f"base_model.{name}": shape for name, shape in first.peft.widest(first, largest).items()}
 
 
 def spelled(part: Part) -> dict[str, Tensor]:

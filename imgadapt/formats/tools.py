@@ -159,6 +159,7 @@ PEFT_FORMAT = Format(
     claims=((PEFT_KEY, ""),),
     single=True,
     beside=of_peft.beside,
+    sizes=of_peft.sizes,
 )
 AI_TOOLKIT = Format(
     "ai-toolkit",

@@ -12,6 +12,7 @@ from imgadapt.arch import Architecture, Slice
 from imgadapt.errors import FormatError, first_few
 from imgadapt.formats.format import Format
 from imgadapt.formats.fusing import Unfusable, fuse, written_out
+from imgadapt.formats.joining import Beside, sized
 from imgadapt.formats.part import Part, Parts
 from imgadapt.formats.spelling import held, in_lycoris
 from imgadapt.formats.splitting import by_layer, rows_of, scaled, taken
@@ -20,6 +21,7 @@ from imgadapt.sites import Site
 
 Loss = Literal["exact", "aligned", "dense", "impossible"]
 _NONE: Mapping[str, str] = {}
+_NOTHING = torch.empty(0)
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,21 @@ class Writer:
             )
         groups = self._fused(left)
         inside = {s.layer for slices in groups.values() for s in slices}
-        apart = self.form.beside(parts)
-        done += [
-            self._step(name, (name,), part, apart.get(name, {})) for name, part in left.items() if name not in inside
-        ]
+        apart, beside = self.form.beside(parts), Beside()
+        for step in done:
+            beside.add(step.beside)
+        for name, part in left.items():
+            if name not in inside:
+                step = self._step(name, (name,), part, apart.get(name, {}))
+                beside.add(step.beside)  # one at a time: of many layers they would be large
+                done.append(replace(step, beside=dict.fromkeys(step.beside, _NOTHING)))
         for name, slices in groups.items():
             own = {s.layer: left[s.layer] for s in slices if s.layer in left}
             done.append(self._fused_step(name, slices, own))
+        if not beside.wrong and not all(step.verbatim for step in done):
+            sizes = self.form.sizes({name: part for step in done for name, part in step.parts.items()})
+            beside.tensors |= {key: sized(beside.tensors[key], shape) for key, shape in sizes.items()}
+        done = [replace(step, beside={key: beside.tensors[key] for key in step.beside}) for step in done]
         kinds = {(name.partition(".")[0], part.method.name) for step in done for name, part in step.parts.items()}
         if self.form.single and len(kinds) > 1:
             said = ", ".join(f"{kind} on {component}" for component, kind in sorted(kinds))
@@ -84,7 +94,7 @@ class Writer:
             return [replace(step, loss="impossible", reason=reason, tensors=None) for step in done]
         if self.form.single and all(step.tensors is not None for step in done):
             try:  # it may have no words for them together
-                together(done)
+                beside.check()
                 self.form.metadata({name: part for step in done for name, part in step.parts.items()}, {})
             except FormatError as error:
                 if not all(step.verbatim for step in done):
@@ -231,21 +241,6 @@ def _remedy(parts: Collection[Part]) -> str:
     return f"'imgadapt' has; {lora}"
 
 
-def together(steps: Sequence[Step]) -> dict[str, Tensor]:
-    """What stands beside layers, by key.
-
-    Raises:
-        FormatError: two layers have different ones.
-    """
-    made: dict[str, Tensor] = {}
-    for step in steps:
-        for key, tensor in step.beside.items():
-            first = made.setdefault(key, tensor)
-            if first is not tensor and not (first.dtype == tensor.dtype and torch.equal(first, tensor)):
-                raise FormatError(f"a file has one {key} for all layers, and these have several")
-    return made
-
-
 def _whole_rows(slices: Sequence[Slice], own: Mapping[str, Part], total: int) -> int:
     """Rows of the fused layer of this model, whose architecture's has `total`."""
     for layer, part in own.items():
@@ -315,7 +310,8 @@ def write(writer: Writer, parts: Parts, metadata: Mapping[str, str]) -> tuple[di
         reasons = [f"{reason} ({first_few(names)})" for reason, names in by_reason.items()]
         raise FormatError(f"{len(lost)} of {len(steps)} layers cannot be written as {form.name}: {first_few(reasons)}")
     tensors: dict[str, Tensor] = {}
-    tensors |= together(steps)
+    for step in steps:
+        tensors |= step.beside
     for step in steps:
         for key, tensor in (step.tensors or {}).items():
             if key in tensors:
@@ -331,6 +327,6 @@ def write(writer: Writer, parts: Parts, metadata: Mapping[str, str]) -> tuple[di
 def exact_alpha(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Cast to `dtype`, all but alphas and what is no number of the adapter."""
     return {
-        key: tensor if key.endswith((".alpha", ".on_input", "scaled_oft")) else tensor.to(dtype)
+        key: tensor if key.endswith((".alpha", ".on_input", "scaled_oft", "shira_indices")) else tensor.to(dtype)
         for key, tensor in tensors.items()
     }

@@ -2,7 +2,7 @@
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -24,6 +24,8 @@ class Peft:
     read: (tensors by these names, the config of that layer, its weight's shape or None) -> (method, its tensors).
     write: (method, tensors, shape) -> (tensors by these names, fields of the config beyond `peft_type` and
         `target_modules`). Both raise FormatError where one has no word for the other's.
+    widest: (a method, the largest outputs and inputs of its layers) -> shapes of what stands beside them, where it is
+        more than the layers need themselves. None: each layer has its first rows, columns, ...
     """
 
     type: str
@@ -31,6 +33,7 @@ class Peft:
     read: "Callable[[Tensors, Mapping[str, Any], tuple[int, ...] | None], tuple[Method, dict[str, Tensor]]]"
     write: "Callable[[Any, Tensors, tuple[int, ...]], tuple[dict[str, Tensor], dict[str, Any]]]"
     beside: tuple[str, ...] = ()
+    widest: "Callable[[Any, tuple[int, ...]], Mapping[str, tuple[int, ...]]] | None" = None
 
 
 class Way(NamedTuple):
