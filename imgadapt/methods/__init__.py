@@ -17,10 +17,13 @@ from imgadapt.methods.ia3 import IA3
 from imgadapt.methods.loha import LoHa
 from imgadapt.methods.lokr import LoKr
 from imgadapt.methods.lora import LoRA
+from imgadapt.methods.miss import MiSS
 from imgadapt.methods.mora import MoRA
 from imgadapt.methods.oft import OFT
+from imgadapt.methods.psoft import PSOFT
 from imgadapt.methods.randlora import RandLoRA
 from imgadapt.methods.road import RoAd
+from imgadapt.methods.shira import SHiRA
 from imgadapt.methods.svdiff import SVDiff
 from imgadapt.methods.tlora import TLoRA
 from imgadapt.methods.vera import VeRA
@@ -47,9 +50,12 @@ METHODS: tuple[type[Method], ...] = (
     VeRA,
     GraLoRA,
     FourierFT,
+    SHiRA,
     DeLoRA,
-    SVDiff,
     RandLoRA,
+    MiSS,
+    SVDiff,
+    PSOFT,
 )
 
 __all__ = [
@@ -58,6 +64,7 @@ __all__ = [
     "IA3",
     "METHODS",
     "OFT",
+    "PSOFT",
     "AdaLoRA",
     "Anchored",
     "BitFit",
@@ -72,10 +79,12 @@ __all__ = [
     "LoKr",
     "LoRA",
     "Method",
+    "MiSS",
     "MoRA",
     "Norm",
     "RandLoRA",
     "RoAd",
+    "SHiRA",
     "SVDiff",
     "TLoRA",
     "VeRA",
