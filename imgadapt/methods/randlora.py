@@ -3,7 +3,7 @@
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Self
@@ -34,7 +34,8 @@ class RandLoRA(Method):
         larger one's; no file has them. None: they are tensors of the layer, as in files that another tool made.
 
     Its two products cost more than twice the layer's, so the delta is built, in one product with `large`, and goes into
-    the one product with the weight. peft has linear layers only; a convolution's inputs are flattened here.
+    the one product with the weight. peft has linear layers only, and its files hold the projections once more for each
+    layer; a convolution's inputs are flattened here.
 
     Raises:
         ConfigError: rank below 1, alpha not a finite positive number, a seed out of range.
@@ -98,6 +99,16 @@ class RandLoRA(Method):
     def constants(self, site: Site, weight: Tensor | None) -> dict[str, Tensor]:
         return {} if self.seed is None else _drawn(self.seed, self._projected(site))
 
+    def settled(
+        self, t: Tensors, weight: Callable[[], Tensor], bias: Callable[[], Tensor | None]
+    ) -> tuple[Method, Tensors]:
+        """Of projections that a file has for all layers, those of this one."""
+        if self.seed is not None or (b := t["randlora_b"]).ndim != 3:
+            return self, t
+        wanted = self._projected(Site(tuple(weight().shape)))["randlora_b"]
+        cut = all(have >= need for have, need in zip(b.shape, wanted, strict=True))
+        return self, {**t, "randlora_b": corner(b, wanted)} if cut else t
+
     def delta(self, t: Tensors, site: Site, weight: Tensor | None) -> Tensor:
         t = self.whole(t, site, None)
         # the outer product first: autograd then keeps its factors and what all layers share, and nothing else
@@ -146,17 +157,20 @@ def _stacked(seed: int, most: int, count: int, rank: int) -> Tensor:
 def _read(t: Tensors, config: Mapping[str, Any], shape: tuple[int, ...] | None) -> tuple[Method, dict[str, Tensor]]:
     if not {"randlora_A", "randlora_B"} <= t.keys():
         raise FormatError("its projections are not in the file; train it with save_projection=True")
-    if shape is None:
-        raise FormatError("the layer's larger size is not in the file; it can be read with its architecture")
-    if len(shape) != 2:
+    if shape is not None and len(shape) != 2:
         raise FormatError(f"peft's RandLoRA is for linear layers, and this weight is {shape}")
     own = {"randlora_lambda": t["randlora_lambda"], "randlora_gamma": t["randlora_gamma"]}
     alpha = config.get("randlora_alpha", 640)
     method = RandLoRA(RandLoRA.infer(own, None).rank, alpha, None)
     a, b = t["randlora_A"], t["randlora_B"]
+    if a.ndim != 3 or b.ndim != 3 or a.shape[1] != 1:
+        raise FormatError(f"randlora_A is {tuple(a.shape)} and randlora_B {tuple(b.shape)}, wanted three axes")
+    least = t["randlora_gamma"].shape[1]
+    if shape is None:  # its larger size is not in the file: `settled` cuts
+        shape = (max(len(b), least), least)
     wanted = method._projected(Site(shape))  # pyright: ignore[reportPrivateUsage]
-    rank, least = wanted["randlora_a"]
-    if a.ndim != 3 or b.ndim != 3 or a.shape[1] != 1 or len(a) != rank or a.shape[2] < least or b.shape[2] != rank:
+    rank = method.rank
+    if min(shape) != least or len(a) != rank or a.shape[2] < least or b.shape[2] != rank:
         raise FormatError(f"randlora_A is {tuple(a.shape)}, randlora_B {tuple(b.shape)}, and a basis of rank {rank}")
     if any(have < need for have, need in zip(b.shape, wanted["randlora_b"], strict=True)):
         raise FormatError(f"randlora_B is {tuple(b.shape)}, and a layer of {shape} needs {wanted['randlora_b']}")
@@ -187,6 +201,12 @@ def _write(method: RandLoRA, t: Tensors, shape: tuple[int, ...]) -> tuple[dict[s
     }, config
 
 
+def _widest(method: RandLoRA, largest: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    least, most = sorted(largest[:2])
+    rank = method.rank
+    return {"randlora_A": (rank, 1, least), "randlora_B": (most, _bases(least, rank), rank)}
+
+
 RandLoRA.peft = Peft(
-    "RANDLORA", ("randlora_lambda", "randlora_gamma"), _read, _write, beside=("randlora_A", "randlora_B")
+    "RANDLORA", ("randlora_lambda", "randlora_gamma"), _read, _write, ("randlora_A", "randlora_B"), _widest
 )

@@ -1,7 +1,7 @@
 """VeRA: two trained vectors between random projections that all layers share (arXiv 2310.11454)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -88,6 +88,18 @@ class VeRA(Method):
             "vera_up": projections.rows(self.seed, 1, site.rows, self.rank, wide),
         }
 
+    def settled(
+        self, t: Tensors, weight: Callable[[], Tensor], bias: Callable[[], Tensor | None]
+    ) -> tuple[Method, Tensors]:
+        """Of projections that a file has for all layers, those of this one."""
+        if self.seed is not None or t["vera_down"].ndim != 2:
+            return self, t
+        shape = weight().shape
+        if len(shape) != 2 or t["vera_down"].shape[1] < shape[1] or len(t["vera_up"]) < shape[0]:
+            return self, t
+        down, up = corner(t["vera_down"], (self.rank, shape[1])), corner(t["vera_up"], (shape[0], self.rank))
+        return self, {**t, "vera_down": down, "vera_up": up}
+
     def delta(self, t: Tensors, site: Site, weight: Tensor | None) -> Tensor:
         up, down = self._pair(t, site)
         return (up @ down.flatten(1)).reshape(site.shape)
@@ -126,8 +138,7 @@ def _read(t: Tensors, config: Mapping[str, Any], shape: tuple[int, ...] | None) 
     a, whole = t["vera_A"], t["vera_B"]
     if b.ndim != 1 or d.ndim != 1 or a.ndim != 2 or whole.ndim != 2 or len(a) < len(d) or whole.shape[1] < len(d):
         raise FormatError(f"vera_A is {tuple(a.shape)} and vera_B {tuple(whole.shape)}, of another rank than {len(d)}")
-    if shape is None:
-        raise FormatError("how many inputs the layer has is not in the file; it can be read with its architecture")
+    shape = shape or (len(b), a.shape[1])  # how many inputs it has is not in the file: `settled` cuts
     if len(shape) != 2 or shape[0] != len(b) or a.shape[1] < shape[1] or len(whole) < shape[0]:
         raise FormatError(f"a layer of {shape} is larger than vera_A {tuple(a.shape)} and vera_B {tuple(whole.shape)}")
     own = {"vera_down": corner(a, (len(d), shape[1])), "vera_up": corner(whole, (len(b), len(d)))}
