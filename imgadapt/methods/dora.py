@@ -39,6 +39,8 @@ class DoRA(Method):
             raise ConfigError(f"DoRA({self.inner}): it works over additive methods: LoRA, LoHa, LoKr, Full")
         if self.axis not in ("output", "input"):
             raise ConfigError(f"axis is {self.axis!r}; it must be 'output' (peft) or 'input' (LyCORIS' default)")
+        for name in ("frozen", "common"):
+            object.__setattr__(self, name, getattr(self.inner, name))
 
     @property
     def ranked(self) -> dict[str, int]:
@@ -76,6 +78,13 @@ class DoRA(Method):
     def init(self, site: Site, weight: Tensor | None) -> dict[str, Tensor]:
         assert weight is not None
         return {**self.inner.init(site, weight), "magnitude": self._norm(weight.float())}
+
+    @property
+    def constant_names(self) -> frozenset[str]:
+        return self.inner.constant_names
+
+    def constants(self, site: Site, weight: Tensor | None) -> dict[str, Tensor]:
+        return self.inner.constants(site, weight)
 
     def delta(self, t: Tensors, site: Site, weight: Tensor | None) -> Tensor:
         assert weight is not None
