@@ -5,6 +5,8 @@ from imgadapt.methods.anchored import Anchored
 from imgadapt.methods.base import Method
 from imgadapt.methods.bitfit import BitFit
 from imgadapt.methods.boft import BOFT
+from imgadapt.methods.bottleneck import Bottleneck
+from imgadapt.methods.compacter import Compacter
 from imgadapt.methods.delora import DeLoRA
 from imgadapt.methods.dora import DoRA
 from imgadapt.methods.fourierft import FourierFT
@@ -26,6 +28,8 @@ from imgadapt.methods.road import RoAd
 from imgadapt.methods.shira import SHiRA
 from imgadapt.methods.svdiff import SVDiff
 from imgadapt.methods.tlora import TLoRA
+from imgadapt.methods.trainable_tokens import TrainableTokens
+from imgadapt.methods.vblora import VBLoRA
 from imgadapt.methods.vera import VeRA
 
 METHODS: tuple[type[Method], ...] = (
@@ -56,6 +60,10 @@ METHODS: tuple[type[Method], ...] = (
     MiSS,
     SVDiff,
     PSOFT,
+    VBLoRA,
+    TrainableTokens,
+    Bottleneck,
+    Compacter,
 )
 
 __all__ = [
@@ -68,6 +76,8 @@ __all__ = [
     "AdaLoRA",
     "Anchored",
     "BitFit",
+    "Bottleneck",
+    "Compacter",
     "DeLoRA",
     "DoRA",
     "FourierFT",
@@ -87,5 +97,7 @@ __all__ = [
     "SHiRA",
     "SVDiff",
     "TLoRA",
+    "TrainableTokens",
+    "VBLoRA",
     "VeRA",
 ]

@@ -87,10 +87,10 @@ def operands(values: Tensor, t: Tensors) -> Tensors:
 
 def way(site: Site, entries: int) -> Way:
     """Through the entries where that is cheaper than the gradient of a delta, one product of the weight's size: a
-    sparse multiply-add, of which each entry takes three for a token, lasts as long as some sixteen of a product's.
+    sparse multiply-add, of which each entry takes three for a token, lasts as long as some thirty of a product's.
     """
     moved = any(n != 1 for n in site.stride) or (not isinstance(site.padding, str) and any(site.padding))
-    cheap = site.pointwise and not moved and 48 * entries <= math.prod(site.shape)
+    cheap = site.pointwise and not moved and 96 * entries <= math.prod(site.shape)
     return Way(act=True, input=True, linear=("values",)) if cheap else Way()
 
 
