@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, RandLoraConfig, VeraConfig, get_peft_model
+from peft import PeftModel, RandLoraConfig, VBLoRAConfig, VeraConfig, get_peft_model
 from torch import Tensor, nn
 
 from imgadapt import Method, attach, collect, load, parameters, save
-from imgadapt.methods import RandLoRA, VeRA
+from imgadapt.methods import RandLoRA, VBLoRA, VeRA
 
 
 class Model(nn.Module):
@@ -29,10 +29,15 @@ LAYERS = ["wide", "tall", "small"]
 CONFIGS: dict[str, Any] = {
     "VERA": VeraConfig(r=5, target_modules=LAYERS),
     "RANDLORA": RandLoraConfig(r=5, randlora_alpha=7, target_modules=LAYERS),
+    "VBLORA": VBLoRAConfig(r=3, num_vectors=9, vector_length=4, topk=3, target_modules=LAYERS),
+    "VBLORA, chosen": VBLoRAConfig(
+        r=3, num_vectors=9, vector_length=4, topk=3, target_modules=LAYERS, save_only_topk_weights=True
+    ),
 }
 OURS: dict[str, Method] = {
     "VERA": VeRA(rank=5),
     "RANDLORA": RandLoRA(rank=5, alpha=7),
+    "VBLORA": VBLoRA(rank=3, num_vectors=9, vector_length=4),
 }
 
 
@@ -76,3 +81,16 @@ def test_peft_acts_as_we_do_on_a_file_of_ours(kind: str, tmp_path: Path) -> None
         warnings.filterwarnings("ignore", "Found missing adapter keys")  # RandLoRA's projections, once for each layer
         again = PeftModel.from_pretrained(Model(), str(tmp_path / "file"))
     torch.testing.assert_close(again(x), expected)
+
+
+def test_a_weight_that_rounding_takes_below_zero_is_zero_and_nan_in_peft(tmp_path: Path) -> None:
+    model = theirs("VBLORA, chosen")
+    logits = model.base_model.model.wide.vblora_logits_A["default"]
+    with torch.no_grad():
+        logits.fill_(-40)[..., 2:4] = torch.tensor([-1.2633347511291504, 0.34998318552970886])
+    model.save_pretrained(tmp_path)
+    x = torch.randn(3, 24)
+    assert PeftModel.from_pretrained(Model(), str(tmp_path))(x).isnan().any()
+    ours: Any = Model()
+    attach(ours, load(tmp_path / "adapter_model.safetensors"))
+    torch.testing.assert_close(ours(x), model(x))

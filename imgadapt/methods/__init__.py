@@ -64,6 +64,7 @@ METHODS: tuple[type[Method], ...] = (
     TrainableTokens,
     Bottleneck,
     Compacter,
+    VBLoRA,
 )
 
 __all__ = [
