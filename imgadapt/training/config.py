@@ -57,6 +57,12 @@ class TrainConfig(BaseModel):
     dropout: float = Field(0.0, ge=0, lt=1, description="share of the input that the adapter does not see")
     rank_dropout: float = Field(0.0, ge=0, lt=1, description="share of the ranks left out")
     module_dropout: float = Field(0.0, ge=0, lt=1, description="how often a layer goes without the adapter")
+    freeze_down: bool = Field(False, description="LoRA-FA: lora's down stays as it began, which takes less memory")
+    nested_ranks: Literal["all", "last"] | None = Field(None, description="DyLoRA: a step has only the first ranks, a number drawn anew; all of these learn, or the last")  # fmt: skip  # noqa: E501
+    target_rank: int | None = Field(None, ge=1, le=_RANK, description="adalora: ranks that a layer keeps, on the average; two thirds when not given")  # fmt: skip  # noqa: E501
+    budget_phases: tuple[float, float] = Field((0.1, 0.5), description="adalora: shares of the steps before ranks are taken, and after")  # fmt: skip  # noqa: E501
+    budget_every: int = Field(10, ge=1, le=_STEPS, description="adalora: steps between two allotments of the ranks")
+    orthogonality: float = Field(0.1, ge=0, le=_LARGE, description="adalora: weight of the penalty that keeps vectors orthonormal")  # fmt: skip  # noqa: E501
 
     # optimisation
     optimizer: Literal[OPTIMIZERS] = Field("adamw", description=", ".join(OPTIMIZERS))  # pyright: ignore[reportInvalidTypeForm]
@@ -186,6 +192,13 @@ class TrainConfig(BaseModel):
             raise ValueError("wanted two numbers in [0, 1], the first below the second")
         return value
 
+    @field_validator("budget_phases", mode="after")
+    @classmethod
+    def _parts(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if min(value) < 0 or sum(value) >= 1:
+            raise ValueError("wanted two shares of the steps, 0 or more, that are less than 1 together")
+        return value
+
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
         """A config of these values.
@@ -252,6 +265,11 @@ class InversionConfig(TrainConfig):
 _NEEDS: Sequence[tuple[tuple[str, ...], str, Callable[[Any], bool]]] = (
     (("restarts",), "schedule = restarts", lambda c: c.schedule == "restarts"),
     (("start_samples",), "start = eva, corda or lora_ga", lambda c: c.start in ("eva", "corda", "lora_ga")),
+    (
+        ("target_rank", "budget_phases", "budget_every", "orthogonality"),
+        "method = adalora",
+        lambda c: any("adalora" in text.lower() for text in (c.method, *c.methods.values())),
+    ),
     (("huber_c",), "huber", lambda c: c.huber is not None),
     (("logit_mean", "logit_spread"), "timesteps = logit_normal", lambda c: c.timesteps == "logit_normal"),
     (("mode_scale",), "timesteps = mode", lambda c: c.timesteps == "mode"),

@@ -13,7 +13,7 @@ from imgadapt.errors import ConfigError, DataError, first_few
 from imgadapt.file import AdapterFile
 from imgadapt.formats import architecture_of
 from imgadapt.shortage import out_of_memory
-from imgadapt.training import families, log, objective, optimizers, probe, recipe, results
+from imgadapt.training import families, log, objective, optimizers, probe, recipe, results, rules
 from imgadapt.training.config import TrainConfig
 from imgadapt.training.data import digest, fingerprint, scan
 from imgadapt.training.evaluate import describe
@@ -63,6 +63,7 @@ class Job:
         self.family.follow(self.objective.schedule)
         torch.manual_seed(config.seed)
         self.word, self.adapter = word(self.family) if word else None, adapter
+        self.rule = rules.Rules()  # until the run begins
         if adapter:
             recipe.put_on(config, self.family.pipeline)
             results.check(live.collect(self.family.pipeline), config.formats, config.exports)
@@ -121,7 +122,7 @@ class Job:
 
     def collected(self) -> AdapterFile:
         """What is trained, as it is now: the adapter, the word, or both."""
-        own = live.collect(self.family.pipeline) if self.adapter else AdapterFile({})
+        own = self.rule.file(live.collect(self.family.pipeline)) if self.adapter else AdapterFile({})
         return AdapterFile(own.parts, prompts=own.prompts, embeddings=self.word.embeddings() if self.word else {})
 
     def of(self, examples: Sequence[Any], *, fixed: bool = False) -> Material:
@@ -190,9 +191,11 @@ class Job:
         Raises:
             TrainingError: the output folder holds another run.
         """
+        if self.adapter:
+            self.rule = rules.of(self.config, self.family.pipeline)
         made = Run(
             self.config, self.trained, self.optimizer, self.config.identity(self.origin), self.processes,
-            self.checkpoint_activations,
+            self.checkpoint_activations, self.rule,
         )  # fmt: skip
         if made.first:
             self.say(f"going on after step {made.first}")

@@ -24,6 +24,7 @@ from imgadapt.training.averaging import Averages
 from imgadapt.training.config import TrainConfig
 from imgadapt.training.log import Figures, Lines, Status, peak_memory
 from imgadapt.training.processes import Processes
+from imgadapt.training.rules import Rule
 
 _WRITTEN = (".", "checkpoints", "snapshots", "samples", "class", "check", "cache/*")  # in the output
 
@@ -42,6 +43,8 @@ class Terms:
     further: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
+_NO_RULE = Rule()
+
 Loss = Callable[[int, range], Terms]
 """Of a step and some places of its batch."""
 
@@ -50,6 +53,7 @@ class Run:
     """One training in `config.output`; use it as a context, so that signals stop it between steps.
 
     identity: what decides the result (see `TrainConfig.identity`); a checkpoint of another one is refused.
+    rule: what is done in a step beside the loss and the optimiser.
     spare: called when memory is out and a batch cannot be cut further: saves some and says how, or returns None.
 
     Raises:
@@ -65,9 +69,10 @@ class Run:
         identity: Mapping[str, str],
         processes: Processes,
         spare: Callable[[], str | None] = lambda: None,
+        rule: Rule = _NO_RULE,
     ) -> None:
         self.config, self.rows, self.optimizer, self.identity = config, rows, optimizer, dict(identity)
-        self.processes, self.spare, self.pieces = processes, spare, config.pieces
+        self.processes, self.spare, self.rule, self.pieces = processes, spare, rule, config.pieces
         self.parameters = [row.parameter for row in rows]
         self.folder = config.output / "checkpoints"
         try:
@@ -79,7 +84,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=config.precision == "fp16")  # pyright: ignore[reportPrivateImportUsage]
         self.averages = Averages(config.ema, self.parameters, optimizer)
         self._states: dict[str, checkpoint.Stateful] = {"optimizer": optimizer, "scaler": self.scaler}
-        self._states |= self.averages.states()
+        self._states |= {**self.averages.states(), **rule.states()}
         self._tensors = {f"{k}": p for k, p in enumerate(self.parameters)}
         self._start = [parameter.detach().clone() for parameter in self.parameters]
         self.first = checkpoint.resume(self.folder, self._tensors, self._states, self.identity)
@@ -180,18 +185,26 @@ class Run:
             TrainingError: a loss or a gradient is not finite, no gradient comes, or memory is out. The last checkpoint
                 is kept.
         """
-        terms = self._gradients(step, loss)
+        self.rule.begin(step)
+        try:
+            terms = self._gradients(step, loss)
+        finally:
+            self.rule.end()
         for parameter in self.parameters:  # one that took no part has zero, in one process as in many
             if parameter.grad is None and parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         self.processes.sum(gradients)
         self.scaler.unscale_(self.optimizer)
+        self.rule.shape()
         norm = torch.nn.utils.get_total_norm(gradients)
         self._check_gradients(step, float(norm))  # first: clipping by a norm that is not finite would spoil all of them
         torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, norm)
+        self.rule.correct()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if math.isfinite(float(norm)):  # else the step is left out
+            self.rule.after(step)
         self.averages.step()
         self.optimizer.zero_grad()
         self._record(step, terms, float(norm))
@@ -297,6 +310,7 @@ class Run:
     def averaged(self) -> Generator[None]:
         """Within the block the adapter is what will be written: the running mean, where there is one."""
         with self.averages.shown():
+            self.rule.shown()
             yield
 
 

@@ -16,6 +16,7 @@ from imgadapt.methods import METHODS, Anchored, DoRA, LoRA, Method
 from imgadapt.prompting import Prompting
 from imgadapt.prompting import stack as prompts
 from imgadapt.slot import Dropout
+from imgadapt.training import rules
 from imgadapt.training.config import TrainConfig
 from imgadapt.training.starts import ANCHORED
 
@@ -137,11 +138,13 @@ def put_on(config: TrainConfig, model: Any) -> None:
             raise ConfigError(f"{main.name} is for all of the denoiser; leave methods and ranks out")
         presets = set(config.targets) <= where.PRESETS.keys()  # of layers: the usual ones say nothing of prompts
         attaching.attach(model, main, targets=None if presets else config.targets, dropout=dropout)
+        rules.hold(config, model)
         return
     layered = {glob: one for glob, one in chosen.items() if isinstance(one, Method)}
     if prompted := [one.name for one in chosen.values() if isinstance(one, Prompting)]:
         raise ConfigError(f"methods: {prompted[0]} is no method of layers; it can only be the main one, --method")
     attaching.attach(model, layered["*"] if len(layered) == 1 else layered, targets=config.targets, dropout=dropout)
+    rules.hold(config, model)
 
 
 @dataclass(frozen=True)
