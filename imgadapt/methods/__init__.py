@@ -22,6 +22,7 @@ from imgadapt.methods.lora import LoRA
 from imgadapt.methods.miss import MiSS
 from imgadapt.methods.mora import MoRA
 from imgadapt.methods.oft import OFT
+from imgadapt.methods.osf import OSF
 from imgadapt.methods.psoft import PSOFT
 from imgadapt.methods.randlora import RandLoRA
 from imgadapt.methods.road import RoAd
@@ -65,6 +66,7 @@ METHODS: tuple[type[Method], ...] = (
     Bottleneck,
     Compacter,
     VBLoRA,
+    OSF,
 )
 
 __all__ = [
@@ -73,6 +75,7 @@ __all__ = [
     "IA3",
     "METHODS",
     "OFT",
+    "OSF",
     "PSOFT",
     "AdaLoRA",
     "Anchored",

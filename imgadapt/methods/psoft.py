@@ -95,7 +95,7 @@ class PSOFT(Method):
         if self.symmetric:
             s = s.sqrt()
             v = s[:, None] * v
-        return {"psoft_a": v.reshape(-1, *weight.shape[1:]).contiguous(), "psoft_b": u * s}
+        return {"psoft_a": v.reshape(-1, *weight.shape[1:]).contiguous(), "psoft_b": (u * s).contiguous()}
 
     def delta(self, t: Tensors, site: Site, weight: Tensor | None) -> Tensor:
         return (self._up(t) @ t["psoft_a"].flatten(1)).reshape(site.shape)
