@@ -19,6 +19,7 @@ from imgadapt.methods.ia3 import IA3
 from imgadapt.methods.loha import LoHa
 from imgadapt.methods.lokr import LoKr
 from imgadapt.methods.lora import LoRA
+from imgadapt.methods.loraxs import LoRAXS
 from imgadapt.methods.miss import MiSS
 from imgadapt.methods.mora import MoRA
 from imgadapt.methods.oft import OFT
@@ -28,6 +29,7 @@ from imgadapt.methods.randlora import RandLoRA
 from imgadapt.methods.road import RoAd
 from imgadapt.methods.shira import SHiRA
 from imgadapt.methods.svdiff import SVDiff
+from imgadapt.methods.tinylora import TinyLoRA
 from imgadapt.methods.tlora import TLoRA
 from imgadapt.methods.trainable_tokens import TrainableTokens
 from imgadapt.methods.vblora import VBLoRA
@@ -67,6 +69,8 @@ METHODS: tuple[type[Method], ...] = (
     Compacter,
     VBLoRA,
     OSF,
+    LoRAXS,
+    TinyLoRA,
 )
 
 __all__ = [
@@ -92,6 +96,7 @@ __all__ = [
     "LoHa",
     "LoKr",
     "LoRA",
+    "LoRAXS",
     "Method",
     "MiSS",
     "MoRA",
@@ -101,6 +106,7 @@ __all__ = [
     "SHiRA",
     "SVDiff",
     "TLoRA",
+    "TinyLoRA",
     "TrainableTokens",
     "VBLoRA",
     "VeRA",

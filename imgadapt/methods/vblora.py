@@ -27,7 +27,7 @@ class VBLoRA(Method):
         with a bank of that length, and is refused if that is 1.
     init_bound, init_std: of the bank, uniform within the bound, and of the logits.
 
-    When fresh, the bank's vectors are pairs of opposites, and up's pieces are means of such pairs: zero, with a gradient
+    When fresh, the bank's vectors are pairs of opposites, and up's pieces means of such pairs: zero, with a gradient
     for the bank and for the logits. These want higher rates than LoRA: the paper's are 1e-3 for the bank, 1e-2 for
     logits. Of a file that has the chosen logits only (peft's save_only_topk_weights) the others are far below.
     peft (tuners/vblora/layer.py) has linear layers only, and its fresh change is not zero.
