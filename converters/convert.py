@@ -4,6 +4,7 @@ imgadapt convert style.safetensors style.kohya.safetensors --to kohya
 imgadapt convert ./adapters ./for_comfyui --to comfyui --dtype bf16
 imgadapt convert style.safetensors --to diffusers --plan        # what it costs, and nothing is written
 imgadapt convert --pickle style.pt --to diffusers               # of someone whom you trust
+imgadapt convert tlora.safetensors --to kohya --average-times   # T-LoRA as one LoRA; says what that loses
 """
 
 import argparse
@@ -22,6 +23,7 @@ from imgadapt.errors import ConfigError, ImgadaptError, first_few, shortened
 from imgadapt.file import outline
 from imgadapt.formats import FORMATS
 from imgadapt.summary import NO_CONFIG, alpha_unsaid
+from imgadapt.untimed import untimed
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _LONGEST = 2000  # characters of a line
@@ -56,6 +58,9 @@ def pairs(source: Path, target: Path | None, to: str) -> Iterator[tuple[Path, Pa
 def convert(source: Path, target: Path, args: Any) -> dict[str, Any]:
     """One file; what became of it."""
     file = load(source, pickle=args.pickle)
+    lost = None
+    if args.average_times:
+        file, lost = untimed(file)
     steps = plan(file, args.to)
     by_reason: dict[str, list[str]] = {}
     for step in steps:
@@ -64,6 +69,8 @@ def convert(source: Path, target: Path, args: Any) -> dict[str, Any]:
     row: dict[str, Any] = {"from": file.format, "base": file.architecture, "layers": len(file.parts), "to": args.to}
     if alpha_unsaid(file):
         row["note"] = NO_CONFIG
+    if lost is not None:
+        row["lost"] = round(lost, 6)
     row |= {"loss": Counter(step.loss for step in steps), "reasons": by_reason}
     if not args.plan:
         save(file, target, format=args.to, dtype=DTYPES.get(args.dtype), dense=args.dense)
@@ -82,6 +89,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--to", choices=[form.name for form in FORMATS], required=True, help="the format to write")
     parser.add_argument("--dtype", choices=[*DTYPES], help="of the tensors; default: theirs")
     parser.add_argument("--dense", action="store_true", help="whole differences for what the format has no word for")
+    parser.add_argument("--average-times", action="store_true", help="T-LoRA as the LoRA nearest to it over all times")
     parser.add_argument("--plan", action="store_true", help="say what it costs, write nothing")
     parser.add_argument("--pickle", action="store_true", help="read .pt and .bin, too, as data only")
     parser.add_argument("--json", action="store_true", help="the report, for scripts")
@@ -110,6 +118,8 @@ def main(argv: Sequence[str]) -> None:
             base = row["base"] or "no table of its base"
             what = f"{row['from']}, {base}, {row['layers']} layers -> {args.to}: {losses}"
             print(shortened(f"{start}{source}: {what}", _LONGEST))
+            if "lost" in row:
+                print(f"  one LoRA for all times: {row['lost']:.1%} of the change is lost (root mean square over them)")
             if "note" in row:
                 print(f"  {row['note']}")
             for reason, names in row["reasons"].items():

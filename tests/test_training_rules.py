@@ -1,6 +1,7 @@
 """AdaLoRA's budget, DyLoRA's order, LoRA-FA's frozen half, T-LoRA's ranks in time."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from imgadapt import AdapterFile, LoRA, attach, collect, detach, load, merge, parameters, ready
-from imgadapt.errors import ConfigError, StateError, TargetError
+from imgadapt import AdapterFile, LoRA, attach, collect, detach, load, merge, parameters, ready, save
+from imgadapt.errors import ConfigError, FormatError, StateError, TargetError
 from imgadapt.live import slots
 from imgadapt.methods import AdaLoRA, DoRA, TLoRA
 from imgadapt.sites import Site
 from imgadapt.training import loop, rules
 from imgadapt.training.config import TrainConfig
+from imgadapt.untimed import untimed
 
 Run = Callable[[str, Sequence[str]], None]
 
@@ -474,3 +476,29 @@ def test_two_and_three_steps_with_a_stop_between_are_five_to_the_byte(
         assert sum(part.method.file_rank or 0 for part in parts.values()) == 2 * 2
     status = json.loads((broken / "status.json").read_text())
     assert status["state"] == "done"
+
+
+def test_tlora_as_one_lora_and_nested_ranks_cut_by_the_programs(
+    pipe: Any, tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attach(pipe, TLoRA(rank=4, alpha=2), targets=["unet.mid_block*to_q", "unet.mid_block*conv1"])
+    filled(pipe)
+    save(collect(pipe), tmp_path / "timed.safetensors", format="imgadapt")
+    detach(pipe)
+    attach(pipe, load(tmp_path / "timed.safetensors"))
+    with pytest.raises(FormatError, match="acts with another rank at each timestep: --average-times"):
+        save(collect(pipe), tmp_path / "no.safetensors", format="kohya")
+    run(
+        "convert",
+        [str(tmp_path / "timed.safetensors"), str(tmp_path / "k.safetensors"), "--to", "kohya", "--average-times"],
+    )
+    assert re.search(r"one LoRA for all times: [1-9]\d\.\d% of the change is lost", capsys.readouterr().out)
+    parts = load(tmp_path / "k.safetensors").parts
+    assert {part.method for part in parts.values()} == {LoRA(rank=8, alpha=4)}
+    run("resize", [str(tmp_path / "k.safetensors"), str(tmp_path / "r.safetensors"), "--first", "3"])
+    for name, part in load(tmp_path / "r.safetensors").parts.items():
+        assert part.method == LoRA(rank=3, alpha=1.5)
+        assert torch.equal(part.tensors["down"], parts[name].tensors["down"][:3])
+    detach(pipe)
+    with pytest.raises(ConfigError, match="no layer of the adapter depends on the time"):
+        untimed(load(tmp_path / "k.safetensors"))

@@ -11,6 +11,10 @@ its --new_rank is --max-rank beside them, else --rank; its resize gives each lay
 LyCORIS: threshold is --threshold, ratio X is --sv-ratio 1/X, quantile is --sv-cumulative, and one rank less there."""
 
 
+AMOUNTS = ("rank", "error", "energy", "size", *LAYER_RULES)
+"""What they are called once parsed."""
+
+
 def add_amounts(parser: argparse.ArgumentParser) -> None:
     """The arguments of `Keep`."""
     amount = parser.add_argument_group("how much is kept (one of)")

@@ -22,6 +22,7 @@ from imgadapt.sites import Site
 Loss = Literal["exact", "aligned", "dense", "impossible"]
 _NONE: Mapping[str, str] = {}
 _NOTHING = torch.empty(0)
+_KEPT = (".alpha", ".on_input", "scaled_oft", "shira_indices")
 
 
 @dataclass(frozen=True)
@@ -231,6 +232,10 @@ def _remedy(parts: Collection[Part]) -> str:
     """What to do with what a format has no word for."""
     methods = [part.method for part in parts]
     if still := next((method for method in methods if not method.merges), None):
+        if still.timed:
+            return (
+                f"{still.name} {still.apart}: --average-times (`untimed`) makes the LoRA that is nearest over all times"
+            )
         return f"{still.name} is no change of a weight, which other words could say: only 'imgadapt' and peft have any"
     if all(map(in_lycoris, methods)):
         return "'lycoris' has for most, 'imgadapt' for all"
@@ -327,6 +332,6 @@ def write(writer: Writer, parts: Parts, metadata: Mapping[str, str]) -> tuple[di
 def exact_alpha(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Cast to `dtype`, all but alphas and what is no number of the adapter."""
     return {
-        key: tensor if key.endswith((".alpha", ".on_input", "scaled_oft", "shira_indices")) else tensor.to(dtype)
+        key: tensor.to(tensor.dtype if key.endswith(_KEPT) or not tensor.is_floating_point() else dtype)
         for key, tensor in tensors.items()
     }
