@@ -1,14 +1,14 @@
 """Full: a difference of the whole weight, and of the bias; Norm: the same for norms (LyCORIS `full`, `norm`)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from imgadapt.errors import ShapeError
-from imgadapt.methods.base import Method, Tensors
+from imgadapt.errors import FormatError, ShapeError
+from imgadapt.methods.base import Method, Peft, Tensors
 from imgadapt.sites import Site
 
 
@@ -48,8 +48,14 @@ class Full(Method):
         value, own = t[self.of_weight], weight()
         if value.shape != own.shape:
             raise ShapeError(f"it sets a weight of {tuple(value.shape)}, this layer's is {tuple(own.shape)}")
-        difference = value.float() - own.float().to(value.device)
-        return replace(self, absolute=False, bias=False), {self.of_weight: difference}
+        made = {self.of_weight: value.float() - own.float().to(value.device)}
+        if self.of_bias in t:
+            old = bias()
+            if old is None or old.shape != t[self.of_bias].shape:
+                there = "none" if old is None else f"of {tuple(old.shape)}"
+                raise ShapeError(f"it sets a bias of {tuple(t[self.of_bias].shape)}, and this layer has {there}")
+            made[self.of_bias] = t[self.of_bias].float() - old.float().to(value.device)
+        return replace(self, absolute=False), made
 
     def delta(self, t: Tensors, site: Site, weight: Tensor | None) -> Tensor:
         return t[self.of_weight]
@@ -81,3 +87,21 @@ class Norm(Full):
     of_weight = "w_norm"
     of_bias = "b_norm"
     kinds = ("norm",)
+
+
+def _read(t: Tensors, config: Mapping[str, Any], shape: tuple[int, ...] | None) -> tuple[Method, dict[str, Tensor]]:
+    """Whole weights, of norms or, where they were named, of other layers."""
+    weight, bias = t["ln_tuning_layers.weight"], t.get("ln_tuning_layers.bias")
+    kind = Norm if weight.ndim == 1 else Full
+    made = {kind.of_weight: weight, **({} if bias is None else {kind.of_bias: bias})}
+    return replace(kind.infer(made, None), absolute=True), made
+
+
+def _write(method: Norm, t: Tensors, shape: tuple[int, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if not method.absolute:
+        raise FormatError("peft's LN_TUNING has the norms' weights themselves, and this is what they differ by")
+    ends = {"ln_tuning_layers.weight": t["w_norm"]}
+    return {**ends, **({"ln_tuning_layers.bias": t["b_norm"]} if "b_norm" in t else {})}, {}
+
+
+Norm.peft = Peft("LN_TUNING", ("ln_tuning_layers.weight", "ln_tuning_layers.bias"), _read, _write)
