@@ -67,7 +67,6 @@ METHODS: tuple[type[Method], ...] = (
     TrainableTokens,
     Bottleneck,
     Compacter,
-    VBLoRA,
     OSF,
     LoRAXS,
     TinyLoRA,
