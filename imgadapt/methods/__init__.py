@@ -6,6 +6,7 @@ from imgadapt.methods.base import Method
 from imgadapt.methods.bitfit import BitFit
 from imgadapt.methods.boft import BOFT
 from imgadapt.methods.bottleneck import Bottleneck
+from imgadapt.methods.c3a import C3A
 from imgadapt.methods.compacter import Compacter
 from imgadapt.methods.delora import DeLoRA
 from imgadapt.methods.dora import DoRA
@@ -58,6 +59,7 @@ METHODS: tuple[type[Method], ...] = (
     GraLoRA,
     FourierFT,
     SHiRA,
+    C3A,
     DeLoRA,
     RandLoRA,
     MiSS,
@@ -74,6 +76,7 @@ METHODS: tuple[type[Method], ...] = (
 
 __all__ = [
     "BOFT",
+    "C3A",
     "HRA",
     "IA3",
     "METHODS",

@@ -1,7 +1,7 @@
 """DoRA: direction and magnitude apart, over any additive method (arXiv 2402.09353)."""
 
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -35,7 +35,8 @@ class DoRA(Method):
     needs_weight = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.inner, Method) or self.inner.needs_weight or self.inner.timed or self.inner.scale == 0:  # pyright: ignore[reportUnnecessaryIsInstance] # a file's metadata may say anything
+        inner: Any = self.inner  # a file's metadata may say anything
+        if not isinstance(inner, Method) or inner.needs_weight or not inner.merges or inner.scale == 0:
             raise ConfigError(f"DoRA({self.inner}): it works over additive methods: LoRA, LoHa, LoKr, Full")
         if self.axis not in ("output", "input"):
             raise ConfigError(f"axis is {self.axis!r}; it must be 'output' (peft) or 'input' (LyCORIS' default)")
@@ -180,7 +181,9 @@ class DoRA(Method):
         from imgadapt.methods import METHODS
 
         own = names - {"magnitude"}
-        return "magnitude" in names and any(m.recognises(own) and not m.needs_weight for m in METHODS if m is not cls)
+        return "magnitude" in names and any(
+            m.recognises(own) and m.merges and not m.needs_weight for m in METHODS if m is not cls
+        )
 
     def fits(self, t: Tensors, site: Site) -> str | None:
         if wrong := self.inner.fits({k: v for k, v in t.items() if k != "magnitude"}, site):

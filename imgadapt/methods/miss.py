@@ -53,7 +53,6 @@ class MiSS(Method):
     name = "miss"
     tensors = ()
     optional = ("miss_block", "miss_mini", "miss_bat")
-    needs_weight = True
     peft = Peft("MISS", ("miss_block",), _read, _write)
 
     def __post_init__(self) -> None:
@@ -61,6 +60,7 @@ class MiSS(Method):
         positive("mini_rank", self.mini_rank)
         if self.variant not in ("miss", "mini", "bat"):
             raise ConfigError(f"variant is {self.variant!r}; it must be 'miss', 'mini' or 'bat'")
+        object.__setattr__(self, "needs_weight", self.variant == "bat")
 
     @classmethod
     def recognises(cls, names: set[str]) -> bool:
