@@ -102,6 +102,7 @@ def test_every_flag_program_and_config_of_the_page_of_training_is_there() -> Non
     fields = {name for _, kind in plan.PROGRAMS.values() for name in kind.model_fields}
     others = {"kind", "config", "help", "output", "adapter", "strength", "to", "plan", "base", "index-url"}
     others |= {"num_processes", "module", "nproc-per-node"}  # accelerate's and torchrun's
+    others |= {"first", "average-times"}  # of resize and convert
     named = [flag.removeprefix("no-") for flag in re.findall(r"--([a-z][a-z_-]+)", page)]
     assert {f for f in named if f.replace("-", "_") not in fields and f not in others} == set()
     programs = re.findall(r"^imgadapt (\w+)", page, re.MULTILINE)
