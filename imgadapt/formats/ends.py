@@ -90,6 +90,9 @@ ENDS: dict[str, End] = {
     **{end: End(tensor) for end, tensor in {**LYCORIS, **PEFT}.items()}, **LEGACY, **XLABS, **OTHERS,
 }  # fmt: skip
 
+THEIRS = frozenset(end for end in OF_METHODS if ENDS[end].tensor == end)
+"""Ends of such a method alone: AdaLoRA's `lora_A` is LoRA's, too."""
+
 _ADAPTER = re.compile(
     r"(?:(lora_[AB]|oft_R)\.(?!weight$|bias$|scaled_oft$)[^.]+(\.weight|\.bias|\.scaled_oft)"
     r"|(lora_embedding_[AB]|lora_magnitude_vector|hada_\w+|lokr_\w+|boft_[Rs]|ia3_l)\.(?!weight$)[^.]+(\.weight|))$"
@@ -119,7 +122,7 @@ def _of_method(key: str) -> tuple[str, str, End] | None:
     words = key.split(".")
     for place in range(len(words) - 1, max(0, len(words) - 4), -1):
         found = _split(".".join([*words[:place], *words[place + 1 :]]))
-        if found is not None and found[1] in OF_METHODS and words[place] not in ("weight", "bias"):
+        if found is not None and found[1] in THEIRS and words[place] not in ("weight", "bias"):
             return found
     return None
 

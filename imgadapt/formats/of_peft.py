@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from imgadapt.errors import FormatError, ImgadaptError, first_few
-from imgadapt.formats.ends import ENDS
+from imgadapt.formats.ends import ENDS, THEIRS
 from imgadapt.formats.fusing import Unfusable
 from imgadapt.formats.layer_config import PATTERNS
 from imgadapt.formats.part import Part
@@ -38,7 +38,9 @@ def kind_of(names: Collection[str], config: Mapping[str, Any]) -> type[Method] |
     Raises:
         FormatError: peft has several such, or the config says another.
     """
-    found = [(m, m.peft) for m in METHODS if m.peft is not None and _all_of(m.peft, set(names))]
+    if THEIRS.isdisjoint(names):
+        return None
+    found = [(m, m.peft) for m in METHODS if m.peft is not None and set(names) <= _by_tensor(m.peft).keys()]
     said = config.get("peft_type")
     own = [method for method, peft in found if said in (None, peft.type)]
     if not found or len(own) == 1:
@@ -49,15 +51,8 @@ def kind_of(names: Collection[str], config: Mapping[str, Any]) -> type[Method] |
     raise FormatError(f"{first_few(sorted(names))} are of peft's {types}: adapter_config.json, which says, is missing")
 
 
-def _all_of(peft: Peft, names: set[str]) -> bool:
-    """Whether these are its own, and one at least that no other table has (AdaLoRA's `lora_A` is LoRA's, too). A layer
-    may have what stands beside the layers (RandLoRA's does).
-    """
-    return names <= _by_tensor(peft).keys() and any(name in peft.ends for name in names)
-
-
 def _by_tensor(peft: Peft) -> dict[str, str]:
-    """Our name of an end -> the end."""
+    """Our name of an end -> the end. Layers may have what stands beside them, too (RandLoRA's do)."""
     return {ENDS[end].tensor: end for end in (*peft.ends, *peft.beside)}
 
 
