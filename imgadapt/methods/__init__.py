@@ -35,6 +35,7 @@ from imgadapt.methods.tlora import TLoRA
 from imgadapt.methods.trainable_tokens import TrainableTokens
 from imgadapt.methods.vblora import VBLoRA
 from imgadapt.methods.vera import VeRA
+from imgadapt.methods.waveft import WaveFT
 
 METHODS: tuple[type[Method], ...] = (
     LoRA,
@@ -60,6 +61,7 @@ METHODS: tuple[type[Method], ...] = (
     FourierFT,
     SHiRA,
     C3A,
+    WaveFT,
     DeLoRA,
     RandLoRA,
     MiSS,
@@ -112,4 +114,5 @@ __all__ = [
     "TrainableTokens",
     "VBLoRA",
     "VeRA",
+    "WaveFT",
 ]
