@@ -142,7 +142,15 @@ def test_dora_goes_over_an_anchored_one() -> None:
 # --- of the weight
 
 
-def test_the_largest_singular_values_are_those_of_an_exact_decomposition() -> None:
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_largest_singular_values_are_those_of_an_exact_decomposition(
+    fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Tensor) -> Any:  # as it does on the inputs of a convolution of the embedded base's
+        raise torch.linalg.LinAlgError("failed to converge")
+
+    if fails:
+        monkeypatch.setattr(torch.linalg, "eigh", fail)
     for shape in ((9, 30), (30, 9)):
         matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
         u, s, v = top(matrix, 4)
@@ -446,6 +454,21 @@ def test_a_run_that_stops_goes_on_to_the_same_bits_from_the_start_that_it_kept(
     assert all(torch.equal(resumed[key], tensor) for key, tensor in whole.items())
     kept.write_bytes(kept.read_bytes()[:-9])  # torn: it is made again, the same
     assert all(torch.equal(tensor, whole[key]) for key, tensor in go(halved).items())
+
+
+def test_rules_hold_what_has_started_too(folder: Path, quick: Any) -> None:
+    job = Job(settings(folder, start="orthogonal", freeze_down=True, lora_plus=4))
+    assert {row.key for row in job.trained} == {"up"}
+    assert {group["lr"] for group in job.optimizer.param_groups} == {4e-4}
+    detach(job.family.pipeline)
+    job = Job(settings(folder, start="pissa", lora_plus=4))
+    rates = {row.key: g["lr"] for row in job.trained for g in job.optimizer.param_groups if _in(row.parameter, g)}
+    assert rates == {"anchored_down": 1e-4, "anchored_up": 4e-4}
+    detach(job.family.pipeline)
+
+
+def _in(parameter: Any, group: Any) -> bool:
+    return any(one is parameter for one in group["params"])
 
 
 def test_samples_are_at_times_that_are_stratified_over_all_of_them(folder: Path, quick: Any) -> None:

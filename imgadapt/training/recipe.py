@@ -191,5 +191,6 @@ def _rates(config: TrainConfig, rows: list[Tensor]) -> Iterator[tuple[float, Ten
     for row in rows:
         own = (rate for glob, rate in config.learning_rates.items() if where.matches(row.layer, glob))
         rate = next(own, config.learning_rate)
-        faster = config.lora_plus is not None and not row.parameter.detach().any()  # what starts at zero
+        late = row.key in ("up", "anchored_up") or not row.parameter.detach().any()  # what starts at zero, or would
+        faster = config.lora_plus is not None and late
         yield rate * (config.lora_plus if faster and config.lora_plus else 1), row

@@ -12,7 +12,7 @@ from imgadapt.errors import FormatError, OutputError
 from imgadapt.file import AdapterFile, load, save
 from imgadapt.slot import Dropout
 from imgadapt.tensors import tensors_digest
-from imgadapt.training import noise
+from imgadapt.training import noise, rules
 from imgadapt.training.config import TrainConfig
 from imgadapt.training.data import digest
 from imgadapt.training.families import Family
@@ -61,6 +61,7 @@ def begin(
     if file is None:
         raise OutputError(f"{path} was written, and cannot be read back")
     put_on(family.pipeline, file, dropout=Dropout(config.dropout, config.rank_dropout, config.module_dropout))
+    rules.hold(config, family.pipeline)
     tensors = {f"{layer}.{key}": t for layer, part in file.parts.items() for key, t in part.tensors.items()}
     return f"it starts from {config.start}" + (f": {said}" if said else ""), tensors_digest(tensors)
 

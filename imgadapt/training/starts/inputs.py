@@ -11,7 +11,7 @@ from torch import Tensor
 from imgadapt.errors import ConfigError
 from imgadapt.formats import Part
 from imgadapt.methods import LoRA
-from imgadapt.training.starts.place import Place, require, top
+from imgadapt.training.starts.place import Place, largest, require, top
 from imgadapt.training.starts.shown import MOST, Show, moments
 
 _DAMP = 0.01  # of a moment's mean diagonal, added to it so that it can be inverted (peft's tuners/lora/corda.py)
@@ -34,8 +34,7 @@ def eva(places: Sequence[Place], show: Show, *, rho: float = 2.0, most: int = MO
     shares: list[Tensor] = []
     for place, moment in moments(places, show, most=most):
         count = min(round(rho * place.lora.rank), place.site.fan_in, place.site.rows)
-        values, vectors = torch.linalg.eigh(moment.double())
-        values, vectors = values[-count:].flip(0).clamp(min=0), vectors[:, -count:].flip(1)
+        values, vectors = largest(moment, count)
         whole = moment.diagonal().double().sum().clamp(min=torch.finfo(torch.float64).tiny)
         shares.append((values / whole).cpu())
         found.append((place, vectors.t().float().cpu()))

@@ -98,6 +98,19 @@ def require(places: Sequence[Place], start: str) -> None:
         )
 
 
+def largest(square: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """(values, vectors) of the `count` largest eigenvalues of a symmetric matrix that has none below 0, largest first:
+    vectors (n, count), double.
+    """
+    wide = square.double()
+    try:
+        values, vectors = torch.linalg.eigh(wide)
+    except torch.linalg.LinAlgError:  # which LAPACK's gives up on now and then, where few of many values are not small
+        vectors, values, _ = torch.linalg.svd(wide)
+        values, vectors = values.flip(0), vectors.flip(1)
+    return values[-count:].flip(0).clamp(min=0), vectors[:, -count:].flip(1)
+
+
 def top(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """(u, s, v) of the `count` largest singular values, largest first: u (rows, count), v (count, columns),
     double.
@@ -109,8 +122,8 @@ def top(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     if wide.shape[0] > wide.shape[1]:
         v, s, u = top(wide.t(), count)
         return u.t().contiguous(), s, v.t().contiguous()
-    squares, vectors = torch.linalg.eigh(wide @ wide.t())
-    s, u = squares[-count:].flip(0).clamp(min=0).sqrt(), vectors[:, -count:].flip(1)
+    squares, u = largest(wide @ wide.t(), count)
+    s = squares.sqrt()
     s = torch.where(s > _DEAD * s[:1], s, 0)
     v = torch.where((s > 0)[:, None], (u.t() @ wide) / s[:, None].clamp(min=torch.finfo(s.dtype).tiny), 0)
     return torch.where(s > 0, u, 0), s, v
