@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from imgadapt.errors import ShapeError
 from imgadapt.methods.base import Method, Peft, Tensors, Way, linear_only, positive
@@ -84,21 +85,21 @@ class C3A(Method):
 
     def act(self, o: Tensors, site: Site, x: Tensor, y: Tensor | None, onto: Tensor | None) -> Tensor:
         b, f, values = self.block_size, self._frequencies, o["values"]
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # bf16 has no FFT
+        dtype = torch.promote_types(x.dtype, torch.float32)
         if site.kind == "linear":
-            spectra = torch.view_as_real(torch.fft.rfft(wide.reshape(-1, site.fan_in // b, b)))
+            spectra = torch.view_as_real(_rfft(x.reshape(-1, site.fan_in // b, b), 2))
             spectra = spectra.flatten(1).t().contiguous().to(values.dtype)
             spectra = spectra.unflatten(0, (-1, f, 2)).transpose(0, 1).flatten(1, 2)  # (f, 2 in blocks, tokens)
             made = torch.bmm(values.unflatten(0, (f, -1)), spectra).unflatten(1, (-1, 2)).transpose(0, 1)
-            made = made.flatten(0, 2).t().contiguous().to(wide.dtype)
+            made = made.flatten(0, 2).t().contiguous().to(dtype)
             half = torch.view_as_complex(made.unflatten(1, (-1, f, 2)))
             change = torch.fft.irfft(half, b).view(*x.shape[:-1], site.rows)
         else:
             inner = tuple(range(4, x.ndim + 2))
-            spectra = torch.view_as_real(torch.fft.rfft(wide.unflatten(1, (site.groups, -1, b)), dim=3))
+            spectra = torch.view_as_real(_rfft(x.unflatten(1, (site.groups, -1, b)), 3))
             spectra = spectra.permute(0, 1, 3, 2, x.ndim + 2, *inner).flatten(1, 4)
             apart = replace(site, shape=tuple(values.shape), groups=site.groups * f)
-            made = apart.op(spectra.to(values.dtype), values).to(wide.dtype)
+            made = apart.op(spectra.to(values.dtype), values).to(dtype)
             made = made.unflatten(1, (site.groups, f, -1, 2)).permute(0, 1, 3, 2, *(k + 1 for k in inner), 4)
             change = torch.fft.irfft(torch.view_as_complex(made.contiguous()), b, dim=3).flatten(1, 3)
         return change.to(values.dtype) if onto is None else onto + change.to(onto.dtype)
@@ -114,6 +115,29 @@ class C3A(Method):
         if t["c3a_kernel"].ndim < 3:
             raise ShapeError(f"c3a_kernel is {tuple(t['c3a_kernel'].shape)}, wanted (out / b, in / b, b, *kernel)")
         return cls(t["c3a_kernel"].shape[2])
+
+
+def _rfft(x: Tensor, dim: int) -> Tensor:
+    """torch.fft.rfft in fp32 or better: bf16 has none."""
+    if torch.compiler.is_compiling():  # see sparse.act
+        return torch.fft.rfft(x.to(torch.promote_types(x.dtype, torch.float32)), dim=dim)
+    made: Any = _Spectrum.apply(x, dim)
+    return made
+
+
+class _Spectrum(Function):
+    """It keeps nothing; torch's own keeps the wide input, for its size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
+        ctx.dim, ctx.size, ctx.dtype = dim, x.shape[dim], x.dtype
+        return torch.fft.rfft(x.to(torch.promote_types(x.dtype, torch.float32)), dim=dim)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        half, dim, size = grads[0].clone(), ctx.dim, ctx.size
+        half.narrow(dim, 1, (size - 1) // 2).mul_(0.5)  # irfft counts these twice
+        return torch.fft.irfft(half, size, dim=dim, norm="forward").to(ctx.dtype), None
 
 
 def _divisor(site: Site, most: int) -> int:
