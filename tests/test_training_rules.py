@@ -15,7 +15,9 @@ from imgadapt import AdapterFile, LoRA, attach, collect, detach, load, merge, pa
 from imgadapt.errors import ConfigError, FormatError, StateError, TargetError
 from imgadapt.live import slots
 from imgadapt.methods import AdaLoRA, DoRA, TLoRA
+from imgadapt.moment import CLOCKS, Clock
 from imgadapt.sites import Site
+from imgadapt.tensors import read_tensors
 from imgadapt.training import loop, rules
 from imgadapt.training.config import TrainConfig
 from imgadapt.untimed import untimed
@@ -440,7 +442,7 @@ SETTINGS = ("--batch-size", "2", "--targets", "unet.mid_block*attn1.to_[qv]", "-
         ("--method", "adalora(rank=4)", "--target-rank", "2", "--budget-every", "1", "--budget-phases", "0", "0.4",
          "--ema", "0.9"),
         ("--rank", "4", "--nested-ranks", "all"),
-        ("--rank", "4", "--freeze-down"),
+        ("--rank", "4", "--freeze-down", "--start", "orthogonal"),
         ("--method", "tlora(rank=4)", "--checkpointing"),
     ],
     ids=lambda rule: rule[1] if "(" in rule[1] else rule[2],
@@ -474,6 +476,9 @@ def test_two_and_three_steps_with_a_stop_between_are_five_to_the_byte(
     assert held[0] == held[1]
     if "adalora(rank=4)" in rule:
         assert sum(part.method.file_rank or 0 for part in parts.values()) == 2 * 2
+    if "--freeze-down" in rule:
+        trained, _ = read_tensors(broken / "checkpoints" / "step-0000005.safetensors")
+        assert [tuple(t.shape)[1] for name, t in trained.items() if name.startswith("tensor.")] == [4, 4]  # both are up
     status = json.loads((broken / "status.json").read_text())
     assert status["state"] == "done"
 
@@ -502,3 +507,34 @@ def test_tlora_as_one_lora_and_nested_ranks_cut_by_the_programs(
     detach(pipe)
     with pytest.raises(ConfigError, match="no layer of the adapter depends on the time"):
         untimed(load(tmp_path / "k.safetensors"))
+
+
+def test_tlora_is_compiled_in_one_graph_and_no_time_recompiles_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a model whose time runs from 0 to 1 backwards, as Lumina's and Z-Image's does."""
+
+    class Tiny(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Linear(8, 6)
+
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+            return self.proj(x)
+
+    monkeypatch.setitem(CLOCKS, "Tiny", Clock("timestep", 1, backwards=True))
+    model: Any = Tiny()
+    x = torch.randn(2, 3, 8)
+    attach(model, TLoRA(rank=5, min_rank=1, orthogonal=False), targets="proj")
+    filled(model)
+    slot = by_name(model)["model.proj"]
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    compiled(x, torch.tensor([0.5, 0.5]))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for times in ([1.0, 0.0], [0.25, 0.8]):
+            out = compiled(x, torch.tensor(times))
+            for k, share in enumerate(times):
+                count = int(share * 4 + 1e-6) + 1
+                up, down = slot.tlora_up[:, :count], slot.tlora_down[:count]
+                torch.testing.assert_close(out[k], model.proj.base(x[k]) + x[k] @ (up @ down).t())
+                torch.testing.assert_close(model(x, torch.tensor(times))[k], out[k])
+    torch.testing.assert_close(model.proj(x), model.proj.base(x) + x @ (slot.tlora_up @ slot.tlora_down).t())

@@ -118,6 +118,7 @@ class Job:
             origin=self.origin, originals=originals,
         )  # fmt: skip
         self.say(said)
+        rules.hold(self.config, self.family.pipeline)
         self.trained, self.optimizer = self._learnt()
 
     def collected(self) -> AdapterFile:
