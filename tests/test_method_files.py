@@ -1,6 +1,8 @@
 """Files of every method of the docs' table: ours to the bit, peft's both ways, kohya's as LoRA."""
 
 import copy
+import json
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,9 @@ from torch import Tensor, nn
 from imgadapt import AdapterFile, attach, collect, detach, load, parameters, plan, save
 from imgadapt.combining.keep import Keep
 from imgadapt.combining.resizing import resize
-from imgadapt.errors import ConfigError
-from imgadapt.formats import FORMATS
-from imgadapt.methods import Method, Norm
+from imgadapt.errors import ConfigError, FormatError, ShapeError
+from imgadapt.formats import FORMATS, read
+from imgadapt.methods import Method, Norm, VeRA
 from imgadapt.sites import Site
 from imgadapt.summary import summary
 from imgadapt.tensors import read_tensors
@@ -240,3 +242,74 @@ def test_pefts_tuned_norms_are_read_and_written_back(norm: nn.Module, tmp_path: 
     assert {step.reason.partition(";")[0] for step in plan(collect(model), "peft")} == {
         "peft's LN_TUNING has the norms' weights themselves, and this is what they differ by"
     }
+
+
+def _said(file: AdapterFile, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors, metadata = read_tensors(save(file, folder / "own.safetensors", format="imgadapt"))
+    return tensors, json.loads(metadata["imgadapt"])
+
+
+def _read(tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> AdapterFile:
+    reading = read(tensors, {"imgadapt": json.dumps(said)}, ())
+    return AdapterFile(reading.parts, {}, reading.format)
+
+
+SHARED = VeRA(rank=3, seed=None)
+"""Whose projections layers of one size share."""
+
+
+def test_tensors_of_one_name_that_are_several_stay_several(tmp_path: Path) -> None:
+    """Of layers of two sizes, and of two adapters in one file; each is written once."""
+    first, second = (trained(SHARED, "012")[1].parts for _ in range(2))
+    other = {f"unet.{name}": part for name, part in second.items()}
+    for part in other.values():
+        part.tensors["vera_up"].mul_(2)
+    tensors, said = _said(AdapterFile({**first, **other}, {}), tmp_path)
+    assert said["common"]["model.0"] == said["common"]["model.2"] != said["common"]["model.1"]
+    assert sorted(key for key in tensors if key.startswith("common.vera_up")) == [
+        f"common.vera_up.{k}" for k in range(4)
+    ]
+    again = load(tmp_path / "own.safetensors").parts
+    for name, part in {**first, **other}.items():
+        assert all(torch.equal(tensor, again[name].tensors[key]) for key, tensor in part.tensors.items())
+    assert again["model.0"].tensors["vera_up"] is again["model.2"].tensors["vera_up"]
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "a rank of text": ({"rank": "3"}, "rank is '3', wanted int"),
+    "a rank that is true": ({"rank": True}, "rank is True, wanted int"),
+    "a rank of half": ({"rank": 2.5}, "rank is 2.5, wanted int"),
+    "a list for a number": ({"d_initial": [1]}, "d_initial is .1., wanted float"),
+    "an enormous seed": ({"seed": 10**30}, "seed is 10*"),
+    "a seed below": ({"seed": -1}, "seed is -1"),
+    "an enormous rank": ({"rank": 10**9}, "rank"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_settings_of_a_wrong_kind_are_refused(what: str, tmp_path: Path) -> None:
+    change, wanted = WRONG[what]
+    tensors, said = _said(trained(VeRA(rank=3), "02")[1], tmp_path)
+    said["methods"][0] |= change
+    with pytest.raises(FormatError, match=wanted):
+        _read(tensors, said)
+
+
+def test_what_layers_share_is_there_and_is_theirs_or_the_file_is_refused(tmp_path: Path) -> None:
+    tensors, said = _said(trained(SHARED, "02")[1], tmp_path)
+    with pytest.raises(FormatError, match=r"model\.[02] has it in common with others, and the file does not have it"):
+        _read({key: t for key, t in tensors.items() if key != "common.vera_up.0"}, said)
+    with pytest.raises(FormatError, match=r"are unknown to the nearest table|no tensor of any method"):
+        _read({**tensors, "common.vera_up.7": torch.zeros(2)}, said)
+    twice = {**said, "common": {**said["common"], "model.0": {"vera_up": 0, "vera_down": 0, "vera_b": 0}}}
+    with pytest.raises(FormatError, match=r"and the file does not have it|has vera_b twice"):
+        _read(tensors, twice)
+    with pytest.raises(FormatError, match=r"which no layer has|that it does not have"):
+        _read(tensors, {**said, "common": {"unet.elsewhere": {"vera_up": 0}}})
+    small = _read({**tensors, "common.vera_up.0": torch.zeros(3, 3)}, said)
+    model, _ = net(SHARED)
+    with pytest.raises(ShapeError, match="vera_up is"):
+        attach(model, small)
+    for shape in ([10**6, 10**6], [0, 3], [True, 2], [1] * 6, "24", [2.0, 2]):
+        with pytest.raises(FormatError, match=r"no weight is of the shape|is not what imgadapt writes"):
+            _read(tensors, {**said, "shapes": {"model.0": shape}})

@@ -108,7 +108,8 @@ def read_own(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tupl
         try:
             parts[name] = _part(name, t, said)
         except (ValueError, TypeError, IndexError, KeyError, OverflowError, RuntimeError, ImgadaptError) as error:
-            unknown |= {f"{name}.{end}": f"{name}: {error}" for end in t}
+            own_ends = t.keys() - said.common.get(name, {}).keys()
+            unknown |= {f"{name}.{end}": f"{name}: {error}" for end in own_ends or t}
     return parts, unknown
 
 
