@@ -21,7 +21,7 @@ _BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", *(f"docs/{name}.md" for name in ("models", "methods", "formats", "merging"))]
+    "page", ["README.md", *(f"docs/{name}.md" for name in ("models", "methods", "prompting", "formats", "merging"))]
 )
 def test_every_snippet_of_a_page_runs(page: str, pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -42,9 +42,12 @@ def test_every_snippet_of_a_page_runs(page: str, pipe: Any, tmp_path: Path, monk
             imgadapt.detach(pipe)
 
 
-def test_the_readme_lists_every_method_once() -> None:
-    table = re.findall(r"^\| `(\w+)\(", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
-    assert list(dict.fromkeys(table)) == [method.__name__ for method in METHODS]
+def test_the_readme_lists_the_usual_methods_once_and_counts_all() -> None:
+    page = (ROOT / "README.md").read_text("utf-8")
+    listed = list(dict.fromkeys(re.findall(r"^\| `(\w+)\(", page, re.MULTILINE)))
+    assert listed == [method.__name__ for method in METHODS if method.__name__ in listed]
+    assert "LoRA" in listed
+    assert re.findall(r"(?:has all|the) (\d+)(?:,| of)", page) == [str(len(METHODS))] * 2
 
 
 def test_the_page_of_formats_lists_every_format_and_architecture_once() -> None:
