@@ -121,6 +121,12 @@ class Slot(nn.Module):
             with torch.inference_mode(False):
                 self.__dict__["gain"] = torch.as_tensor(weight, dtype=torch.float64).detach().cpu().clone() * scale
 
+    def route(self, weight: Tensor) -> None:
+        """Strengths (batch,) for the forwards to come, wherever they are and with their gradient; `set` was told some
+        per sample before.
+        """
+        self.__dict__["gain"] = weight * (0.0 if self.absent else self.method.scale)
+
     def fill(self, method: Method, tensors: Tensors) -> None:
         """Other tensors of the same shapes, in place."""
         with torch.no_grad():
