@@ -25,6 +25,7 @@ from imgadapt.methods.miss import MiSS
 from imgadapt.methods.mora import MoRA
 from imgadapt.methods.oft import OFT
 from imgadapt.methods.osf import OSF
+from imgadapt.methods.peanut import PEANuT
 from imgadapt.methods.psoft import PSOFT
 from imgadapt.methods.randlora import RandLoRA
 from imgadapt.methods.road import RoAd
@@ -62,6 +63,7 @@ METHODS: tuple[type[Method], ...] = (
     SHiRA,
     C3A,
     WaveFT,
+    PEANuT,
     DeLoRA,
     RandLoRA,
     MiSS,
@@ -105,6 +107,7 @@ __all__ = [
     "MiSS",
     "MoRA",
     "Norm",
+    "PEANuT",
     "RandLoRA",
     "RoAd",
     "SHiRA",
