@@ -329,3 +329,17 @@ def test_settings_of_a_training_say_prompts(tmp_path: Path) -> None:
     mixed = config.model_copy(update={"method": "lora", "methods": {"to_q": "prompt_tuning"}})
     with pytest.raises(ConfigError, match="only be the main one"):
         recipe.put_on(mixed, {"unet": unet()})
+
+
+def test_what_changes_no_weight_is_not_merged_with_what_does(tmp_path: Path) -> None:
+    model = unet()
+    put_on(model, PromptTuning(2), name="prompt")
+    put_on(model, LoRA(2), name="lora", targets="to_q")
+    for name in ("prompt", "lora"):
+        imgadapt.save(imgadapt.collect(model, name), tmp_path / f"{name}.safetensors")
+    entries = tuple(imgadapt.Entry(tmp_path / f"{name}.safetensors") for name in ("lora", "prompt"))
+    with pytest.raises(ConfigError, match="learned prompt"):
+        imgadapt.combine(imgadapt.MergeRecipe(entries))
+    imgadapt.detach(model, "lora")
+    with pytest.raises(TargetError, match="nothing is attached"):
+        imgadapt.merge(model)

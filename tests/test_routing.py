@@ -16,6 +16,12 @@ from imgadapt.errors import ConfigError, FormatError, ShapeError, StateError, Ta
 from imgadapt.routing import Arrow, Poly, Router, XLoRA, load_router, route, routed, save_router, unroute
 from imgadapt.routing.arrow import prototype
 from imgadapt.tensors import read_tensors, write_tensors
+from imgadapt.training import objective
+from imgadapt.training.config import TrainConfig
+from imgadapt.training.data import scan
+from imgadapt.training.families.load import FAMILIES
+from imgadapt.training.material import Material
+from imgadapt.training.routes import learn
 
 tiny: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("tiny.py"))))
 TARGETS = ["attn2.to_q", "attn2.to_out.0", "resnets.*.conv1"]
@@ -172,3 +178,29 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         imgadapt.attach(parts, LoRA(2), name=name, targets="q")
     with pytest.raises(TargetError, match="time is not known"):
         route(parts, Arrow())
+
+
+def test_a_router_learns_from_pictures(pipe: Any, tmp_path: Path) -> None:
+    family = FAMILIES[type(pipe).__name__](pipe, torch.device("cpu"), torch.float32)
+    for name in ("a", "b"):
+        imgadapt.attach(pipe, LoRA(rank=2), name=name, targets="attn2.to_q", trainable=False)
+        with torch.no_grad():
+            for _, _, slot in imgadapt.live.slots(pipe, name):
+                slot.tensors()["up"].normal_(std=0.1)
+    there = route(pipe, XLoRA(hidden=4))
+    config = TrainConfig.of({"folder": tmp_path / "some", "output": tmp_path / "out", "batch_size": 2})
+    config.folder.mkdir()
+    for path in sorted((imgadapt.demo.STYLE / "train").iterdir())[:6]:
+        (config.folder / path.name).write_bytes(path.read_bytes())
+    material = Material(config, family, scan(config.folder, None, None))
+    material.prepare(quiet=True)
+    asked = objective.of(config, family.schedule, family.sampling(8, 8))
+    losses = learn(family, asked, material, there, steps=2)
+    assert len(losses) == 2
+    assert there.parameters()[2].any()
+    assert not there.training
+    unroute(pipe)
+    with pytest.raises(ConfigError, match="nothing to train"):
+        learn(family, asked, material, route(pipe, Arrow()), steps=2)
+    unroute(pipe)
+    imgadapt.detach(pipe)

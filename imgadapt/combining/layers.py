@@ -7,6 +7,7 @@ from torch import Tensor
 
 from imgadapt.combining.entering import Change
 from imgadapt.combining.terms import Term
+from imgadapt.errors import ConfigError
 from imgadapt.file import AdapterFile
 from imgadapt.formats import Part
 from imgadapt.sites import Site
@@ -18,6 +19,9 @@ class Input:
 
     weight: what each of its layers is multiplied by (see `weights.factor_of`). tie: what tells it from another input of
     the same digest.
+
+    Raises:
+        ConfigError: it has a learned prompt.
     """
 
     name: str
@@ -25,6 +29,13 @@ class Input:
     digest: str
     weight: Callable[[str], float]
     tie: str = ""
+
+    def __post_init__(self) -> None:
+        if self.file.prompts is not None:
+            raise ConfigError(
+                f"{self.name} has a learned prompt ({self.file.prompts.kind.name}), which changes no weight and cannot "
+                "be merged: attach it beside what is"
+            )
 
 
 def order_of(inputs: Sequence[Input], ordered: bool) -> list[int]:
