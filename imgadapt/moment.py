@@ -67,8 +67,9 @@ class Moment:
 
     def _enter(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = kwargs[self.clock.argument] if self.clock.argument in kwargs else args[self._place]
-        share = torch.as_tensor(given).detach().float().reshape(-1) / self.clock.total
-        self._share = 1 - share if self.clock.backwards else share
+        with torch.no_grad():
+            share = torch.as_tensor(given).float().reshape(-1) / self.clock.total
+            self._share = 1 - share if self.clock.backwards else share
         if not torch.compiler.is_compiling():
             self._masks = {}
             if torch.is_grad_enabled():
