@@ -129,14 +129,21 @@ def flux() -> Built:
 MODELS = {"sd1": sd1, "sdxl": sdxl, "sd3": sd3, "flux": flux}
 
 
-def test_every_method_is_tried_on_every_model() -> None:
-    assert {type(method) for _, method, _ in CASES} == set(METHODS)
+def test_every_method_is_tried_on_every_model_save_those_of_embeddings_which_these_have_not() -> None:
+    assert {type(method) for _, method, _ in CASES} == {m for m in METHODS if m.kinds != ("embedding",)}
 
 
 CASES: list[tuple[str, Method, torch.dtype]] = [
     (name, m, dtype) for name in MODELS for m in METHODS_OF_ALL for dtype in (torch.float32, torch.bfloat16)
 ]
-CASES.extend([(name, m, d) for m in in_the_docs() for name, d in (("sd1", torch.float32), ("flux", torch.bfloat16))])
+CASES.extend(
+    [
+        (name, m, d)
+        for m in in_the_docs()
+        if m.kinds != ("embedding",)
+        for name, d in (("sd1", torch.float32), ("flux", torch.bfloat16))
+    ]
+)
 
 
 def _id(value: Any) -> str:
