@@ -32,13 +32,14 @@ from imgadapt import collect, demo, detach, save
 from imgadapt.cli import program
 from imgadapt.demo import character
 from imgadapt.errors import ImgadaptError, TrainingError
-from imgadapt.training import families, objective, optimizers, recipe
+from imgadapt.training import families, objective, optimizers, recipe, rules
 from imgadapt.training.config import TrainConfig
 from imgadapt.training.data import scan
 from imgadapt.training.evaluate import held_out_losses
 from imgadapt.training.loop import Run, Terms
 from imgadapt.training.material import Material
 from imgadapt.training.processes import Processes
+from imgadapt.training.starts import beginning
 
 SIZES = ("small", "middle", "large")
 WORD = "ohwx"
@@ -115,41 +116,42 @@ class Study:
 
     def learn(self, case: Case, rate: float, task: str, seed: int, *, tuning: bool) -> dict[str, Any]:
         """Train anew and look: at the loss on what the rate is tuned on, or at all that is reported."""
-        config, material = self.config(case, rate, seed), self.train[task]
-        torch.manual_seed(seed)
-        recipe.put_on(config, self.family.pipeline)
-        try:
-            rows = recipe.tensors(self.family.pipeline)
-            optimizer = optimizers.build(config, recipe.groups(config, rows))
+        material, pipeline = self.train[task], self.family.pipeline
+        with tempfile.TemporaryDirectory(dir=self.folder) as output:
+            config = self.config(case, rate, seed).model_copy(update={"output": Path(output)})
+            torch.manual_seed(seed)
+            recipe.put_on(config, pipeline)
+            try:
+                if config.start:
+                    beginning.begin(
+                        config, self.family, self.objective, material, self.processes, origin={}, originals={}
+                    )
+                    rules.hold(config, pipeline)
+                rows, rule = recipe.tensors(pipeline), rules.of(config, pipeline)
+                optimizer = optimizers.build(config, recipe.groups(config, rows))
 
-            def loss(step: int, places: range) -> Terms:
-                batch = material.batch(step, places)
-                asked = self.objective.ask(batch.latents, seed, step, places, config.batch_size)
-                guess = self.family.predict(asked.noisy, batch.conditions, asked.times)
-                losses = self.objective.losses(guess, batch.latents, asked.noise, asked.times)
-                return Terms(losses.weighted, losses.raw, asked.times, batch.names)
+                def loss(step: int, places: range) -> Terms:
+                    batch = material.batch(step, places)
+                    asked = self.objective.ask(batch.latents, seed, step, places, config.batch_size)
+                    guess = self.family.predict(asked.noisy, batch.conditions, asked.times)
+                    losses = self.objective.losses(guess, batch.latents, asked.noise, asked.times)
+                    return Terms(losses.weighted, losses.raw, asked.times, batch.names)
 
-            with tempfile.TemporaryDirectory(dir=self.folder) as output:
-                own = config.model_copy(update={"output": Path(output)})
-                with Run(own, rows, optimizer, {}, self.processes) as run:
+                with Run(config, rows, optimizer, {}, self.processes, rule=rule) as run:
                     for step in run.steps():
                         run.learn(step, loss)
                 if tuning:
                     return {"tuned": statistics.fmean(self.losses(self.tuning))}
-                path = save(
-                    collect(self.family.pipeline),
-                    Path(output) / "x.safetensors",
-                    format="imgadapt",
-                    dtype=torch.float16,
-                )
+                file = rule.file(collect(pipeline))
+                path = save(file, Path(output) / "x.safetensors", format="imgadapt", dtype=torch.float16)
                 return {
                     "losses": self.losses(self.judging[task]), "prior": self.losses(self.prior),
                     "numbers": sum(row.parameter.numel() for row in rows), "bytes": path.stat().st_size,
                 }  # fmt: skip
-        except TrainingError as error:  # a rate at which it diverges
-            return {"diverged": str(error)[:120]}
-        finally:
-            detach(self.family.pipeline)
+            except TrainingError as error:  # a rate at which it diverges
+                return {"diverged": str(error)[:120]}
+            finally:
+                detach(pipeline)
 
     def base(self) -> dict[str, Any]:
         return {

@@ -140,6 +140,7 @@ def test_what_only_watches_or_says_where_does_not_change_the_identity() -> None:
         ("dora(loha(rank=4))", {"rank": 3, "alpha": 1.0}, DoRA(LoHa(rank=4, alpha=1))),
         (" lokr ( factor = 4 ) ", {"rank": 3}, LoKr(rank=3, factor=4)),
         ("lokr(factor=-1)", {}, LoKr(factor=-1)),
+        ("lokr(both=true, tucker=False)", {}, LoKr(both=True)),
     ],
 )
 def test_methods_are_read_from_text(text: str, defaults: dict[str, Any], expected: Method) -> None:

@@ -64,7 +64,8 @@ def _made(node: ast.AST, defaults: Mapping[str, Any]) -> Trained:
         if word.arg not in known:
             raise ConfigError(f"{name} has no field '{word.arg}'; it has: {', '.join(known)}")
         try:
-            values[word.arg] = ast.literal_eval(word.value)
+            named = {"true": True, "false": False}.get(getattr(word.value, "id", ""))  # as TOML spells them
+            values[word.arg] = ast.literal_eval(word.value) if named is None else named
         except ValueError:
             said = ast.unparse(word.value)
             raise ConfigError(f"{name}: {word.arg} is {said}; wanted a number, true or false") from None
