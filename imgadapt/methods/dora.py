@@ -1,5 +1,6 @@
 """DoRA: direction and magnitude apart, over any additive method (arXiv 2402.09353)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
@@ -80,6 +81,14 @@ class DoRA(Method):
         assert weight is not None
         return {**self.inner.init(site, weight), "magnitude": self._norm(weight.float())}
 
+    def settled(
+        self, t: Tensors, weight: Callable[[], Tensor], bias: Callable[[], Tensor | None]
+    ) -> tuple[Method, Tensors]:
+        own = {name: tensor for name, tensor in t.items() if name != "magnitude"}
+        inner, made = self.inner.settled(own, weight, bias)
+        same = inner is self.inner and made is own
+        return (self, t) if same else (replace(self, inner=inner), {**t, **made})
+
     @property
     def constant_names(self) -> frozenset[str]:
         return self.inner.constant_names
@@ -99,7 +108,7 @@ class DoRA(Method):
 
     def way(self, site: Site) -> Way:
         inner = self.inner.way(site)
-        if inner.dense:
+        if inner.dense or inner.bias or (inner.pair and inner.act):  # of which a part alone would be in the norm
             return Way()
         if self.axis == "output":
             linear = ("less", "up", "bias") if inner.pair else ("less", "times")

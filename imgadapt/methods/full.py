@@ -31,7 +31,7 @@ class Full(Method):
     of_bias: ClassVar[str] = "diff_b"
 
     def at(self, site: Site) -> Self:
-        return replace(self, bias=self.bias and site.bias is not None)
+        return replace(self, bias=self.bias and site.bias is not None, absolute=False)
 
     def shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
         bias = {self.of_bias: (site.rows,)} if self.bias else {}
