@@ -1,6 +1,6 @@
 """AdapterLayer: the one wrapper. It owns names, strengths, scale, dropout, dtype and merging; methods own the maths."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial, update_wrapper
 from typing import Any
 
@@ -217,8 +217,7 @@ class AdapterLayer(nn.Module):
         slot.training = self.training
         if not weight.is_meta and any(p.device != weight.device for p in slot.parameters()):
             slot.to(weight.device)  # one that is offloaded, or not loaded yet, is moved when it is used
-        if not weight.is_meta:
-            slot.prepare(self.site, _Source(self), weight.device)
+        self._prepare([slot])
         self.slots.append(slot)
         try:
             self.refresh()
@@ -226,6 +225,13 @@ class AdapterLayer(nn.Module):
             self.slots = nn.ModuleList(list(self)[:-1])
             raise
         _move_hook(self.base, self)
+
+    def _prepare(self, slots: Iterable[Slot]) -> None:
+        """Make what adapters need of this weight, or of a seed, for compiled code could not; merged, `unmerge` does."""
+        weight: Any = self._parameters[self.site.parameter]
+        if not weight.is_meta and not self.merged:
+            for slot in slots:
+                slot.prepare(self.site, _Source(self), weight.device)
 
     def remove(self, names: Collection[str]) -> None:
         """Take adapters off; what stays is merged anew if the layer is merged, and unmerged when none stays.
@@ -325,6 +331,7 @@ class AdapterLayer(nn.Module):
             original.requires_grad_(current.requires_grad)
             self._parameters[name] = original
         self.__dict__["originals"] = {}
+        self._prepare(self)
 
     def train(self, mode: bool = True) -> "AdapterLayer":
         self.base.train(mode)
@@ -341,6 +348,11 @@ class AdapterLayer(nn.Module):
         if self.merged:
             raise StateError("weights cannot be loaded into a merged layer, whose own would come back: unmerge first")
         self.base._load_from_state_dict(*args, **kwargs)
+        self._prepare(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._prepare(self)
 
 
 def _move_hook(source: nn.Module, target: nn.Module) -> None:

@@ -252,7 +252,7 @@ class Slot(nn.Module):
             return None
         if any(t.is_inference() for t in tensors):
             return None  # they count no versions
-        base = stamp if self.reads_weight else ()
+        base = stamp if self.reads_weight or self.method.needs_weight else ()
         return (
             torch.is_inference_mode_enabled(),
             device,
