@@ -174,6 +174,7 @@ def swap(model: Any, file: AdapterFile, *, name: str = "default") -> None:
             "detach it and attach the file"
         )
     parts = {key: _into(key, part, own[key][1]) for key, part in file.parts.items()}
+    _check_common(name, parts, {key: slot for key, (_, slot) in own.items()})
     before = {key: (slot.method, slot.tensors(), slot.absent) for key, (_, slot) in own.items()}
     before = {key: (m, {k: v.detach().clone() for k, v in t.items()}, absent) for key, (m, t, absent) in before.items()}
     try:
@@ -202,6 +203,18 @@ def _into(key: str, part: Part, slot: Slot) -> Part:
     if set(found) != set(slot.keys) or made.unscaled() != old.unscaled():
         raise StateError(f"{key}: the file's {new} does not fit into {old}: detach it and attach the file")
     return Part(made, found)
+
+
+def _check_common(name: str, parts: Mapping[str, Part], own: Mapping[str, Slot]) -> None:
+    """Raises StateError where layers that share a tensor would get different ones."""
+    first: dict[int, Tensor] = {}
+    for key, part in parts.items():
+        for end in (end for end in part.method.common if end in part.tensors):
+            tensor = part.tensors[end]
+            if not torch.equal(first.setdefault(id(own[key]._parameters[end]), tensor), tensor):
+                raise StateError(
+                    f"{key}: '{name}' has one {end} for several layers, the file others: detach it and attach the file"
+                )
 
 
 def _padded(tensor: Tensor, into: Tensor | None, rank: int | None, larger: int | None) -> Tensor | None:
