@@ -93,6 +93,7 @@ def add_up(original: Tensor, site: Site, slots: Sequence[Slot], out: Tensor) -> 
         total = site.seen(weight.clone() if weight is original else weight)
         pristine = site.seen(original.to(wide, copy=weight is not original))
         for slot, t in zip(on, tensors, strict=True):
+            check_finite(torch.tensor(slot.strength, dtype=torch.float64), wide, slots)
             slot.method.accumulate(total, t, site, pristine, slot.strength)
         limits = torch.stack(torch.aminmax(total))
         out.copy_(site.seen(total))

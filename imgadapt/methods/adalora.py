@@ -13,6 +13,7 @@ from imgadapt.methods.lora import check_alpha, too_large
 from imgadapt.sites import Site
 
 _EPSILON = 1e-5  # which peft adds to the rank that it divides by
+_LARGEST = 4096  # that is filled up to
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,8 @@ def _read(t: Tensors, config: Mapping[str, Any], shape: tuple[int, ...] | None) 
 def _write(method: AdaLoRA, t: Tensors, shape: tuple[int, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """With zeros up to the rank that it began with, for peft's config has one rank for all layers."""
     start, alpha = method.began, method.scale * method.began
+    if start > max(method.rank, _LARGEST):
+        raise FormatError(f"it began with {start} ranks, and peft's file has zeros for those that are gone")
     a, e, b = t["adalora_a"].flatten(1), t["adalora_e"][:, None], t["adalora_b"]
     more = start - method.rank
     made = {

@@ -61,6 +61,8 @@ class OSF(Method):
         if t.keys() & set(self.frozen):
             return self, t
         own = weight()
+        if own.ndim < 2:
+            return self, t  # `fits` says what is wrong
         if self.rank >= min(own.flatten(1).shape):
             raise ShapeError(f"its rank is {self.rank}, and this layer's weight {tuple(own.shape)}")
         return self, {**t, **{name: tensor.to(t["osf_u"].device) for name, tensor in self._start(own).items()}}

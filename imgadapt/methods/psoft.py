@@ -84,6 +84,8 @@ class PSOFT(Method):
         if "psoft_a" in t or "psoft_b" in t:
             return self, t
         own = weight()
+        if own.ndim < 2:
+            return self, t  # `fits` says what is wrong
         if self.rank > min(own.flatten(1).shape):
             raise ShapeError(f"its rank is {self.rank}, and this layer's weight {tuple(own.shape)}")
         device = t["psoft_r"].device

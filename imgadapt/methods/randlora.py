@@ -103,8 +103,8 @@ class RandLoRA(Method):
         self, t: Tensors, weight: Callable[[], Tensor], bias: Callable[[], Tensor | None]
     ) -> tuple[Method, Tensors]:
         """Of projections that a file has for all layers, those of this one."""
-        if self.seed is not None or (b := t["randlora_b"]).ndim != 3:
-            return self, t
+        if self.seed is not None or (b := t.get("randlora_b")) is None or b.ndim != 3:
+            return self, t  # `fits` says what is wrong
         wanted = self._projected(Site(tuple(weight().shape)))["randlora_b"]
         cut = all(have >= need for have, need in zip(b.shape, wanted, strict=True))
         return self, {**t, "randlora_b": corner(b, wanted)} if cut else t
@@ -204,6 +204,8 @@ def _write(method: RandLoRA, t: Tensors, shape: tuple[int, ...]) -> tuple[dict[s
 def _widest(method: RandLoRA, largest: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     least, most = sorted(largest[:2])
     rank = method.rank
+    if wrong := projections.too_large(most * _bases(least, rank) * rank):
+        raise FormatError(wrong)
     return {"randlora_A": (rank, 1, least), "randlora_B": (most, _bases(least, rank), rank)}
 
 

@@ -92,8 +92,8 @@ class VeRA(Method):
         self, t: Tensors, weight: Callable[[], Tensor], bias: Callable[[], Tensor | None]
     ) -> tuple[Method, Tensors]:
         """Of projections that a file has for all layers, those of this one."""
-        if self.seed is not None or t["vera_down"].ndim != 2:
-            return self, t
+        if self.seed is not None or any(name not in t or t[name].ndim != 2 for name in self.frozen):
+            return self, t  # `fits` says what is wrong
         shape = weight().shape
         if len(shape) != 2 or t["vera_down"].shape[1] < shape[1] or len(t["vera_up"]) < shape[0]:
             return self, t
