@@ -383,3 +383,5 @@ def _check_dropout(dropout: Dropout, rows: Sequence[Row]) -> None:
             raise ConfigError(
                 f"{layer.name} is {layer.site.kind}: input dropout has no effect there; exclude the layer"
             )
+        if dropout.input and part.method.way(layer.site).bias:
+            raise ConfigError(f"{layer.name}: {part.method.name} reads no input that input dropout could leave out")

@@ -77,7 +77,7 @@ def add_up(original: Tensor, site: Site, slots: Sequence[Slot], out: Tensor) -> 
     """
     wide = wider(original.dtype)
     on = [slot for slot in slots if slot.on]
-    tensors = [slot.tensors(wide, original.device) for slot in on]
+    tensors = [slot.whole(site.seen(original), wide) for slot in on]
     if on and all(slot.way.pair and not slot.method.needs_weight for slot in on):
         pairs = [slot.method.pair(t, site) for slot, t in zip(on, tensors, strict=True)]
         ups = [up * slot.strength for slot, (up, _) in zip(on, (p for p in pairs if p is not None), strict=True)]

@@ -1,16 +1,16 @@
 """Slot: one adapter on one layer, with its strength and dropout."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from imgadapt.constants import Constants, Source, constants
 from imgadapt.errors import ConfigError, StateError
 from imgadapt.methods.base import Method, Tensors, Way
 from imgadapt.moment import Moment
 from imgadapt.ready import Ready
-from imgadapt.shared import cast
 from imgadapt.sites import Site
 
 
@@ -44,18 +44,6 @@ Strength = float | Tensor
 """One number, or a tensor (batch,): one for each sample."""
 
 
-class Source(Protocol):
-    """Where a slot gets the base's weight."""
-
-    def values(self) -> Tensor:
-        """The weight as methods see it."""
-        ...
-
-    def stamp(self) -> tuple[int, ...]:
-        """Another one when it has changed."""
-        ...
-
-
 class Slot(nn.Module):
     """One adapter on one layer: method, tensors, strength, dropout. Its tensors stay out of the model's state dict.
 
@@ -78,7 +66,7 @@ class Slot(nn.Module):
     still: tuple[str, ...]
     first: Tensor | None
     _kept: tuple[Any, Tensors] | None
-    _made: tuple[Any, Tensors, dict[str, Tensor]] | None
+    _made: Constants | None
 
     def __init__(
         self,
@@ -171,7 +159,7 @@ class Slot(nn.Module):
         """Whether a forward needs the base's weight."""
         return self.way.weight or (self.way.dense and self.method.needs_weight)
 
-    def forward(self, site: Site, base: "Source", device: torch.device, dtype: torch.dtype) -> Tensors:
+    def forward(self, site: Site, base: Source, device: torch.device, dtype: torch.dtype) -> Tensors:
         """The method's operands in the dtype of the activation, with the strength in them unless it is per sample.
 
         base: gives the weight as methods see it. It is a forward so that offloading hooks on this module bring its
@@ -204,41 +192,34 @@ class Slot(nn.Module):
             self.__dict__["_kept"] = (key, made)
         return made
 
-    def prepare(self, site: Site, base: "Source", device: torch.device) -> None:
+    def prepare(self, site: Site, base: Source, device: torch.device) -> None:
         """Make the method's constants now: compiled code could not."""
         if self.method.constant_names:
             self._constants(site, base, device, torch.float32)
 
-    def _constants(self, site: Site, base: "Source", device: torch.device, dtype: torch.dtype) -> Tensors:
-        """The method's constants, made once for this weight, device and dtype; layers share those that are equal."""
+    def _constants(self, site: Site, base: Source, device: torch.device, dtype: torch.dtype) -> Tensors:
+        """The method's constants; compiled code has those that were made last."""
         if self._made is not None and torch.compiler.is_compiling():
             return {
                 name: tensor.to(device, dtype if tensor.is_floating_point() else None)
-                for name, tensor in self._made[1].items()
+                for name, tensor in self._made.tensors.items()
             }
-        key = (base.stamp() if self.method.needs_weight else (), device, dtype, self.method)
-        if self._made is None or self._made[0] != key:
-            with torch.no_grad(), torch.inference_mode(False):
-                weight = base.values().detach() if self.method.needs_weight else None
-                made = self.method.constants(site, weight)
-                self.__dict__["_made"] = (key, {name: cast(made[name], device, dtype) for name in made}, {})
-        assert self._made is not None
-        return self._made[1]
+        made = constants(self._made, self.method, site, base, device, dtype)
+        self.__dict__["_made"] = made
+        return made.tensors
+
+    def whole(self, weight: Tensor, dtype: torch.dtype) -> Tensors:
+        """Its tensors where a weight is, in a dtype, with the constants if they were made of it."""
+        t: Tensors = self.tensors(dtype, weight.device)
+        made = {} if self._made is None or self._made.key[-1] != self.method else self._made.of(weight)
+        return {**t, **{k: v.to(weight.device, dtype if v.is_floating_point() else None) for k, v in made.items()}}
 
     def _narrow(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """An operand in the activation's dtype; of one that is a constant as it stands, the copy that layers share."""
         if tensor.dtype == dtype or not tensor.is_floating_point():
             return tensor
-        if self._made is None or torch.compiler.is_compiling():
-            return tensor.to(dtype)
-        name = next((name for name, constant in self._made[1].items() if constant is tensor), None)
-        if name is None:
-            return tensor.to(dtype)
-        kept = self._made[2]
-        if name not in kept or kept[name].dtype != dtype:
-            with torch.no_grad(), torch.inference_mode(False):
-                kept[name] = cast(tensor, tensor.device, dtype)
-        return kept[name]
+        kept = None if self._made is None or torch.compiler.is_compiling() else self._made.narrowed(tensor, dtype)
+        return tensor.to(dtype) if kept is None else kept
 
     def _state(self, stamp: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> tuple[Any, ...] | None:
         """What the operands depend on, to keep them for the next forward; None while they are being trained."""

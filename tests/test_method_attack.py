@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import Tensor, nn
 
 from imgadapt import DoRA, Full, attach, collect, load, merge, parameters, save, swap, unmerge
-from imgadapt.errors import FormatError, ImgadaptError, ShapeError, StateError
+from imgadapt.errors import ConfigError, FormatError, ImgadaptError, ShapeError, StateError
 from imgadapt.file import AdapterFile
 from imgadapt.formats import Part
 from imgadapt.layer import AdapterLayer
@@ -32,6 +33,7 @@ from imgadapt.methods import (
     VBLoRA,
     VeRA,
 )
+from imgadapt.sites import Site
 
 
 def filled(model: nn.Module, name: str = "default", seed: int = 1) -> None:
@@ -140,6 +142,29 @@ def test_what_is_kept_of_singular_vectors_is_not_after_the_weight_has_changed() 
         live = model(x)
         merge(model)
         torch.testing.assert_close(live, model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_singular_vectors_are_made_once_for_a_weight_wherever_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By merges, too, and where hooks that offload bring the weight anew for each forward."""
+    calls: list[Site] = []
+    made = SVDiff.constants
+    monkeypatch.setattr(SVDiff, "constants", lambda self, site, weight: calls.append(site) or made(self, site, weight))
+    model, x = build(nn.Linear(8, 16), nn.Linear(16, 8)), torch.randn(4, 8)
+    attach(model, SVDiff(), targets="*")
+    filled(model)
+    live = model(x)
+    merge(model)
+    torch.testing.assert_close(model(x), live)
+    unmerge(model)
+    assert torch.equal(model(x), live)
+    cpu_offload(model, torch.device("cpu"))
+    assert torch.equal(model(x), live)
+    assert len(calls) == 2
+
+
+def test_a_bias_has_no_input_to_be_left_out() -> None:
+    with pytest.raises(ConfigError, match="reads no input"):
+        attach(build(nn.Linear(8, 16)), BitFit(), targets="*", dropout=0.1)
 
 
 BANKED = [

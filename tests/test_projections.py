@@ -134,9 +134,9 @@ def test_layers_share_one_copy_of_projections_from_a_seed() -> None:
     for layer in model:
         layer(torch.randn(2, layer.base.in_features, dtype=torch.bfloat16))
     made = [next(iter(layer))._made for layer in model]
-    places = {tensor.data_ptr() for _, wide, narrow in made for tensor in (*wide.values(), *narrow.values())}
+    places = {tensor.data_ptr() for one in made for tensor in (*one.tensors.values(), *one.narrow.values())}
     assert len(places) == 2 * (2 + 1)  # of each size down in fp32 and bf16, up in fp32
-    small, large = made[-1][1]["vera_down"], made[0][1]["vera_down"]
+    small, large = made[-1].tensors["vera_down"], made[0].tensors["vera_down"]
     torch.testing.assert_close(small * 32**0.5, large[:, :32] * 64**0.5)  # the first columns
 
 
