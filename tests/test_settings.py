@@ -223,6 +223,21 @@ def test_rates_are_the_layers_own_and_lora_plus_speeds_up_what_starts_at_zero() 
         recipe.groups(config(learning_rates={"text_encoder_2*": 1e-4}), trained)
 
 
+def test_rates_are_of_tensors_too_and_the_first_glob_that_matches_counts() -> None:
+    trained = rows()
+    wanted = {"unet.*.down": 2.0, "text_encoder*": 3.0, "*.up": 4.0}
+    found = {id(p): g["lr"] for g in recipe.groups(config(learning_rates=wanted), trained) for p in g["params"]}
+    assert [found[id(row.parameter)] for row in trained] == [2.0, 4.0, 3.0, 3.0]
+    with pytest.raises(ConfigError, match=r"names \*\.bank, which no .* none of its tensors \(down, up\)"):
+        recipe.groups(config(learning_rates={"*.bank": 1.0}), trained)
+
+
+def test_lora_plus_needs_tensors_that_start_at_zero() -> None:
+    trained = [row for row in rows() if row.key == "down"]
+    with pytest.raises(ConfigError, match="lora_plus is for tensors that start at zero, and lora has none"):
+        recipe.groups(config(lora_plus=4), trained)
+
+
 def test_the_names_of_optimisers_are_those_that_can_be_built() -> None:
     assert set(OPTIMIZERS) == set(optimizers.KINDS)
 

@@ -414,6 +414,7 @@ def test_words_of_the_vocabulary_and_initial_ones_beyond_it_are_refused(
             {"rank": 4, "pivot": 0.7},
             "rank, pivot: for an adapter, and none is trained: give --adapter, or leave it out",
         ),
+        ({"start": "pissa", "freeze_down": True, "nested_ranks": "all"}, "start, freeze_down, nested_ranks: for an ad"),
         ({"learning_rate": 1e-3}, "learning_rate: .* own rate is --embedding-rate"),
         ({"word": "two words"}, "'word' is 'two words': wanted one word without spaces"),
     ],

@@ -68,7 +68,9 @@ class TrainConfig(BaseModel):
     optimizer: Literal[OPTIMIZERS] = Field("adamw", description=", ".join(OPTIMIZERS))  # pyright: ignore[reportInvalidTypeForm]
     optimizer_options: dict[str, _Number | bool] = Field({}, description="further arguments of it: d_coef=2 weight_lr_power=1")  # fmt: skip  # noqa: E501
     learning_rate: float = Field(1e-4, gt=0, le=_RATE, description="peak rate (1 for prodigy)")
-    learning_rates: dict[str, _Rate] = Field({}, description="rates of targets: text_encoder*=5e-5")
+    learning_rates: dict[str, _Rate] = Field(
+        {}, description="rates of targets, or of their tensors: text_encoder*=5e-5 *.vblora_bank=1e-3"
+    )
     lora_plus: float | None = Field(
         None, gt=0, le=_LARGE, description="tensors that start at zero (up, B) learn this much faster"
     )

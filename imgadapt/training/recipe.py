@@ -2,7 +2,7 @@
 
 import ast
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any
@@ -175,23 +175,31 @@ def groups(config: TrainConfig, rows: list[Tensor]) -> list[dict[str, Any]]:
     """Parameter groups for an optimiser, each of one learning rate.
 
     Raises:
-        ConfigError: `learning_rates` names layers that are not trained.
+        ConfigError: `learning_rates` names what is not trained, or `lora_plus` has nothing to speed up.
     """
-    names = list(dict.fromkeys(row.layer for row in rows))
-    if wrong := where.idle(list(config.learning_rates), names):
+    layers = list(dict.fromkeys(row.layer for row in rows))
+    if wrong := where.idle(list(config.learning_rates), [*layers, *(f"{row.layer}.{row.key}" for row in rows)]):
         raise ConfigError(
-            f"learning_rates names {first_few(wrong)}, which no trained layer matches: {first_few(names)}"
+            f"learning_rates names {first_few(wrong)}, which no trained layer matches, and none of its tensors "
+            f"({', '.join(dict.fromkeys(row.key for row in rows))}): {first_few(layers)}"
         )
+    late = {id(row.parameter) for row in rows if _starts_at_zero(row)}
+    if config.lora_plus is not None and not late:
+        raise ConfigError(f"lora_plus is for tensors that start at zero, and {config.method} has none; leave it out")
     by_rate: dict[float, list[nn.Parameter]] = {}
-    for rate, row in _rates(config, rows):
-        by_rate.setdefault(rate, []).append(row.parameter)
+    for row in rows:
+        faster = config.lora_plus if config.lora_plus is not None and id(row.parameter) in late else 1
+        by_rate.setdefault(_rate(config, row) * faster, []).append(row.parameter)
     return [{"params": found, "lr": rate, "peak": rate} for rate, found in by_rate.items()]
 
 
-def _rates(config: TrainConfig, rows: list[Tensor]) -> Iterator[tuple[float, Tensor]]:
-    for row in rows:
-        own = (rate for glob, rate in config.learning_rates.items() if where.matches(row.layer, glob))
-        rate = next(own, config.learning_rate)
-        late = row.key in ("up", "anchored_up") or not row.parameter.detach().any()  # what starts at zero, or would
-        faster = config.lora_plus is not None and late
-        yield rate * (config.lora_plus if faster and config.lora_plus else 1), row
+def _rate(config: TrainConfig, row: Tensor) -> float:
+    """That of the first glob which the layer matches, or the layer and the tensor after a dot."""
+    names = (row.layer, f"{row.layer}.{row.key}")
+    own = (rate for glob, rate in config.learning_rates.items() if any(where.matches(name, glob) for name in names))
+    return next(own, config.learning_rate)
+
+
+def _starts_at_zero(row: Tensor) -> bool:
+    """Or would, without a start."""
+    return row.key in ("up", "anchored_up") or not row.parameter.detach().any()

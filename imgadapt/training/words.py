@@ -26,7 +26,8 @@ NAME = "word"
 
 _ADAPTERS_OWN = (
     *("method", "rank", "alpha", "rank_stabilised", "targets", "methods", "ranks", "dropout", "rank_dropout"),
-    *("module_dropout", "learning_rate", "learning_rates", "lora_plus", "pivot", "exports"),
+    *("start", "freeze_down", "nested_ranks", "module_dropout", "learning_rate", "learning_rates", "lora_plus"),
+    *("pivot", "exports"),
 )
 
 
