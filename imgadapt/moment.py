@@ -62,7 +62,7 @@ class Moment:
         self._masks: dict[Method, Tensor] = {}
         self._handles = [
             root.register_forward_pre_hook(self._enter, with_kwargs=True),
-            root.register_forward_hook(self._leave),
+            root.register_forward_hook(self._leave, always_call=True),
         ]
 
     def _enter(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from imgadapt.moment import CLOCKS, Clock
 from imgadapt.sites import Site
 from imgadapt.tensors import read_tensors
 from imgadapt.training import loop, rules
+from imgadapt.training import plan as planning
 from imgadapt.training.config import TrainConfig
 from imgadapt.untimed import untimed
 
@@ -140,6 +141,23 @@ def test_adaloras_change_is_pefts_after_ranks_were_cut(shape: tuple[int, ...]) -
     torch.testing.assert_close(method.scale * method.delta(t, site, None), expected)
     back, tensors = peft.read(written, fields, shape)
     torch.testing.assert_close(back.scale * back.delta(tensors, site, None), expected)
+
+
+def test_adalora_within_dora_has_no_budget_and_is_refused() -> None:
+    """It was trained without one, and `target_rank` passed over."""
+    model: Any = nn.Sequential(nn.Linear(12, 24))
+    attach(model, DoRA(AdaLoRA(rank=4)), targets="*")
+    with pytest.raises(ConfigError, match=r"model\.0 has adalora within dora, which has no budget"):
+        rules.hold(config(method="dora(adalora(rank=4))", target_rank=2), model)
+
+
+@pytest.mark.parametrize("fields", [{"init_r": 10**400}, {"lora_alpha": 10**400}, {"lora_alpha": float("nan")}])
+def test_pefts_config_of_adalora_may_say_anything(fields: dict[str, Any]) -> None:
+    t = {"lora_A": torch.zeros(3, 8), "lora_E": torch.zeros(3, 1), "lora_B": torch.zeros(12, 3)}
+    peft = AdaLoRA.peft
+    assert peft is not None
+    with pytest.raises(FormatError, match="for a layer of rank 3"):
+        peft.read(t, {"init_r": 5, **fields}, (12, 8))
 
 
 # --- LoRA-FA
@@ -382,6 +400,23 @@ def test_tlora_computed_anew_in_the_backward_pass_has_the_ranks_of_its_forward(p
         unet.eval()
     for one, other in zip(plain, again, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_forward_that_fails_leaves_no_time_behind(pipe: Any) -> None:
+    attach(pipe, TLoRA(rank=4), targets="unet.mid_block*attn1.to_q")
+    filled(pipe)
+    (slot,) = by_name(pipe).values()
+    x, states = asked(pipe, 1)
+    with pytest.raises(RuntimeError), torch.no_grad():
+        pipe.unet(x, 900, states[..., :-1])
+    assert slot.moment.acting(slot.method, 1) is None
+
+
+def test_a_plan_does_not_put_tlora_on_text_encoders(folder: Path) -> None:
+    usual = {"folder": folder, "base": "sd1", "trigger": "ohwx", "class_prompt": "a man"}
+    assert "text" in planning.of(usual, "character").config.targets
+    made = planning.of({**usual, "method": "tlora(rank=4)"}, "character").config
+    assert (made.targets, made.learning_rates) == (["transformer"], {})
 
 
 def test_tlora_leaves_no_hooks_and_stays_out_of_where_no_time_is_known(pipe: Any) -> None:

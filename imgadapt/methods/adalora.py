@@ -14,6 +14,7 @@ from imgadapt.sites import Site
 
 _EPSILON = 1e-5  # which peft adds to the rank that it divides by
 _LARGEST = 4096  # that is filled up to
+_MOST = 2**31  # that a rank or an alpha of a file may be
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def _read(t: Tensors, config: Mapping[str, Any], shape: tuple[int, ...] | None) 
     if a.ndim != 2 or e.ndim != 2 or b.ndim != 2 or not a.shape[0] == e.numel() == b.shape[1]:
         raise FormatError(f"lora_A is {tuple(a.shape)}, lora_E {tuple(e.shape)}, lora_B {tuple(b.shape)}: not one rank")
     rank, start, alpha = e.numel(), config.get("init_r", 12), config.get("lora_alpha", config.get("alpha", 8))
-    if type(start) is not int or not isinstance(alpha, int | float) or start < rank:
+    if type(start) is not int or not rank <= start < _MOST or type(alpha) not in (int, float) or not alpha < _MOST:
         raise FormatError(f"init_r is {start!r} and lora_alpha {alpha!r}, for a layer of rank {rank}")
     alpha = alpha if alpha > 0 else start
     made = AdaLoRA(rank, alpha * start / (start + _EPSILON), start)

@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 import torch
 
 from imgadapt.errors import ConfigError
-from imgadapt.methods import DoRA, LoRA
+from imgadapt.methods import DoRA, LoRA, Method
 from imgadapt.prompting import Prompting
 from imgadapt.training import recipe, subject, words
 from imgadapt.training.config import DreamBoothConfig, InversionConfig, TrainConfig
@@ -227,8 +227,9 @@ def _choices(
 
 def _takes_text(given: Mapping[str, Any]) -> bool:
     """Whether text encoders may be trained, and at a rate of their own."""
-    if given.get("optimizer") == "prodigy":  # which has one rate for all
-        return False
+    made = recipe.method(str(given.get("method", "lora")), {})
+    if given.get("optimizer") == "prodigy" or (isinstance(made, Method) and made.timed):
+        return False  # the one has one rate for all, and text encoders know no time
     return "targets" not in given or any(target.startswith("text") for target in given["targets"])
 
 

@@ -71,6 +71,8 @@ def hold(config: TrainConfig, model: Any) -> None:
         for name, slot in rows if on else ():
             if "down" not in slot.method.cut or (plain and slot.method.needs_weight):
                 raise ConfigError(f"{setting} is for lora without a core, and {name} has {slot.method}")
+    if over := [name for name, slot in rows if "adalora_e" in slot.keys and not Budget.has(slot)]:
+        raise ConfigError(f"{over[0]} has adalora within dora, which has no budget of ranks; give adalora alone")
     budget = [row for row in rows if Budget.has(row[1])]
     if budget:
         Budget(config, budget)  # whose target is looked at
