@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from imgadapt import load, plan, save
+from imgadapt import PTuning, load, plan, save
 from imgadapt.cli import program
 from imgadapt.errors import ConfigError, ImgadaptError, first_few, shortened
 from imgadapt.file import outline
@@ -72,6 +72,9 @@ def convert(source: Path, target: Path, args: Any) -> dict[str, Any]:
     if lost is not None:
         row["lost"] = round(lost, 6)
     row |= {"loss": Counter(step.loss for step in steps), "reasons": by_reason}
+    row["only"] = file.prompts.kind.name if file.prompts else "words only"
+    if file.prompts and args.to != "imgadapt" and isinstance(file.prompts.kind, PTuning):
+        row["note"] = f"{args.to} has the tokens alone: the network that makes them in training is left out"
     if not args.plan:
         save(file, target, format=args.to, dtype=DTYPES.get(args.dtype), dense=args.dense)
         outline(target)  # it can be read back, or that is said now
@@ -114,7 +117,7 @@ def main(argv: Sequence[str]) -> None:
                 said = row["error"] if str(source) in row["error"] else f"{source}: {row['error']}"
                 print(shortened(f"{start}{said}", _LONGEST), file=sys.stderr)
                 continue
-            losses = ", ".join(f"{count} {loss}" for loss, count in row["loss"].items()) or "words only"
+            losses = ", ".join(f"{count} {loss}" for loss, count in row["loss"].items()) or row["only"]
             base = row["base"] or "no table of its base"
             what = f"{row['from']}, {base}, {row['layers']} layers -> {args.to}: {losses}"
             print(shortened(f"{start}{source}: {what}", _LONGEST))

@@ -142,8 +142,9 @@ def plan(file: AdapterFile, format: str) -> list[Step]:
     """What writing a file in a format costs, layer by layer, before anything is written.
 
     Raises:
-        ConfigError: no such format.
+        ConfigError: no such format. FormatError: it has no word for the file's learned prompt.
     """
+    _learned(file, _format(format))
     return Writer(_format(format), _architecture(file), architectures()).steps(file.parts)
 
 
@@ -190,11 +191,8 @@ def save(
         own = {"diffusers": "diffusers", "kohya": "kohya", "onetrainer": "pair"}
         in_form = write_embeddings(file.embeddings, "bundled" if file.parts else own.get(format or ""))  # pyright: ignore[reportArgumentType] # they are forms
         tensors = {**tensors, **in_form}
-    if file.prompts:
-        if file.parts and form.name == "peft":
-            raise FormatError("peft has learned prompts and layers in files of their own; wanted format='imgadapt'")
-        learned, told = write_prompts(file.prompts, form.name)
-        tensors, metadata = {**tensors, **learned}, {**metadata, **told}
+    learned, told = _learned(file, form)
+    tensors, metadata = {**tensors, **learned}, {**metadata, **told}
     if dtype is not None:
         tensors = exact_alpha(tensors, dtype)
     if broken := [key for key, tensor in tensors.items() if not is_finite(tensor)]:
@@ -213,6 +211,15 @@ def save(
         return path
     write_tensors(path, tensors, metadata)
     return path
+
+
+def _learned(file: AdapterFile, form: Format) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors by key, metadata) of a learned prompt."""
+    if file.prompts is None:
+        return {}, {}
+    if (file.parts or file.embeddings) and form.name == "peft":
+        raise FormatError("peft has learned prompts and layers in files of their own; wanted format='imgadapt'")
+    return write_prompts(file.prompts, form.name)
 
 
 def _as_read(form: Format, file: AdapterFile, architecture: Architecture | None) -> bool:

@@ -284,4 +284,4 @@ class Slot(nn.Module):
         """Nothing, for the same reason."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None, "_made": None}
+        return {**self.__dict__, "_kept": None, "_made": None, "gain": self.gain.detach()}

@@ -343,3 +343,60 @@ def test_what_changes_no_weight_is_not_merged_with_what_does(tmp_path: Path) -> 
     imgadapt.detach(model, "lora")
     with pytest.raises(TargetError, match="nothing is attached"):
         imgadapt.merge(model)
+
+
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[1], KINDS[4]], ids=lambda k: k.name)
+def test_a_copy_in_the_middle_of_a_training_stands_alone(kind: Prompting) -> None:
+    model = unet()
+    put_on(model, kind)
+    full = ask(model)
+    other = copy.deepcopy(model)
+    imgadapt.set_weights(other, {"default": 0})
+    assert not torch.equal(ask(other), full)
+    imgadapt.detach(other)
+    assert hooks(other) == 0
+    assert torch.equal(ask(model), full)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS[2:], ids=lambda k: k.name)
+def test_pixart_reads_them_beside_its_texts_mask(kind: Prompting) -> None:
+    torch.manual_seed(0)
+    model = tiny.pixart().eval()
+    noisy, times, context = inputs(width=10)
+    kept = torch.tensor([[1.0] * 7, [1.0] * 4 + [0.0] * 3])
+
+    def draw(context: Tensor = context, kept: Tensor = kept) -> Tensor:
+        sizes: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
+        return model(noisy, context, times, sizes, encoder_attention_mask=kept).sample
+
+    base = draw()
+    put_on(model, kind)
+    full = draw()
+    assert (full - base).abs().max() > 1e-4
+    torch.testing.assert_close(full[1:], draw(context[:, :4], kept[:, :4])[1:])
+    imgadapt.set_weights(model, {"default": torch.tensor([0.0, 1.0])})
+    torch.testing.assert_close(draw(), torch.stack([base[0], full[1]]))
+    imgadapt.detach(model)
+    assert torch.equal(draw(), base)
+
+
+def test_converting_says_what_is_lost_or_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program: Any = runpy.run_path(str(Path(__file__).parents[1] / "converters" / "convert.py"))["main"]
+    model = unet()
+    for kind in (PTuning(2, hidden=3), PrefixTuning(2)):
+        put_on(model, kind)
+        imgadapt.save(imgadapt.collect(model), tmp_path / f"{kind.name}.safetensors")
+        imgadapt.detach(model)
+    program([str(tmp_path / "p_tuning.safetensors"), str(tmp_path / "to.safetensors"), "--to", "peft"])
+    said = capsys.readouterr().out
+    assert "0 layers -> peft: p_tuning" in said
+    assert "the network that makes them in training is left out" in said
+    assert imgadapt.load(tmp_path / "to.safetensors").prompts is not None
+    for form in ("peft", "kohya"):
+        with pytest.raises(FormatError, match="no word for prefix_tuning"):
+            program([str(tmp_path / "prefix_tuning.safetensors"), "--plan", "--to", form])
+    tensors, _ = read_tensors(tmp_path / "to.safetensors")
+    write_tensors(tmp_path / "to.safetensors", tensors, {"peft_config": '{"peft_type": []}'})
+    with pytest.raises(FormatError, match="one table for all layers"):
+        imgadapt.load(tmp_path / "to.safetensors")

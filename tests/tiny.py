@@ -13,6 +13,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -205,6 +206,15 @@ def flux(*, guided: bool = True) -> Any:
             transformer=transformer,
         )
     )
+
+
+def pixart() -> Any:
+    """A transformer with cross-attention, whose texts (width 10) have a projection."""
+    return PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=4, in_channels=4, out_channels=4, num_layers=2,
+        cross_attention_dim=8, caption_channels=10, sample_size=8, patch_size=2, norm_num_groups=2,
+        use_additional_conditions=False,
+    )  # fmt: skip
 
 
 PIPELINES: Mapping[str, Callable[[], Any]] = {"sd1": sd1, "sd2": sd2, "sdxl": sdxl, "sd3": sd3, "flux": flux}

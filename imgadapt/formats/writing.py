@@ -93,7 +93,7 @@ class Writer:
             said = ", ".join(f"{kind} on {component}" for component, kind in sorted(kinds))
             reason = f"{self.form.name} has one method and one component in a file; this has {said}: write them apart"
             return [replace(step, loss="impossible", reason=reason, tensors=None) for step in done]
-        if self.form.single and all(step.tensors is not None for step in done):
+        if self.form.single and done and all(step.tensors is not None for step in done):
             try:  # it may have no words for them together
                 beside.check()
                 self.form.metadata({name: part for step in done for name, part in step.parts.items()}, {})

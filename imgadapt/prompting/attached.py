@@ -1,6 +1,7 @@
 """Attached: one learned prompt on one denoiser: what is trained, and its strengths."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -50,6 +51,9 @@ class Attached:
     def strength(self, attention: str) -> Strength:
         """0 where it has none."""
         return self.strengths.get(attention, 0.0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_made": {}}  # of a graph, which is not copied
 
     def whole(self, key: str) -> dict[str, Tensor]:
         """All tensors of a place for a file: what acts, and what makes it."""

@@ -42,6 +42,9 @@ class CrossAttention:
         self._query: Tensor | None = None
         self._module: Any = module
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_rows": [], "_gated": [], "_query": None}  # of a graph, which is not copied
+
     def remove(self) -> None:
         self._own.remove()
         self._unhook()

@@ -69,7 +69,7 @@ def _of_peft(tensor: Tensor, metadata: Mapping[str, str]) -> Prompts:
         said = config.get("peft_type", "PROMPT_TUNING")
     except (ValueError, AttributeError, RecursionError) as error:
         raise FormatError(f"the metadata '{PEFT_KEY}' is no config: {error!r}") from error
-    if said not in _PEFT_TYPES:
+    if not isinstance(said, str) or said not in _PEFT_TYPES:
         raise FormatError(
             f"peft's {said!r}: one table for all layers of a language model; a denoiser's have widths of their own. "
             f"Read are {', '.join(_PEFT_TYPES)}"
