@@ -1,5 +1,6 @@
 """Routers: strengths of each sample by time and prompt, and what they learn."""
 
+import copy
 import json
 import runpy
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 import imgadapt
-from imgadapt import Full, LoRA
+from imgadapt import Full, LoRA, PromptTuning
 from imgadapt.errors import ConfigError, FormatError, ShapeError, StateError, TargetError
 from imgadapt.routing import Arrow, Poly, Router, XLoRA, load_router, route, routed, save_router, unroute
 from imgadapt.routing.arrow import prototype
@@ -204,3 +205,92 @@ def test_a_router_learns_from_pictures(pipe: Any, tmp_path: Path) -> None:
         learn(family, asked, material, route(pipe, Arrow()), steps=2)
     unroute(pipe)
     imgadapt.detach(pipe)
+
+
+@torch.no_grad()
+def test_strengths_that_are_set_meanwhile_are_not_passed_over() -> None:
+    for router in (XLoRA(hidden=4), Arrow()):
+        model = model_with("a", "b")
+        route(model, router)
+        ask(model)
+        imgadapt.set_weights(model, {"a": 0.25})
+        with pytest.raises(StateError, match="its strength was set"):
+            ask(model)
+        unroute(model)
+        assert {slot.weight for _, _, slot in imgadapt.live.slots(model, "a")} == {0.25}
+
+
+def test_a_copy_in_the_middle_of_a_training_is_routed_too() -> None:
+    model = model_with("a", "b")
+    route(model, XLoRA(hidden=4))
+    full = ask(model)
+    other = copy.deepcopy(model)
+    assert torch.equal(ask(other), full)
+    unroute(other)
+    assert not torch.equal(ask(other), full)
+    assert torch.equal(ask(model), full)
+
+
+@torch.no_grad()
+def test_arrow_looks_again_at_adapters_that_were_swapped() -> None:
+    model = model_with("a", "b")
+    file = imgadapt.collect(model, "b")
+    route(model, Arrow(temperature=0.1))
+    ask(model)
+    for part in file.parts.values():
+        for tensor in part.tensors.values():
+            tensor.normal_()
+    imgadapt.swap(model, file, name="b")
+    swapped = ask(model)
+    unroute(model)
+    route(model, Arrow(temperature=0.1))
+    assert torch.equal(ask(model), swapped)
+
+
+@torch.no_grad()
+def test_texts_are_read_as_they_are_given() -> None:
+    model = tiny.pixart().eval()  # its texts are projected: 10 numbers, and 8 where attention reads them
+    for name in ("a", "b"):
+        imgadapt.attach(model, LoRA(2), name=name)
+    there = route(model, XLoRA(hidden=4))
+    assert there.sizes.context == 10
+    sizes: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
+    model(torch.randn(1, 4, 8, 8), torch.randn(1, 7, 10), torch.tensor([500]), sizes)
+    pipe = tiny.sd3()
+    for name in ("a", "b"):
+        imgadapt.attach(pipe, LoRA(2), name=name, targets="attn.to_q")
+    told: list[Tensor] = []
+    for order in (0, 1):  # a learned prompt before it or after
+        for step in (0, 1):
+            torch.manual_seed(4)
+            if step == order:
+                imgadapt.attach(pipe, PromptTuning(4, spread=9.0), name="prompt")
+            else:
+                there = route(pipe, XLoRA(hidden=4))
+        torch.manual_seed(5)
+        there.parameters()[2].normal_()
+        how: dict[str, Any] = {"num_inference_steps": 1, "height": 16, "width": 16, "max_sequence_length": 16}
+        pipe("a cat", output_type="latent", generator=torch.Generator().manual_seed(0), **how)
+        assert there.told is not None
+        told.append(there.told)
+        unroute(pipe)
+        imgadapt.detach(pipe, "prompt")
+    assert torch.equal(*told)
+
+
+def test_hostile_routers_are_refused(tmp_path: Path) -> None:
+    model = model_with("a", "b")
+    path = save_router(route(model, XLoRA(hidden=4)).file(), tmp_path / "router.safetensors")
+    average = ask(model)
+    unroute(model)
+    tensors, metadata = read_tensors(path)
+    path = tmp_path / "other.safetensors"
+    write_tensors(path, {**tensors, "router.out": tensors["router.out"] * torch.nan}, metadata)
+    with pytest.raises(FormatError, match="NaN"):
+        load_router(path)
+    write_tensors(path, {**tensors, "router.more": torch.ones(3)}, metadata)
+    with pytest.raises(ShapeError, match="more is"):
+        route(model, load_router(path))
+    write_tensors(path, {name: tensor.half() for name, tensor in tensors.items()}, metadata)
+    route(model, load_router(path))
+    torch.testing.assert_close(ask(model), average)

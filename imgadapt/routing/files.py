@@ -68,5 +68,7 @@ def load_router(path: str | PathLike[str]) -> RouterFile:
         raise FormatError(f"{path}: no router that imgadapt wrote: the metadata '{KEY}' has {error!r}") from error
     if any(not key.startswith(_START) or not t.is_floating_point() for key, t in tensors.items()):
         raise FormatError(f"{path}: other tensors than a router's")
+    if not all(bool(torch.isfinite(tensor.float()).all()) for tensor in tensors.values()):
+        raise FormatError(f"{path}: NaN or infinity in it; the training that made it diverged")
     own = {key.removeprefix(_START): tensor for key, tensor in tensors.items()}
     return RouterFile(router, own, tuple(names[0]), tuple(names[1]))

@@ -33,6 +33,7 @@ class Routed:
         self.training = False
         self.layers = list(dict.fromkeys(canonical(name) for name, _, _ in rows))
         self.told: Tensor | None = None
+        self._told_later = torch.ones(1)
         self._before: dict[Slot, Strength] = {slot: slot.weight for _, _, slot in rows}
         self._handles: list[Any] = []
         kinds = [kind.__name__ for kind in type(root).__mro__]
@@ -47,27 +48,31 @@ class Routed:
         Raises:
             ShapeError: tensors of other sizes.
         """
-        for name, shape in router.shapes(sizes).items():
-            if name not in tensors or tuple(tensors[name].shape) != shape:
-                got = tuple(tensors[name].shape) if name in tensors else "missing"
+        wanted = router.shapes(sizes)
+        for name in sorted({*wanted, *tensors}):
+            got, shape = tuple(tensors[name].shape) if name in tensors else "missing", wanted.get(name, "none")
+            if got != shape:
                 raise ShapeError(
                     f"the router's {name} is {got}, wanted {shape}: is it for other adapters or another base?"
                 )
         device = next(self.root.parameters()).device
         self.router, self.sizes = router, sizes
-        self.tensors = {name: nn.Parameter(tensor.to(device)) for name, tensor in tensors.items()}
+        self.tensors = {name: nn.Parameter(tensor.to(device, torch.float32)) for name, tensor in tensors.items()}
         for _, _, slot in self.rows:
-            slot.set(torch.ones(1))
+            slot.set(self._told_later)
         if router.by_layer:
             for name, layer in {name: layer for name, layer, _ in self.rows}.items():
                 own = {slot.name: slot for other, _, slot in self.rows if other == name}
                 self._handles.append(layer.register_forward_pre_hook(_Asking(self, layer, own)))
-        self._handles.append(self.root.register_forward_pre_hook(self._tell, with_kwargs=True))
+        # before the hook that puts learned tokens there: it is the text that is read
+        self._handles.append(self.root.register_forward_pre_hook(self._tell, prepend=True, with_kwargs=True))
 
     def _tell(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for _, layer, slot in self.rows:
             if layer.slot(slot.name) is not slot:
                 raise StateError(f"adapter '{slot.name}' is routed, and was detached: unroute the model first")
+            if slot.weight is not self._told_later:
+                raise StateError(f"adapter '{slot.name}' is routed, and its strength was set: unroute the model first")
         if self.router.by_layer:
             return
         seen = self._seen(args, kwargs)
@@ -92,11 +97,12 @@ class Routed:
         return list(self.tensors.values())
 
     def end(self) -> None:
-        """Act no more; adapters have the strengths from before."""
+        """Act no more; adapters have the strengths from before, or those that were set meanwhile."""
         for handle in self._handles:
             handle.remove()
         for slot, weight in self._before.items():
-            slot.set(weight)
+            if slot.weight is self._told_later:
+                slot.set(weight)
 
     def file(self) -> RouterFile:
         """The router as a file in memory; its tensors are copies, on the CPU."""
@@ -112,7 +118,12 @@ class _Asking:
 
     def __init__(self, routed: Routed, layer: AdapterLayer, own: dict[str, Slot]) -> None:
         self.routed, self.own = routed, own
-        site = layer.site
+        self.conv = layer.site.kind == "conv"
+        self._look(layer)
+
+    def _look(self, layer: AdapterLayer) -> None:
+        """Learn the adapters' prototypes."""
+        self.stamp, site, routed, own = self._stamp(), layer.site, self.routed, self.own
         if site.kind not in ("linear", "conv") or site.groups > 1:
             raise TargetError(f"{routed.router.name} asks inputs of linear layers and convolutions; one is {site.kind}")
         weight = layer.pristine() if any(slot.method.needs_weight for slot in own.values()) else None
@@ -121,9 +132,15 @@ class _Asking:
         device = next(layer.parameters()).device
         self.prototypes = torch.stack([found.get(name, zero).cpu() for name in routed.adapters]).to(device)
         self.there = torch.tensor([name in own for name in routed.adapters], device=device)
-        self.conv = site.kind == "conv"
 
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+    def _stamp(self) -> list[int]:
+        """Another one when an adapter was filled anew; what waits elsewhere (offloading) was not."""
+        every = [t for slot in self.own.values() for t in slot.parameters()]
+        return [] if any(t.is_meta or t.is_inference() for t in every) else [t._version for t in every]
+
+    def __call__(self, layer: Any, args: tuple[Any, ...]) -> None:
+        if self.stamp != (now := self._stamp()) and now:
+            self._look(layer)
         with torch.no_grad():
             x = args[0].float()
             x = x.flatten(2).mean(2) if self.conv else x.reshape(len(x), -1, x.shape[-1]).mean(1)
@@ -177,9 +194,10 @@ def route(model: Any, router: Router | RouterFile, *names: str) -> Routed:
 
 
 def _width(root: Any) -> int:
-    """Of the texts that a denoiser reads; 0 where its config does not say."""
+    """Of the texts that a denoiser reads, before it projects them; 0 where its config does not say."""
     config: Any = getattr(root, "config", {})
-    found = [config.get(name) for name in ("cross_attention_dim", "joint_attention_dim", "caption_channels")]
+    projected = ("encoder_hid_dim", "caption_channels", "text_embed_dim", "text_dim", "cap_feat_dim")
+    found = [config.get(name) for name in (*projected, "joint_attention_dim", "cross_attention_dim")]
     return next((width for width in found if isinstance(width, int)), 0)
 
 
