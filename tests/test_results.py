@@ -4,6 +4,7 @@ import copy
 import json
 import re
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from imgadapt import __version__, attach, demo, detach, load
+from imgadapt import LoRA, __version__, attach, collect, demo, detach, load, save
 from imgadapt.errors import ConfigError, DataError, TrainingError
 from imgadapt.tensors import read_tensors
 from imgadapt.training import families, probe, results
@@ -206,6 +207,20 @@ def test_a_file_that_was_tampered_with_and_one_that_changes_nothing_are_caught(
         results.prove(family, [tmp_path / "zero.safetensors"], nothing)
     with pytest.raises(TrainingError, match="acts otherwise"):
         results.prove(family, [path], nothing)
+
+
+@pytest.mark.parametrize(("learnt", "error", "caught"), [(2e-6, 1.4e-6, False), (9e-6, 5e-6, True)])
+def test_what_is_learnt_within_rounding_is_no_fault_of_the_file(
+    learnt: float, error: float, caught: bool, quick: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AdaLoRA's file has fewer ranks than the live model: sums in another order."""
+    attach(quick, LoRA(rank=2), targets="unet.mid_block*attn1.to_q")
+    path = save(collect(quick), tmp_path / "a.safetensors")
+    family = families.StableDiffusion(quick, torch.device("cpu"), torch.float32)
+    errors = iter([learnt, error])
+    monkeypatch.setattr(probe, "error", lambda *_: next(errors))
+    with pytest.raises(TrainingError, match="acts otherwise") if caught else nullcontext():
+        assert results.prove(family, [path], {"prediction": torch.ones(2)}) == error
 
 
 def test_a_run_that_was_done_says_again_what_it_learnt(

@@ -518,6 +518,21 @@ def test_two_and_three_steps_with_a_stop_between_are_five_to_the_byte(
     assert status["state"] == "done"
 
 
+def test_an_export_whose_layers_lost_all_ranks_is_told_of_after_the_training(
+    folder: Path, tmp_path: Path, run: Run, quick: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """It was an error when all was trained."""
+    settings = [*SETTINGS, "--method", "adalora(rank=2)", "--steps", "2", "--budget-phases", "0", "0"]
+    settings += ["--learning-rate", "0.3", "--warmup-steps", "0"]
+    monkeypatch.setattr(
+        rules.Budget, "_kept", lambda self, _: {n: torch.ones(2) * n.endswith("to_q") for n in self._slots}
+    )
+    run("style", [str(folder), *settings, "--exports", "q=*to_q", "v=*to_v", "--output", str(tmp_path / "out")])
+    assert "exports: the layers of v have no ranks left, and no file" in capsys.readouterr().out
+    made = {path.name for path in (tmp_path / "out").glob("adapter.*")}
+    assert made == {"adapter.safetensors", "adapter.kohya.safetensors", "adapter.q.safetensors"}
+
+
 def test_tlora_as_one_lora_and_nested_ranks_cut_by_the_programs(
     pipe: Any, tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -118,7 +118,6 @@ class Job:
             origin=self.origin, originals=originals,
         )  # fmt: skip
         self.say(said)
-        rules.hold(self.config, self.family.pipeline)
         self.trained, self.optimizer = self._learnt()
 
     def collected(self) -> AdapterFile:
@@ -252,10 +251,12 @@ class Job:
             config, config.identity(self.origin), self.material, architecture.name if architecture else None
         )
         file = replace(file, metadata=told, architecture=architecture.name if architecture else None)
+        gone = results.emptied(file, config.exports)
+        exports = {name: glob for name, glob in config.exports.items() if name not in gone}
         paths: list[Path] = []
         if main:
             probe.save(taken, config.output / "probe.safetensors")
-            paths = results.write(file, config.output, config.formats, config.exports, DTYPES[config.save_precision])
+            paths = results.write(file, config.output, config.formats, exports, DTYPES[config.save_precision])
         if config.shard:
             paths = self.processes.told(paths)
         if self.word:
@@ -263,6 +264,8 @@ class Job:
         worst = results.prove(self.family, paths, taken, file.embeddings, DTYPES[config.save_precision])
         if not main:
             return
+        if gone:
+            self.say(f"exports: the layers of {first_few(gone)} have no ranks left, and no file")
         for path in paths:
             self.say(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
         self.say(f"read back, predictions differ by {worst:.1e} from the live model's")

@@ -17,6 +17,7 @@ from imgadapt.training import probe
 from imgadapt.training.families import Family
 
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+_ROUNDING = 3e-6  # of sums in another order, as where ranks are left out: what is learnt below it cannot be told
 _USUAL = ("diffusers", "kohya", "lycoris")
 _LAYERS_ONLY = ("diffusers", "peft")  # their readers refuse a file that has words, too
 
@@ -65,6 +66,11 @@ def part_of(file: AdapterFile, glob: str) -> AdapterFile:
     if not parts:
         raise ConfigError(f"exports: no trained layer matches '{glob}'")
     return replace(file, parts=parts)
+
+
+def emptied(file: AdapterFile, exports: Mapping[str, str]) -> list[str]:
+    """Exports whose layers were targets, and have no ranks any more."""
+    return [name for name, glob in exports.items() if not any(where.matches(layer, glob) for layer in file.parts)]
 
 
 def check(file: AdapterFile, wanted: Sequence[str], exports: Mapping[str, str]) -> None:
@@ -141,12 +147,14 @@ def prove(
     if live.adapters(family.pipeline):
         attaching.detach(family.pipeline)
     base, worst = probe.error(family, taken), 0.0
+    size = max(1.0, float(taken["prediction"].abs().max()))
     for path, file in _whole({path: load(path) for path in paths}, words).items():
         attaching.attach(family.pipeline, file, name="proof")
         error = probe.error(family, taken)
         attaching.detach(family.pipeline)
-        limit = max(_TOLERANCE[family.dtype], _TOLERANCE[dtype]) * max(1.0, float(taken["prediction"].abs().max()))
-        if not error <= limit or error > base / 2 > 0:  # or, of little that was learnt, a file without it would do
+        limit = max(_TOLERANCE[family.dtype], _TOLERANCE[dtype]) * size
+        little = base > 0 and error > max(base / 2, _ROUNDING * size)  # a file without what was learnt would do
+        if not error <= limit or little:
             raise TrainingError(
                 f"{path}, read back, acts otherwise than what was trained: predictions differ by {error:.2e}"
             )
