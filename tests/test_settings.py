@@ -153,6 +153,7 @@ def test_methods_are_read_from_text(text: str, defaults: dict[str, Any], expecte
         ("lorra", "no method 'lorra', did you mean 'lora'"),
         ("zzz", "no method 'zzz'; there are: lora"),
         ("lora(rang=3)", "lora has no field 'rang'; it has: rank"),
+        ("trainable_tokens", r"trainable_tokens needs tokens: trainable_tokens\(tokens="),
         ("lora(3)", "lora takes its fields by name: rank"),
         ("lora(rank=open('x'))", "rank is open('x'); wanted a number"),
         ("lora(", "is not NAME or NAME"),

@@ -525,12 +525,12 @@ def test_an_export_whose_layers_lost_all_ranks_is_told_of_after_the_training(
     settings = [*SETTINGS, "--method", "adalora(rank=2)", "--steps", "2", "--budget-phases", "0", "0"]
     settings += ["--learning-rate", "0.3", "--warmup-steps", "0"]
     monkeypatch.setattr(
-        rules.Budget, "_kept", lambda self, _: {n: torch.ones(2) * n.endswith("to_q") for n in self._slots}
+        rules.Budget, "_kept", lambda self, _: {n: torch.ones(2) * n.endswith("to_v") for n in self._slots}
     )
     run("style", [str(folder), *settings, "--exports", "q=*to_q", "v=*to_v", "--output", str(tmp_path / "out")])
-    assert "exports: the layers of v have no ranks left, and no file" in capsys.readouterr().out
+    assert "exports: the layers of q have no ranks left, and no file" in capsys.readouterr().out
     made = {path.name for path in (tmp_path / "out").glob("adapter.*")}
-    assert made == {"adapter.safetensors", "adapter.kohya.safetensors", "adapter.q.safetensors"}
+    assert made == {"adapter.safetensors", "adapter.kohya.safetensors", "adapter.v.safetensors"}
 
 
 def test_tlora_as_one_lora_and_nested_ranks_cut_by_the_programs(

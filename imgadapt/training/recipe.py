@@ -3,7 +3,7 @@
 import ast
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -69,6 +69,9 @@ def _made(node: ast.AST, defaults: Mapping[str, Any]) -> Trained:
         except ValueError:
             said = ast.unparse(word.value)
             raise ConfigError(f"{name}: {word.arg} is {said}; wanted a number, true or false") from None
+    bare = [field.name for field in fields(kind) if field.default is MISSING and field.default_factory is MISSING]
+    if lacking := [one for one in bare if one not in values]:
+        raise ConfigError(f"{name} needs {first_few(lacking)}: {name}({lacking[0]}=...)")
     try:
         return kind(**values)
     except TypeError as error:
