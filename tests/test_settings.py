@@ -9,7 +9,7 @@ from torch import nn
 
 from imgadapt import LoHa, LoKr, LoRA
 from imgadapt.errors import ConfigError, TargetError
-from imgadapt.methods import DoRA, Method
+from imgadapt.methods import DoRA, Method, TLoRA
 from imgadapt.training import optimizers, recipe
 from imgadapt.training.config import OPTIMIZERS, InversionConfig, TrainConfig
 from imgadapt.training.flags import from_arguments, parser, read_toml, write_toml
@@ -140,6 +140,7 @@ def test_what_only_watches_or_says_where_does_not_change_the_identity() -> None:
         ("dora(loha(rank=4))", {"rank": 3, "alpha": 1.0}, DoRA(LoHa(rank=4, alpha=1))),
         (" lokr ( factor = 4 ) ", {"rank": 3}, LoKr(rank=3, factor=4)),
         ("lokr(factor=-1)", {}, LoKr(factor=-1)),
+        ("T-LoRA(rank=4)", {}, TLoRA(rank=4)),
         ("lokr(both=true, tucker=False)", {}, LoKr(both=True)),
     ],
 )
@@ -153,7 +154,7 @@ def test_methods_are_read_from_text(text: str, defaults: dict[str, Any], expecte
         ("lorra", "no method 'lorra', did you mean 'lora'"),
         ("zzz", "no method 'zzz'; there are: lora"),
         ("lora(rang=3)", "lora has no field 'rang'; it has: rank"),
-        ("trainable_tokens", r"trainable_tokens needs tokens: trainable_tokens\(tokens="),
+        ("trainable_tokens", "trainable_tokens needs tokens: trainable_tokens(tokens=...)"),
         ("lora(3)", "lora takes its fields by name: rank"),
         ("lora(rank=open('x'))", "rank is open('x'); wanted a number"),
         ("lora(", "is not NAME or NAME"),
