@@ -99,7 +99,8 @@ def change_of(name: str, part: Part, site: Site, base: Base | None, of: str = ""
 
 def no_change(method: Method) -> str:
     """Of one that does not merge."""
-    return f"{method.name} is no change of the weight, so it cannot be merged, cut or written as LoRA"
+    way = "; imgadapt convert --average-times makes LoRA of it, as near as one comes" if method.timed else ""
+    return f"{method.name} {method.apart}, so it cannot be merged, cut or written as LoRA{way}"
 
 
 def _needs_base(name: str, part: Part, of: str) -> str:

@@ -41,7 +41,7 @@ class TrainConfig(BaseModel):
     seed: int = Field(0, ge=0, lt=2**63, description="the same seed gives the same file on the same machine")
 
     # the adapter
-    method: str = Field("lora", description="lora, loha, lokr, oft, boft, glora, ia3, full, dora; or with fields: lokr(factor=8)")  # fmt: skip  # noqa: E501
+    method: str = Field("lora", description="one of docs/methods.md, in small letters: lora, dora, lokr, oft, vera, ...; a prompt of docs/prompting.md; or with fields: lokr(factor=8)")  # fmt: skip  # noqa: E501
     rank: int | None = Field(None, ge=1, le=_RANK, description="the method's rank; its own default when not given")
     alpha: float | None = Field(
         None, gt=0, le=_LARGE, description="the change is scaled by alpha / rank; rank when not given"

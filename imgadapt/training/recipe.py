@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from difflib import get_close_matches
@@ -25,6 +26,14 @@ Trained = Method | Prompting
 _KINDS: Mapping[str, type[Trained]] = {kind.name: kind for kind in (*METHODS, *prompting.KINDS)}
 
 
+def _squeezed(name: str) -> str:
+    """T-LoRA, t_lora and tlora are one."""
+    return re.sub(r"[-_ ]", "", name).lower()
+
+
+_SQUEEZED: Mapping[str, str] = {_squeezed(name): name for name in _KINDS}
+
+
 def method(text: str, defaults: Mapping[str, Any]) -> Trained:
     """What `lora`, `lokr(factor=8)`, `dora(loha(rank=4))` or `prompt_tuning(tokens=8)` says.
 
@@ -33,8 +42,10 @@ def method(text: str, defaults: Mapping[str, Any]) -> Trained:
     Raises:
         ConfigError: no such method or field, or a value that it does not take.
     """
+    head, bracket, rest = text.strip().partition("(")
+    called = _SQUEEZED.get(_squeezed(head), head)
     try:
-        return _made(ast.parse(text.strip(), mode="eval").body, defaults)
+        return _made(ast.parse(called + bracket + rest, mode="eval").body, defaults)
     except (SyntaxError, ValueError) as error:
         raise ConfigError(f"method '{text}' is not NAME or NAME(field=value, ...): {error}") from error
 
