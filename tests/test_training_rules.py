@@ -18,9 +18,10 @@ from imgadapt.methods import AdaLoRA, DoRA, TLoRA
 from imgadapt.moment import CLOCKS, Clock
 from imgadapt.sites import Site
 from imgadapt.tensors import read_tensors
-from imgadapt.training import loop, rules
+from imgadapt.training import fit, loop, rules
 from imgadapt.training import plan as planning
 from imgadapt.training.config import TrainConfig
+from imgadapt.training.families.sketch import sketch
 from imgadapt.untimed import untimed
 
 Run = Callable[[str, Sequence[str]], None]
@@ -158,6 +159,12 @@ def test_pefts_config_of_adalora_may_say_anything(fields: dict[str, Any]) -> Non
     assert peft is not None
     with pytest.raises(FormatError, match="for a layer of rank 3"):
         peft.read(t, {"init_r": 5, **fields}, (12, 8))
+
+
+def test_what_a_training_takes_counts_the_means_by_which_ranks_are_chosen() -> None:
+    made = config(method="adalora(rank=2)", targets=["unet.mid_block*attn1.to_q"])
+    found = fit.predicted(made, sketch("demo", torch.float32), (64, 64), bare=True)
+    assert found.optimizer == 4 * found.adapter  # Adam's two, and these
 
 
 # --- LoRA-FA

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from imgadapt import attaching, live
+from imgadapt.methods import AdaLoRA
 from imgadapt.training import memory, recipe
 from imgadapt.training.buckets import Size, View, views
 from imgadapt.training.config import DreamBoothConfig, InversionConfig, TrainConfig
@@ -192,7 +193,12 @@ def predicted(
             accumulate=not bare and config.pieces > 1, kept=[*kept, trained.words], storage=config.quantise,
             device=device, base=base,
         )  # fmt: skip
-        return replace(made, weights=made.weights - _swapped(config, family.denoiser, device))
+        ranked = sum(row.parameter.numel() for row in trained.rows if row.key in AdaLoRA.tensors)
+        return replace(
+            made,
+            weights=made.weights - _swapped(config, family.denoiser, device),
+            optimizer=made.optimizer + 8 * ranked,  # two means in fp32, by which ranks are chosen
+        )
 
 
 def _swapped(config: TrainConfig, denoiser: nn.Module, device: str) -> int:
