@@ -51,7 +51,7 @@ def set_weights(model: Any, weights: Mapping[str, Weight]) -> None:
             by_layer = dict.fromkeys(prompt.strengths if prompt else (), checked)
         if prompt:
             read[prompt] = {reader: by_layer[reader] for reader in prompt.strengths}
-            prompts.check(parts, name, read[prompt])
+            prompt.check(read[prompt])
     before = {slot: slot.weight for slot in wanted}
     merged = [layer for layer, slot in rows if slot in wanted and layer.merged]
     try:

@@ -4,7 +4,9 @@ import copy
 import json
 import math
 import runpy
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +21,9 @@ from torch import Tensor
 import imgadapt
 from imgadapt import GatedPrompts, LoRA, PrefixTuning, PromptTuning, PTuning
 from imgadapt.errors import ConfigError, FormatError, ShapeError, StateError, TargetError
+from imgadapt.playground.drawing.stacks import Stack
+from imgadapt.playground.library.matching import Places, match
+from imgadapt.playground.requests import Use
 from imgadapt.prompting import Prompting
 from imgadapt.prompting import stack as prompts
 from imgadapt.tensors import read_tensors, write_tensors
@@ -400,3 +405,66 @@ def test_converting_says_what_is_lost_or_refuses(tmp_path: Path, capsys: pytest.
     write_tensors(tmp_path / "to.safetensors", tensors, {"peft_config": '{"peft_type": []}'})
     with pytest.raises(FormatError, match="one table for all layers"):
         imgadapt.load(tmp_path / "to.safetensors")
+
+
+class Files:
+    """What the playground's stack asks of a library."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def get(self, id: str) -> Any:
+        return SimpleNamespace(path=self.folder / f"{id}.safetensors", fault="", name=id)
+
+    def file(self, id: str) -> Any:
+        return imgadapt.load(self.folder / f"{id}.safetensors")
+
+
+@torch.no_grad()
+def test_the_playground_draws_with_them_as_the_library_does(tmp_path: Path) -> None:
+    model = unet()
+    base, parts = ask(model), {"unet": model}
+    for kind in (PrefixTuning(2), GatedPrompts(2)):
+        put_on(model, kind)
+        put_on(model, LoRA(2), name="lora", targets="attn2.to_k")
+        file = replace(imgadapt.collect(model, "lora"), prompts=imgadapt.collect(model).prompts)
+        imgadapt.save(file, tmp_path / f"{kind.name.replace('_', '')}.safetensors")
+        imgadapt.detach(model)
+    names = ["prefixtuning", "gatedprompts"]
+
+    def wanted(weights: Any) -> Tensor:
+        for name in names:
+            imgadapt.attach(model, imgadapt.load(tmp_path / f"{name}.safetensors"), name=name)
+        imgadapt.set_weights(model, weights)
+        out = ask(model)
+        imgadapt.detach(model)
+        return out
+
+    at = {"down_blocks.*": 1.0, "mid_block.*": 0.0, "up_blocks.*": 0.0}
+    sought = wanted({"prefixtuning": 0.5, "gatedprompts": 1.0}), wanted({"prefixtuning": at, "gatedprompts": 0.0})
+    rows = [wanted({"prefixtuning": 0.3, "gatedprompts": -1.0})[0], sought[0][1]]
+    places = Places.of("tiny", SimpleNamespace(components=parts))
+    assert match(imgadapt.load(tmp_path / "prefixtuning.safetensors"), places).verdict == "all"
+    other = Places.of("wider", SimpleNamespace(components={"unet": unet(cross_attention_dim=6)}))
+    assert match(imgadapt.load(tmp_path / "prefixtuning.safetensors"), other).verdict == "some"
+
+    stack = Stack(parts, Files(tmp_path), 2, Counter())  # pyright: ignore[reportArgumentType] # it asks no more
+
+    def uses(prefix: float, gated: float, **how: Any) -> list[Use]:
+        return [Use(adapter="prefixtuning", weight=prefix, **how), Use(adapter="gatedprompts", weight=gated)]
+
+    stack.bring(uses(0.5, 1.0))
+    assert torch.equal(ask(model), base)
+    stack.act([uses(0.5, 1.0)], 0, by_sample=False)
+    torch.testing.assert_close(ask(model), sought[0])
+    stack.act([uses(0.3, -1.0), uses(0.5, 1.0)], 0, by_sample=True)
+    torch.testing.assert_close(ask(model), torch.stack(rows))
+    stack.act([uses(0.5, 0.0, start=1)], 0, by_sample=False)
+    assert torch.equal(ask(model), base)
+    stack.bring(how := uses(1.0, 0.0, blocks="INALL"))
+    stack.act([how], 0, by_sample=False)
+    torch.testing.assert_close(ask(model), sought[1])
+    stack.rest()
+    assert torch.equal(ask(model), base)
+    with pytest.raises(ConfigError, match="0 or more"):
+        stack.bring(uses(-0.5, 1.0))

@@ -119,7 +119,10 @@ def stack(args: argparse.Namespace, library: Library) -> list[dict[str, object]]
     for path, strength in args.adapter:
         card = library.at(path)
         use = Use.of({"adapter": card.id, "weight": strength})
-        print(f"{path}: {len(library.file(card.id).parts)} layers at {strength:g}")
+        file = library.file(card.id)
+        said = [f"{len(file.parts)} layers"] if file.parts or not file.prompts else []
+        said += [file.prompts.kind.name] if file.prompts else []
+        print(f"{path}: {' and '.join(said)} at {strength:g}")
         made.append(use.model_dump(exclude_none=True))
     return made
 

@@ -14,13 +14,21 @@ class Attached:
     """One adapter's tensors by place, and its strength at each attention that reads them (where text and picture attend
     together: at the denoiser).
 
-    tensors: what acts; where the kind makes it (`making`) and it is trainable, what makes it, too.
+    joint: whether text and picture attend together there. tensors: what acts; where the kind makes it (`making`) and it
+    is trainable, what makes it, too.
     """
 
     def __init__(
-        self, name: str, kind: Prompting, places: Mapping[str, Place], tensors: Mapping[str, Tensors], learns: bool
+        self,
+        name: str,
+        kind: Prompting,
+        places: Mapping[str, Place],
+        tensors: Mapping[str, Tensors],
+        *,
+        joint: bool,
+        learns: bool,
     ) -> None:
-        self.name, self.kind, self.places = name, kind, places
+        self.name, self.kind, self.places, self.joint = name, kind, places, joint
         self.strengths: dict[str, Strength] = {}
         self.parameters: dict[str, dict[str, nn.Parameter]] = {}
         self._fixed: dict[str, Tensors] = {}  # what is not made anew, of a file that only acts
@@ -33,6 +41,11 @@ class Attached:
             self.parameters[key] = {name: nn.Parameter(t[name].detach().clone(), learns) for name in names}
             rest = {} if made_anew else {name: t[name] for name in t.keys() & making.keys()}
             self._fixed[key] = rest
+
+    def check(self, strengths: Mapping[str, Strength]) -> None:
+        """Raises ConfigError where it cannot act at these strengths."""
+        for strength in strengths.values():
+            check_strength(self.kind, self.joint, strength)
 
     def prepare(self) -> None:
         """Make what attention reads, once a forward."""

@@ -129,8 +129,9 @@ def add(
     """
     found = places.find(parts)
     kind = prompt.kind if isinstance(prompt, Prompts) else prompt
+    joint = not found.attentions
     for strength in strengths.values():
-        check_strength(kind, not found.attentions, strength)
+        check_strength(kind, joint, strength)
     at = {found.component: found.whole} if kind.shared else {n: found.attentions[n][1] for n in strengths}
     if isinstance(prompt, Prompts):
         tensors = _of_file(prompt, at, {canonical(n) for n in found.attentions} | {found.component})
@@ -139,7 +140,7 @@ def add(
     device = next(found.denoiser.parameters()).device
     if device.type != "meta":
         tensors = {key: {n: t.to(device) for n, t in own.items()} for key, own in tensors.items()}
-    one = Attached(name, kind, at, tensors, learns)
+    one = Attached(name, kind, at, tensors, joint=joint, learns=learns)
     one.strengths = dict(strengths)
     stack = of(parts)
     if stack is None:
@@ -175,15 +176,6 @@ def remove(parts: Mapping[str, nn.Module], gone: Collection[str]) -> None:
     if not stack.attached:
         stack.remove()
         del stack.reads.denoiser.__dict__[_HELD]
-
-
-def check(parts: Mapping[str, nn.Module], name: str, strengths: Mapping[str, Strength]) -> None:
-    """Raises ConfigError where a prompt cannot act at these strengths."""
-    stack, one = of(parts), attached(parts, name)
-    assert stack is not None
-    assert one is not None
-    for strength in strengths.values():
-        check_strength(one.kind, stack.joint, strength)
 
 
 def collected(parts: Mapping[str, nn.Module], name: str) -> Prompts | None:

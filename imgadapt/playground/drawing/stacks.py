@@ -1,13 +1,13 @@
 """Stack: the adapters on the loaded base, by the ids of their cards; they wait there at weight 0 between requests."""
 
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import imgadapt
 from imgadapt import live, tokens
@@ -20,7 +20,9 @@ from imgadapt.embeddings import Embedding
 from imgadapt.errors import ConfigError, ImgadaptError
 from imgadapt.playground.library.library import Library
 from imgadapt.playground.requests import Use
-from imgadapt.slot import Slot
+from imgadapt.prompting import stack as prompts
+from imgadapt.prompting.attached import Attached
+from imgadapt.slot import Slot, Strength
 from imgadapt.targets import TEXT_ENCODERS
 
 Stamp = tuple[tuple[str, int, int], ...]
@@ -29,7 +31,9 @@ _BLOCKS = 64  # block settings that are remembered of an adapter
 
 @dataclass(eq=False)
 class _On:
-    """An adapter on the base. stamp: of its file when it was read; denoiser, text: its slots, by layer."""
+    """An adapter on the base. stamp: of its file when it was read; layers: its own, and what reads its learned prompt;
+    denoiser, text: its slots, by layer.
+    """
 
     stamp: Stamp
     layers: Sequence[str]
@@ -37,6 +41,7 @@ class _On:
     denoiser: Sequence[tuple[str, Slot]]
     text: Sequence[tuple[str, Slot]]
     words: Mapping[str, Embedding]
+    prompt: Attached | None
     factors: OrderedDict[str, Factor] = field(default_factory=OrderedDict[str, Factor])
 
 
@@ -56,7 +61,8 @@ class Stack:
         """Attach what is not on yet, or whose file has changed; all of them are off.
 
         Raises:
-            ConfigError: one does not go on this base, or its blocks are not the base's.
+            ConfigError: one does not go on this base, its blocks are not the base's, or it is a learned prompt that
+                cannot act at its strength.
         """
         wanted = [use.adapter for use in uses]
         for id in wanted:
@@ -71,7 +77,7 @@ class Stack:
         while len(self._on) > max(self._most, len(wanted)):
             self._drop(next(iter(self._on)))
         for use in uses:
-            self._factor(use)
+            self._check(use)
         self._sort(tuple(wanted))
         if (acting := frozenset(wanted)) != self._acting:
             self._counts["swaps"] += 1
@@ -120,20 +126,24 @@ class Stack:
             if column is None or not _in_time(column[0], step):
                 for _, slot in on.denoiser:
                     _set(slot, 0.0)
+                _read(on, None)
                 continue
             factors = [self._factor(use) for use in column]
+
+            def told(layer: str, pairs: Sequence[tuple[Use, Factor]] = list(zip(column, factors, strict=True))) -> Any:
+                found = [use.weight * factor(layer) for use, factor in pairs]
+                return torch.tensor(found, dtype=torch.float64) if by_sample else found[0]
+
             for layer, slot in on.denoiser:
-                found = [use.weight * factor(layer) for use, factor in zip(column, factors, strict=True)]
-                if by_sample:
-                    slot.set(torch.tensor(found, dtype=torch.float64))
-                else:
-                    _set(slot, found[0])
+                _set(slot, told(layer))
+            _read(on, told)
 
     def rest(self) -> None:
         """All off."""
         for on in self._on.values():
             for _, slot in (*on.denoiser, *on.text):
                 _set(slot, 0.0)
+            _read(on, None)
 
     @property
     def ids(self) -> list[str]:
@@ -147,7 +157,7 @@ class Stack:
 
     def _drop(self, id: str) -> None:
         on = self._on.pop(id)
-        if on.denoiser or on.text or id in tokens.names(self._pipeline):  # its words may be out already
+        if on.denoiser or on.text or on.prompt or id in tokens.names(self._pipeline):  # its words may be out already
             imgadapt.detach(self._pipeline, id)
         self._order = tuple(other for other in self._order if other != id)
 
@@ -158,23 +168,28 @@ class Stack:
         stamp = _stamp(card.path)
         try:
             file = self._library.file(id)
-            if file.prompts:
-                raise ConfigError(f"{file.prompts.kind.name} is for programs: the playground's strengths are of layers")
             imgadapt.attach(self._pipeline, file, name=id, weight=0.0, trainable=False)
         except ImgadaptError as error:
             raise ConfigError(f"{card.name} does not go on this base: {error}") from error
         self._counts["attaches"] += 1
         slots = [] if not file.parts else live.slots(self._pipeline, id)
         named = [(canonical(layer), slot) for layer, _, slot in slots]
+        prompt = prompts.attached(where.components(self._pipeline), id)
         self._on[id] = _On(
             stamp,
-            list(file.parts),
+            [*file.parts, *(canonical(reader) for reader in (prompt.strengths if prompt else ()))],
             next((one for one in architectures() if one.name == file.architecture), None),
             [row for row in named if row[0].partition(".")[0] not in TEXT_ENCODERS],
             [row for row in named if row[0].partition(".")[0] in TEXT_ENCODERS],
             file.embeddings,
+            prompt,
         )
         self._order = (*self._order, id)
+
+    def _check(self, use: Use) -> None:
+        prompt, factor = self._on[use.adapter].prompt, self._factor(use)
+        if prompt is not None:
+            prompt.check({reader: use.weight * factor(canonical(reader)) for reader in prompt.strengths})
 
     def _factor(self, use: Use) -> Factor:
         """Layer -> what its strength is multiplied by, of an adapter's blocks."""
@@ -203,6 +218,8 @@ class Stack:
             own = list(layer)
             if len(own) > 1:
                 layer.slots = nn.ModuleList(sorted(own, key=key))
+        if there := prompts.of(where.components(self._pipeline)):
+            there.attached.sort(key=lambda one: place[one.name])
 
 
 def differ(rows: Sequence[Sequence[Use]]) -> bool:
@@ -223,8 +240,18 @@ def _in_time(use: Use, step: int) -> bool:
     return use.start <= step and (use.stop is None or step < use.stop)
 
 
-def _set(slot: Slot, weight: float) -> None:
-    if slot.per_sample or slot.weight != weight:  # operands with the strength in them are kept while it stays
+def _read(on: _On, told: Callable[[str], Strength] | None) -> None:
+    """The strengths at which a learned prompt is read; None: it is not."""
+    if on.prompt is not None:
+        found = {reader: 0.0 if told is None else told(canonical(reader)) for reader in on.prompt.strengths}
+        on.prompt.check(found)
+        on.prompt.strengths = found
+
+
+def _set(slot: Slot, weight: Strength) -> None:
+    if (
+        slot.per_sample or isinstance(weight, Tensor) or slot.weight != weight
+    ):  # operands with the strength in them are kept while it stays
         slot.set(weight)
 
 

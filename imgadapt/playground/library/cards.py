@@ -133,7 +133,11 @@ def described(file: AdapterFile) -> Header:
         file.format or "",
         _architecture(file),
         tuple(Kind(*kind, layers) for kind, layers in counted.most_common()),
-        tuple(dict.fromkeys(name.partition(".")[0] for name in file.parts)),
+        tuple(
+            dict.fromkeys(
+                name.partition(".")[0] for name in (*file.parts, *(file.prompts.tensors if file.prompts else ()))
+            )
+        ),
         told.numbers,
         tuple(told.dtypes),
         tuple(plain(word) for word in file.embeddings),

@@ -6,13 +6,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from imgadapt import targets
 from imgadapt.arch import canonical
 from imgadapt.embeddings import Embedding
+from imgadapt.errors import TargetError
 from imgadapt.file import AdapterFile
 from imgadapt.formats import Part
+from imgadapt.prompting.kind import Prompts
+from imgadapt.prompting.places import Reads, find
 from imgadapt.sites import Site
 from imgadapt.targets import TEXT_ENCODERS
 
@@ -36,34 +39,46 @@ class Match:
 
 @dataclass(frozen=True)
 class Places:
-    """Where adapters can go on a base: canonical layer name -> site, and text encoder -> width of its words."""
+    """Where adapters can go on a base: canonical layer name -> site, text encoder -> width of its words, and what reads
+    learned prompts (None: nothing does).
+    """
 
     base: str
     sites: Mapping[str, Site] = field(repr=False)
     widths: Mapping[str, int]
+    reads: Reads | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, base: str, pipeline: Any) -> Self:
         """Of a pipeline, which is only looked at; adapters may be on it, and the desk may put others on meanwhile."""
-        sites = _sites(pipeline)
+        sites, reads = _looked(pipeline)
         encoders = {name: pipeline.components.get(name) for name in TEXT_ENCODERS}
         return cls(
             base,
             sites,
             {name: int(one.get_input_embeddings().weight.shape[-1]) for name, one in encoders.items() if one},
+            reads,
         )
 
 
-def _sites(pipeline: Any) -> dict[str, Site]:
+def _looked(pipeline: Any) -> tuple[dict[str, Site], Reads | None]:
     """Looked up again where a layer was wrapped or unwrapped between two looks at it, which takes the desk a moment."""
     for turn in range(_TURNS):
         try:
-            return {canonical(layer.name): layer.site for layer in targets.layers(targets.components(pipeline))}
+            parts = targets.components(pipeline)
+            return {canonical(layer.name): layer.site for layer in targets.layers(parts)}, _reads(parts)
         except (KeyError, RuntimeError):
             if turn == _TURNS - 1:
                 raise
             time.sleep(0.02)
     raise AssertionError("a turn returns or raises")
+
+
+def _reads(parts: Mapping[str, nn.Module]) -> Reads | None:
+    try:
+        return find(parts)
+    except TargetError:
+        return None
 
 
 def match(file: AdapterFile, places: Places) -> Match:
@@ -75,7 +90,9 @@ def match(file: AdapterFile, places: Places) -> Match:
     for word, embedding in file.embeddings.items():
         if why := _why_no_word(embedding, places):
             unmatched[f"word '{word}'"] = why
-    total = len(file.parts) + len(file.embeddings)
+    if (prompt := file.prompts) is not None:
+        unmatched |= {name: why for name in prompt.tensors if (why := _why_no_prompt(name, prompt, places))}
+    total = len(file.parts) + len(file.embeddings) + len(prompt.tensors if prompt else ())
     matched = total - len(unmatched)
     whole = matched == total and not file.unknown
     return Match(
@@ -110,6 +127,18 @@ def _finite(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and (
         bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor.float()).all())
     )
+
+
+def _why_no_prompt(name: str, prompt: Prompts, places: Places) -> str:
+    reads, t = places.reads, prompt.tensors[name]
+    if reads is None or not (reads.attentions or prompt.kind.joint):
+        return f"{places.base} reads no {prompt.kind.name}"
+    by_name = {canonical(key): place for key, (_, place) in reads.attentions.items()}
+    place = {reads.component: reads.whole}.get(name) if prompt.kind.shared else by_name.get(name)
+    if place is None:
+        return f"{places.base} has nothing of that name that reads texts"
+    wrong = [key for key, tensor in t.items() if not _finite(tensor)]
+    return prompt.kind.fits(t, place) or (f"{wrong[0]} has NaN or infinity" if wrong else "")
 
 
 def _why_no_word(embedding: Embedding, places: Places) -> str:
