@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from imgadapt import live
 from imgadapt.atomic import atomically
 from imgadapt.errors import ConfigError, DataError, OutputError
+from imgadapt.methods import Method
 from imgadapt.training import (
     buckets,
     checkpoint,
@@ -104,7 +105,7 @@ def test_toml_of_every_kind_has_numbers_where_numbers_belong_and_paths_from_its_
 def test_the_planned_scale_is_one_whatever_rank_the_method_or_a_target_has(folder: Path) -> None:
     for given in ({"method": "lora(rank=4)"}, {"method": "dora(lora(rank=4))"}, {"ranks": {"unet.mid*": 4}}):
         made = recipe.methods(plan.of({"folder": folder, **given}).config)
-        assert {method.scale for method in made.values()} == {1.0}
+        assert {method.scale for method in made.values() if isinstance(method, Method)} == {1.0}
 
 
 @pytest.mark.parametrize("given", [{"targets": ["transformer"]}, {"optimizer": "prodigy"}])

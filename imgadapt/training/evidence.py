@@ -88,7 +88,7 @@ class Evidence:
             figures |= {name: losses.mean().item(), f"{name}_base": self.base[name].mean().item()}
             figures |= {f"{name}_gain": mean, f"{name}_gain_low": low, f"{name}_gain_high": high}
         made = self.collect()
-        both = bool((made.parts or made.prompts) and made.embeddings)  # the usual format, diffusers', has no place for it
+        both = bool((made.parts or made.prompts) and made.embeddings)  # diffusers has no place for it
         form = formats(made)[0] if both else None
         save(made, self._snapshot(done), format=form, dtype=DTYPES[self.config.save_precision])
         self._lines.write({"step": done, **{k: round(v, 6) for k, v in figures.items()}})
