@@ -120,6 +120,14 @@ class Moment:
         return {**self.__dict__, "_share": None, "_log": deque(maxlen=_MOST), "_masks": {}}
 
 
+def clock_of(root: nn.Module) -> Clock | None:
+    """How a denoiser is told the time, where that is known; Sana's pipeline multiplies it by a field of the config."""
+    kinds = [kind.__name__ for kind in type(root).__mro__]
+    clock = next((CLOCKS[kind] for kind in kinds if kind in CLOCKS), None)
+    factor = getattr(getattr(root, "config", None), "timestep_scale", 1.0)
+    return None if clock is None else clock._replace(total=clock.total * factor)
+
+
 def moment(root: nn.Module) -> Moment | None:
     """The one that a module has; None if it has none."""
     owners = (getattr(hook, "__self__", None) for hook in root._forward_pre_hooks.values())
@@ -134,15 +142,13 @@ def given(root: nn.Module, component: str) -> Moment | None:
     """
     if (there := moment(root)) is not None:
         return there
-    kinds = [kind.__name__ for kind in type(root).__mro__]
-    clock = next((CLOCKS[kind] for kind in kinds if kind in CLOCKS), None)
-    if clock is not None:
+    if (clock := clock_of(root)) is not None:
         return Moment(root, clock)
     if component.startswith("text_encoder"):
         raise TargetError(f"{component} knows no timestep, which this adapter depends on; target the denoiser only")
     if {"timestep", "timesteps"} & {*inspect.signature(type(root).forward).parameters}:
         raise TargetError(
-            f"how {kinds[0]} is told its timestep is not known yet (known: {', '.join(sorted(CLOCKS))}); an adapter "
-            "that depends on it cannot act there"
+            f"how {type(root).__name__} is told its timestep is not known yet (known: {', '.join(sorted(CLOCKS))}); "
+            "an adapter that depends on it cannot act there"
         )
     return None

@@ -15,7 +15,7 @@ from imgadapt import AdapterFile, LoRA, attach, collect, detach, load, merge, pa
 from imgadapt.errors import ConfigError, FormatError, StateError, TargetError
 from imgadapt.live import slots
 from imgadapt.methods import AdaLoRA, DoRA, TLoRA
-from imgadapt.moment import CLOCKS, Clock
+from imgadapt.moment import CLOCKS, Clock, clock_of
 from imgadapt.sites import Site
 from imgadapt.tensors import read_tensors
 from imgadapt.training import fit, loop, rules
@@ -407,6 +407,17 @@ def test_tlora_computed_anew_in_the_backward_pass_has_the_ranks_of_its_forward(p
         unet.eval()
     for one, other in zip(plain, again, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_sanas_time_is_multiplied_as_its_pipeline_does() -> None:
+    from diffusers import SanaTransformer2DModel
+
+    with torch.device("meta"):
+        usual, other = (
+            SanaTransformer2DModel(num_layers=1, sample_size=4, timestep_scale=scale) for scale in (1.0, 0.001)
+        )
+    assert [clock_of(model) for model in (usual, other)] == [Clock("timestep", 1000), Clock("timestep", 1)]
+    assert clock_of(nn.Linear(2, 2)) is None
 
 
 def test_a_forward_that_fails_leaves_no_time_behind(pipe: Any) -> None:

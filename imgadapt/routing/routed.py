@@ -12,7 +12,7 @@ from imgadapt import targets as where
 from imgadapt.arch import canonical
 from imgadapt.errors import ConfigError, ShapeError, StateError, TargetError, first_few
 from imgadapt.layer import AdapterLayer
-from imgadapt.moment import CLOCKS, Clock
+from imgadapt.moment import CLOCKS, Clock, clock_of
 from imgadapt.routing.arrow import prototype
 from imgadapt.routing.files import RouterFile
 from imgadapt.routing.router import Router, Seen, Sizes
@@ -36,10 +36,10 @@ class Routed:
         self._told_later = torch.ones(1)
         self._before: dict[Slot, Strength] = {slot: slot.weight for _, _, slot in rows}
         self._handles: list[Any] = []
-        kinds = [kind.__name__ for kind in type(root).__mro__]
-        clock = next((CLOCKS[kind] for kind in kinds if kind in CLOCKS), None)
+        clock = clock_of(root)
         if clock is None:
-            raise TargetError(f"how {kinds[0]} is told its time is not known; known are {', '.join(sorted(CLOCKS))}")
+            name = type(root).__name__
+            raise TargetError(f"how {name} is told its time is not known; known are {', '.join(sorted(CLOCKS))}")
         self.clock: Clock = clock
 
     def begin(self, router: Router, tensors: dict[str, Tensor], sizes: Sizes) -> None:
