@@ -184,7 +184,7 @@ def test_it_becomes_kohyas_lora_with_what_that_leaves_out(method: Method, tmp_pa
     base, names = Base(model), {f"model.{place}": name for name, place in PLACES.items()}
     file = AdapterFile({names[name]: part for name, part in file.parts.items()}, {}, "imgadapt", "sd1")
     if not method.merges:
-        with pytest.raises(ConfigError, match=f"{method.name} is no change of the weight"):
+        with pytest.raises(ConfigError, match=f"{method.name} {method.apart}, so it cannot be merged"):
             resize(file, Keep(rank=3), base=base)
         assert {step.loss for step in plan(file, "kohya")} == {"impossible"}
         return
