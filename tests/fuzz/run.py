@@ -40,7 +40,7 @@ atheris: Any = None
 LONGEST = 2**20
 """Bytes of an input."""
 _HANGS = 60  # seconds until an input is one that never ends
-_MEMORY = 2500 * 2**20
+_MEMORY = 2500 * 2**20  # bytes that an input may take
 _HEAD = 24  # bytes of a tally's numbers
 
 
@@ -233,12 +233,20 @@ def _child(target: Target, options: Options, tally: Tally, log: Path, scratch: P
         file = os.open(log, os.O_WRONLY | os.O_CREAT)
         for output in (1, 2):
             os.dup2(file, output)
-        resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY, _MEMORY))
+        most = _MEMORY + _data()
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
         fuzz(target, options, tally)
         os._exit(0)
     except BaseException:
         traceback.print_exc()
         os._exit(1)
+
+
+def _data() -> int:
+    """Bytes of data that this process has, which a child of fork begins with."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmData:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 if found else 0
 
 
 def run(chosen: Sequence[Target], options: Options, jobs: int) -> list[Outcome]:
