@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from imgadapt.errors import ShapeError
-from imgadapt.methods.base import Method, Tensors, Way, positive
-from imgadapt.methods.lora import check_alpha, scale_of, too_large
+from imgadapt.methods.base import Tensors, Way
+from imgadapt.methods.lora import Scaled, too_large
 from imgadapt.sites import Site
 
 
 @dataclass(frozen=True)
-class Anchored(Method):
+class Anchored(Scaled):
     """delta = up @ down - up_0 @ down_0, with down (rank, in / groups, *kernel) and up (out, rank, *1); up_0 and
     down_0, of the same shapes, are what those started from, and stay.
 
@@ -38,18 +38,6 @@ class Anchored(Method):
     name = "anchored"
     tensors = ("anchored_down", "anchored_up", "anchored_down_0", "anchored_up_0")
     frozen = ("anchored_down_0", "anchored_up_0")
-
-    def __post_init__(self) -> None:
-        positive("rank", self.rank)
-        check_alpha(self.alpha)
-
-    @property
-    def scale(self) -> float:
-        return scale_of(self.alpha, self.rank, stabilised=self.rank_stabilised)
-
-    @property
-    def file_rank(self) -> int:
-        return self.rank
 
     def check(self, site: Site) -> str | None:
         return super().check(site) or too_large(self.rank, site)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from imgadapt.errors import ConfigError, ShapeError, StateError
-from imgadapt.methods.base import Method, Tensors, Way, positive
-from imgadapt.methods.lora import check_alpha, scale_of
+from imgadapt.methods.base import Tensors, Way
+from imgadapt.methods.lora import Scaled
 from imgadapt.sites import Site
 
 Placement = Literal["parallel", "sequential"]
@@ -25,7 +25,7 @@ NONLINEAR: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class Bottleneck(Method):
+class Bottleneck(Scaled):
     """The output changes by neck_up @ f(neck_down @ h + neck_down_b) + neck_up_b, f the nonlinearity.
 
     placement "parallel" (arXiv 2110.04366): h is the layer's input, neck_down (rank, in / groups, *kernel) with the
@@ -54,17 +54,8 @@ class Bottleneck(Method):
     merges = False
 
     def __post_init__(self) -> None:
-        positive("rank", self.rank)
-        check_alpha(self.alpha)
+        super().__post_init__()
         check_network(self.placement, self.nonlinearity)
-
-    @property
-    def scale(self) -> float:
-        return scale_of(self.alpha, self.rank)
-
-    @property
-    def file_rank(self) -> int:
-        return self.rank
 
     @property
     def ranked(self) -> dict[str, int]:

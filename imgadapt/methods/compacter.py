@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from imgadapt.errors import ConfigError, ShapeError, StateError
-from imgadapt.methods.base import Method, Tensors, Way, positive
+from imgadapt.methods.base import Tensors, Way, positive
 from imgadapt.methods.bottleneck import Nonlinearity, Placement, check_network, passed, too_wide, way_of
-from imgadapt.methods.lora import check_alpha, scale_of
+from imgadapt.methods.lora import Scaled
 from imgadapt.sites import Site
 
 
 @dataclass(frozen=True)
-class Compacter(Method):
+class Compacter(Scaled):
     """`Bottleneck` whose down and up are sums over i of kron(A_i, u_i @ v_i), with A `compacter_a` (n, n, n) of all
     layers, `down_u` (n, rank / n, q), `down_v` (n, q, width / n), `up_u` (n, out / n, q), `up_v` (n, q, rank / n) each
     after `compacter_`, and the biases of Bottleneck. width: of what goes through, in / groups * kernel if parallel.
@@ -47,20 +47,12 @@ class Compacter(Method):
     merges = False
 
     def __post_init__(self) -> None:
-        for name in ("rank", "n", "kron_rank"):
-            positive(name, getattr(self, name))
-        check_alpha(self.alpha)
+        super().__post_init__()
+        positive("n", self.n)
+        positive("kron_rank", self.kron_rank)
         check_network(self.placement, self.nonlinearity)
         if self.rank % self.n:
             raise ConfigError(f"rank is {self.rank}; it must be a multiple of n, {self.n}")
-
-    @property
-    def scale(self) -> float:
-        return scale_of(self.alpha, self.rank)
-
-    @property
-    def file_rank(self) -> int:
-        return self.rank
 
     def resized(self, rank: int) -> Self:
         return self  # where a rank stands in the products depends on how many there are

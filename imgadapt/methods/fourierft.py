@@ -4,14 +4,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from imgadapt.errors import ShapeError
 from imgadapt.methods import sparse
-from imgadapt.methods.base import Method, Peft, Tensors, Way, linear_only, positive
+from imgadapt.methods.base import Method, Peft, Tensors, Way, linear_only
 from imgadapt.sites import Site
 
 
@@ -36,7 +35,7 @@ class Fourier(sparse.Basis):
 
 
 @dataclass(frozen=True)
-class FourierFT(Method):
+class FourierFT(sparse.Spectrum):
     """delta = Re(ifft2(S)), with S (out, in * kernel) zero but for n entries, the `spectrum` (n,).
 
     n_frequency: n; on layers of fewer numbers all of them.
@@ -58,35 +57,6 @@ class FourierFT(Method):
     name = "fourierft"
     tensors = ("spectrum",)
 
-    def __post_init__(self) -> None:
-        positive("n_frequency", self.n_frequency)
-        sparse.check_scaling(self.scaling)
-        sparse.check_seed(self.seed)
-
-    @property
-    def scale(self) -> float:
-        return self.scaling
-
-    @property
-    def file_alpha(self) -> float:
-        return self.scaling
-
-    def unscaled(self) -> Self:
-        return replace(self, scaling=1.0)
-
-    def at(self, site: Site) -> Self:
-        return replace(self, n_frequency=min(self.n_frequency, math.prod(site.shape)))
-
-    def shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
-        return {"spectrum": (self.n_frequency,)}
-
-    def init(self, site: Site, weight: Tensor | None) -> dict[str, Tensor]:
-        return {"spectrum": torch.zeros(self.n_frequency)}
-
-    @property
-    def constant_names(self) -> frozenset[str]:
-        return frozenset({"places"})
-
     def constants(self, site: Site, weight: Tensor | None) -> dict[str, Tensor]:
         with torch.inference_mode(False):
             places = sparse.drawn(self.seed, math.prod(site.shape), self.n_frequency)
@@ -107,17 +77,6 @@ class FourierFT(Method):
 
     def act(self, o: Tensors, site: Site, x: Tensor, y: Tensor | None, onto: Tensor | None) -> Tensor:
         return sparse.act(o, site, x, onto, Fourier(site.fan_in), Fourier(site.rows))
-
-    def fits(self, t: Tensors, site: Site) -> str | None:
-        size = math.prod(site.shape)
-        most = f"spectrum is of {self.n_frequency} entries, and this layer has {size}"
-        return super().fits(t, site) or (most if self.n_frequency > size else None)
-
-    @classmethod
-    def infer(cls, t: Tensors, alpha: float | None) -> Self:
-        if t["spectrum"].ndim != 1:
-            raise ShapeError(f"spectrum is {tuple(t['spectrum'].shape)}, wanted (n,)")
-        return cls(len(t["spectrum"])) if alpha is None else cls(len(t["spectrum"]), alpha)
 
 
 @lru_cache(maxsize=64)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from imgadapt.errors import ShapeError
-from imgadapt.methods.base import Method, Tensors, Way, positive
-from imgadapt.methods.lora import check_alpha, scale_of, too_large
+from imgadapt.methods.base import Tensors, Way
+from imgadapt.methods.lora import Scaled, too_large
 from imgadapt.sites import Site
 
 
 @dataclass(frozen=True)
-class GLoRA(Method):
+class GLoRA(Scaled):
     """delta = W @ a1 @ a2 + b1 @ b2, with a1 (in / groups, rank, *1), a2 (rank, in / groups, *1), b1 (out, rank, *1)
     and b2 (rank, in / groups, *kernel) (KohakuBlueleaf/LyCORIS modules/glora.py).
 
@@ -30,18 +30,6 @@ class GLoRA(Method):
     name = "glora"
     tensors = ("a1", "a2", "b1", "b2")
     needs_weight = True
-
-    def __post_init__(self) -> None:
-        positive("rank", self.rank)
-        check_alpha(self.alpha)
-
-    @property
-    def scale(self) -> float:
-        return scale_of(self.alpha, self.rank)
-
-    @property
-    def file_rank(self) -> int:
-        return self.rank
 
     @property
     def ranked(self) -> dict[str, int]:

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from imgadapt.errors import ShapeError
-from imgadapt.methods.base import Method, Tensors, Way, positive
-from imgadapt.methods.lora import check_alpha, scale_of, too_large
+from imgadapt.methods.base import Tensors, Way
+from imgadapt.methods.lora import Scaled, too_large
 from imgadapt.sites import Site
 
 
 @dataclass(frozen=True)
-class LoHa(Method):
+class LoHa(Scaled):
     """delta = (up_1 @ down_1) * (up_2 @ down_2), with up_* (out, rank) and down_* (rank, in / groups * kernel).
 
     It has rank up to rank². alpha: the delta is multiplied by alpha / rank; None means rank.
@@ -37,18 +37,6 @@ class LoHa(Method):
     name = "loha"
     tensors = ("up_1", "down_1", "up_2", "down_2")
     optional = ("core_1", "core_2")
-
-    def __post_init__(self) -> None:
-        positive("rank", self.rank)
-        check_alpha(self.alpha)
-
-    @property
-    def scale(self) -> float:
-        return scale_of(self.alpha, self.rank, stabilised=self.rank_stabilised)
-
-    @property
-    def file_rank(self) -> int:
-        return self.rank
 
     @property
     def ranked(self) -> dict[str, int]:

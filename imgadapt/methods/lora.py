@@ -22,8 +22,28 @@ def check_alpha(alpha: float | None) -> None:
     above_zero("alpha", alpha, "alpha = rank")
 
 
+class Scaled(Method):
+    """Methods that have a rank and an alpha, whose delta is multiplied by alpha / rank, or alpha / sqrt(rank)."""
+
+    rank: int
+    alpha: float | None
+    rank_stabilised: bool = False
+
+    def __post_init__(self) -> None:
+        positive("rank", self.rank)
+        check_alpha(self.alpha)
+
+    @property
+    def scale(self) -> float:
+        return scale_of(self.alpha, self.rank, stabilised=self.rank_stabilised)
+
+    @property
+    def file_rank(self) -> int:
+        return self.rank
+
+
 @dataclass(frozen=True)
-class LoRA(Method):
+class LoRA(Scaled):
     """delta = up @ down, with down (rank, in / groups, *kernel) and up (out, rank, *1).
 
     alpha: the delta is multiplied by alpha / rank; None means rank, so 1.
@@ -45,18 +65,6 @@ class LoRA(Method):
     name = "lora"
     tensors = ("down", "up")
     optional = ("mid", "bias")
-
-    def __post_init__(self) -> None:
-        positive("rank", self.rank)
-        check_alpha(self.alpha)
-
-    @property
-    def scale(self) -> float:
-        return scale_of(self.alpha, self.rank, stabilised=self.rank_stabilised)
-
-    @property
-    def file_rank(self) -> int:
-        return self.rank
 
     @property
     def ranked(self) -> dict[str, int]:

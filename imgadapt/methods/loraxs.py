@@ -8,13 +8,13 @@ from torch import Tensor
 
 from imgadapt.errors import ShapeError
 from imgadapt.methods import singular
-from imgadapt.methods.base import Method, Tensors, Way, positive
-from imgadapt.methods.lora import check_alpha, scale_of, too_large
+from imgadapt.methods.base import Tensors, Way
+from imgadapt.methods.lora import Scaled, too_large
 from imgadapt.sites import Site
 
 
 @dataclass(frozen=True)
-class LoRAXS(Method):
+class LoRAXS(Scaled):
     """delta = loraxs_up @ loraxs_r @ loraxs_down, with loraxs_r (rank, rank) trained, and of W's `rank` largest
     singular values and vectors: loraxs_up = U S (out, rank), loraxs_down = Vᵀ (rank, in / groups, *kernel), which stay.
 
@@ -34,18 +34,6 @@ class LoRAXS(Method):
     tensors = ("loraxs_r", "loraxs_up", "loraxs_down")
     frozen = ("loraxs_up", "loraxs_down")
     starts_from_weight = True
-
-    def __post_init__(self) -> None:
-        positive("rank", self.rank)
-        check_alpha(self.alpha)
-
-    @property
-    def scale(self) -> float:
-        return scale_of(self.alpha, self.rank)
-
-    @property
-    def file_rank(self) -> int:
-        return self.rank
 
     @property
     def ranked(self) -> dict[str, int]:

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from imgadapt.errors import FormatError, ShapeError
 from imgadapt.methods import projections
-from imgadapt.methods.base import Method, Peft, Tensors, positive
-from imgadapt.methods.lora import check_alpha, scale_of
+from imgadapt.methods.base import Method, Peft, Tensors
+from imgadapt.methods.lora import Scaled
 from imgadapt.shared import corner
 from imgadapt.sites import Site
 
 
 @dataclass(frozen=True)
-class RandLoRA(Method):
+class RandLoRA(Scaled):
     """delta = large @ small, or its transpose where a layer has fewer outputs than inputs. With `least` and `most` the
     two sizes of the weight, and n = least / rank bases, rounded up: small (n rank, least) is randlora_a (rank, least)
     times randlora_lambda (rank, n) times randlora_gamma (n, least), large (most, n rank) is randlora_b (most, n, rank).
@@ -52,17 +52,8 @@ class RandLoRA(Method):
     common = ("randlora_a", "randlora_b")
 
     def __post_init__(self) -> None:
-        positive("rank", self.rank)
-        check_alpha(self.alpha)
+        super().__post_init__()
         projections.check_seed(self.seed)
-
-    @property
-    def scale(self) -> float:
-        return scale_of(self.alpha, self.rank)
-
-    @property
-    def file_rank(self) -> int:
-        return self.rank
 
     @property
     def ranked(self) -> dict[str, int]:

@@ -1,17 +1,17 @@
 """A sparse matrix of trained values between two fixed transforms: what FourierFT, WaveFT and SHiRA are made of."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from imgadapt.errors import ConfigError
-from imgadapt.methods.base import Tensors, Way, above_zero
+from imgadapt.errors import ConfigError, ShapeError
+from imgadapt.methods.base import Method, Tensors, Way, above_zero, positive
 from imgadapt.sites import Site
 
 
@@ -137,3 +137,53 @@ class _Product(Function):
 def _times(u: Tensor, values: Tensor, columns: Tensor, row_starts: Tensor) -> Tensor:
     """S u of u (columns, tokens): for each row of S a bag of u's rows, each times its value."""
     return F.embedding_bag(columns, u, row_starts, mode="sum", per_sample_weights=values.to(u.dtype))
+
+
+class Spectrum(Method):
+    """n_frequency trained entries of a transform of the delta, at places from a seed: one vector, `tensors[0]` (n,)."""
+
+    n_frequency: int
+    scaling: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        positive("n_frequency", self.n_frequency)
+        check_scaling(self.scaling)
+        check_seed(self.seed)
+
+    @property
+    def scale(self) -> float:
+        return self.scaling
+
+    @property
+    def file_alpha(self) -> float:
+        return self.scaling
+
+    def unscaled(self) -> Self:
+        return replace(self, scaling=1.0)
+
+    def at(self, site: Site) -> Self:
+        return replace(self, n_frequency=min(self.n_frequency, math.prod(site.shape)))
+
+    def shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
+        return {self.tensors[0]: (self.n_frequency,)}
+
+    def init(self, site: Site, weight: Tensor | None) -> dict[str, Tensor]:
+        return {self.tensors[0]: torch.zeros(self.n_frequency)}
+
+    @property
+    def constant_names(self) -> frozenset[str]:
+        return frozenset({"places"})
+
+    def fits(self, t: Tensors, site: Site) -> str | None:
+        size = math.prod(site.shape)
+        most = f"{self.tensors[0]} is of {self.n_frequency} entries, and this layer has {size}"
+        return super().fits(t, site) or (most if self.n_frequency > size else None)
+
+    @classmethod
+    def infer(cls, t: Tensors, alpha: float | None) -> Self:
+        entries: Any = t[cls.tensors[0]]
+        if entries.ndim != 1:
+            raise ShapeError(f"{cls.tensors[0]} is {tuple(entries.shape)}, wanted (n,)")
+        known = {} if alpha is None else {"scaling": alpha}
+        return cls(n_frequency=len(entries), **known)  # pyright: ignore[reportCallIssue] # fields of the dataclasses

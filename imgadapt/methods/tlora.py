@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from imgadapt.errors import ConfigError, ShapeError, StateError
-from imgadapt.methods.base import Method, Tensors, Way, above_zero, positive
-from imgadapt.methods.lora import LoRA, check_alpha, scale_of, too_large
+from imgadapt.methods.base import Tensors, Way, above_zero, positive
+from imgadapt.methods.lora import LoRA, Scaled, too_large
 from imgadapt.sites import Site
 
 _TIE = 1e-4  # a rank that rounding takes away is not: timesteps are thousandths
 
 
 @dataclass(frozen=True)
-class TLoRA(Method):
+class TLoRA(Scaled):
     """At time t of T the first r(t) = floor(((T - t) / T)^power * (rank - min_rank)) + min_rank ranks act (in
     ControlGenAI/T-LoRA tlora/trainer_sdxl.py): all where there is no noise, the first `min_rank` in pure noise.
 
@@ -52,20 +52,11 @@ class TLoRA(Method):
     timed = True
 
     def __post_init__(self) -> None:
-        positive("rank", self.rank)
+        super().__post_init__()
         positive("min_rank", self.min_rank)
-        check_alpha(self.alpha)
         above_zero("power", self.power, "1")
         if self.min_rank > self.rank:
             raise ConfigError(f"min_rank is {self.min_rank}; it cannot be above the rank, {self.rank}")
-
-    @property
-    def scale(self) -> float:
-        return scale_of(self.alpha, self.rank)
-
-    @property
-    def file_rank(self) -> int:
-        return self.rank
 
     @classmethod
     def recognises(cls, names: set[str]) -> bool:

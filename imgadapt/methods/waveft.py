@@ -4,16 +4,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from imgadapt.errors import ConfigError, FormatError, ShapeError
+from imgadapt.errors import ConfigError, FormatError
 from imgadapt.methods import sparse
-from imgadapt.methods.base import Method, Peft, Tensors, Way, linear_only, positive
+from imgadapt.methods.base import Method, Peft, Tensors, Way, linear_only
 from imgadapt.sites import Site
 
 
@@ -71,7 +71,7 @@ WAVELETS = {f"db{order}": daubechies(order) for order in range(1, 11)}
 
 
 @dataclass(frozen=True)
-class WaveFT(Method):
+class WaveFT(sparse.Spectrum):
     """delta, flattened (out, in * kernel), is one level of the inverse wavelet transform of a matrix that is zero save
     n entries, the `waveft_spectrum` (n,).
 
@@ -97,35 +97,9 @@ class WaveFT(Method):
     tensors = ("waveft_spectrum",)
 
     def __post_init__(self) -> None:
-        positive("n_frequency", self.n_frequency)
-        sparse.check_scaling(self.scaling)
-        sparse.check_seed(self.seed)
+        super().__post_init__()
         if self.wavelet is not None and self.wavelet not in WAVELETS:
             raise ConfigError(f"wavelet is {self.wavelet!r}; there are {', '.join(WAVELETS)} and None")
-
-    @property
-    def scale(self) -> float:
-        return self.scaling
-
-    @property
-    def file_alpha(self) -> float:
-        return self.scaling
-
-    def unscaled(self) -> Self:
-        return replace(self, scaling=1.0)
-
-    def at(self, site: Site) -> Self:
-        return replace(self, n_frequency=min(self.n_frequency, math.prod(site.shape)))
-
-    def shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
-        return {"waveft_spectrum": (self.n_frequency,)}
-
-    def init(self, site: Site, weight: Tensor | None) -> dict[str, Tensor]:
-        return {"waveft_spectrum": torch.zeros(self.n_frequency)}
-
-    @property
-    def constant_names(self) -> frozenset[str]:
-        return frozenset({"places"})
 
     def constants(self, site: Site, weight: Tensor | None) -> dict[str, Tensor]:
         with torch.inference_mode(False):
@@ -155,17 +129,6 @@ class WaveFT(Method):
 
     def act(self, o: Tensors, site: Site, x: Tensor, y: Tensor | None, onto: Tensor | None) -> Tensor:
         return sparse.act(o, site, x, onto, *self._bases(site))
-
-    def fits(self, t: Tensors, site: Site) -> str | None:
-        size = math.prod(site.shape)
-        most = f"waveft_spectrum is of {self.n_frequency} entries, and this layer has {size}"
-        return super().fits(t, site) or (most if self.n_frequency > size else None)
-
-    @classmethod
-    def infer(cls, t: Tensors, alpha: float | None) -> Self:
-        if t["waveft_spectrum"].ndim != 1:
-            raise ShapeError(f"waveft_spectrum is {tuple(t['waveft_spectrum'].shape)}, wanted (n,)")
-        return cls(len(t["waveft_spectrum"])) if alpha is None else cls(len(t["waveft_spectrum"]), alpha)
 
 
 @lru_cache(maxsize=64)
