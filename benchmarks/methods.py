@@ -11,6 +11,7 @@ that rate, half and double. Then each size learns each task from three seeds. It
 pictures (48 subjects; 6 of the character); drift is the loss on `plain` pictures, without the word, over that of the
 base. Losses do not depend on how busy the machine is; seconds do, and are measured by `--time`, a step of each in
 turn with LoRA's, in one process.
+What each method prints is in OUTPUT.METHOD.log.
 """
 
 import argparse
