@@ -24,6 +24,7 @@ SIGNALS = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP")
 _PASSING = ("__enter__", "__exit__", "_acquire_restore", "_release_save", "_is_owned", "notify", "notify_all")
 _going: dict[Path, os.stat_result | None] = {}  # of the process, as its signals are
 _unbroken: list[int | None] = []  # None: a block is at work; numbers: what came meanwhile
+_again: list[int] = []  # signals that are sent again in a moment
 
 
 class Stopped(KeyboardInterrupt):
@@ -146,6 +147,8 @@ class Stopping:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._over = True
+        while _again:  # it came before the end
+            time.sleep(0.001)
         for number, handler in self._before.items():
             signal.signal(number, handler)
         sys.unraisablehook = self._hook
@@ -202,5 +205,7 @@ def _send_again(number: int) -> None:
             os.kill(os.getpid(), number)
         else:
             signal.raise_signal(number)
+        _again.remove(number)
 
+    _again.append(number)
     _thread.start_new_thread(send, ())

@@ -7,6 +7,7 @@ left out.
 """
 
 import re
+import sysconfig
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -32,7 +33,8 @@ def here(pin: Requirement) -> bool:
 def installed() -> dict[str, str]:
     """Name -> version, of what is in this environment; without what a build's version has after a `+`."""
     found: dict[str, str] = {}
-    for one in distributions():
+    ours = [*{sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}]  # setuptools puts its own copies on sys.path
+    for one in distributions(path=ours):
         name = canonicalize_name(one.metadata["Name"])
         if name not in _OWN and not _CUDA.match(name):
             found.setdefault(name, Version(one.version).public)

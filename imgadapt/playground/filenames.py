@@ -22,9 +22,13 @@ def cleaned(name: str, otherwise: str, most: int = MOST) -> str:
     """
     last = re.split(r"[/\\]", unicodedata.normalize("NFC", name))[-1]
     kept = re.sub(r"(?:[^\w.+() -]|\s)+", " ", last)
-    short = kept.strip(" .-").encode("utf-8", "ignore")[:most].decode("utf-8", "ignore").strip(" .-")
+    short = _cut(kept, most)
     device = _DEVICES.fullmatch(short)
-    return f"{device[1]}_{device[2] or ''}" if device else short or otherwise
+    return _cut(f"{device[1]}_{device[2] or ''}", most) if device else short or otherwise
+
+
+def _cut(text: str, most: int) -> str:
+    return text.strip(" .-").encode("utf-8", "ignore")[:most].decode("utf-8", "ignore").strip(" .-")
 
 
 def placed(folder: Path, name: str, suffix: str, write: Callable[[Path], object]) -> Path:

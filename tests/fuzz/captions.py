@@ -131,7 +131,7 @@ def _name(data: bytes) -> None:
     name = filenames.cleaned(text, "x")
     assert name not in ("", ".", "..")
     assert not set(name) & set('/\\\0<>:"|?*\n')
-    assert len(name.encode()) <= filenames.MOST + 1
+    assert len(name.encode()) <= filenames.MOST
     assert filenames.cleaned(name, "x") == name
     path = scratch() / "names" / name
     path.parent.mkdir(exist_ok=True)
