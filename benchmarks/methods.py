@@ -6,12 +6,12 @@
 STYLES has a folder for each of --tasks, with train/, plain/ and held_out/, as train_scripts/demo_base/styles.py makes
 them of the same 40 and 96 subjects; `character` is drawn here. Captions say `ohwx` in front. benchmarks/methods.toml
 lists the methods, each at three sizes, and a rate that `--look` found. A method's rate is tuned at its middle size
-from that of the table: five tries by factors of two, on 24 held-out subjects of the first task; small and large try
-that rate, half and double. Then each size learns each task from three seeds. Its loss is that on other held-out
-pictures (48 subjects; 6 of the character); drift is the loss on `plain` pictures, without the word, over that of the
-base. Losses do not depend on how busy the machine is; seconds do, and are measured by `--time`, a step of each in
-turn with LoRA's, in one process.
-What each method prints is in OUTPUT.METHOD.log.
+from that of the table: five tries by factors of two, on 24 held-out subjects of the first task; small tries that rate
+and double, large that rate and half. Then each size learns each task from three seeds: all middle sizes first, then
+the others from one seed, then from the rest. Its loss is that on other held-out pictures (48 subjects; 6 of the
+character); drift is the loss on `plain` pictures, without the word, over that of the base. Losses do not depend on how
+busy the machine is; seconds do, and are measured by `--time`, a step of each in turn with LoRA's, in one process.
+What the trainings print is in OUTPUT.log.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +116,10 @@ class Study:
         """Of each picture of it, the mean over four timesteps, of the model as it is."""
         return held_out_losses(self.family, self.objective, material, timesteps=4).mean(1).tolist()
 
-    def learn(self, case: Case, rate: float, task: str, seed: int, *, tuning: bool) -> dict[str, Any]:
-        """Train anew and look: at the loss on what the rate is tuned on, or at all that is reported."""
+    def learn(self, case: Case, rate: float, task: str, seed: int, *, below: float | None = None) -> dict[str, Any]:
+        """Train anew, and look. below: look at the loss that rates are tuned on first, and at what is reported only if
+        that is less than this.
+        """
         material, pipeline = self.train[task], self.family.pipeline
         with tempfile.TemporaryDirectory(dir=self.folder) as output:
             config = self.config(case, rate, seed).model_copy(update={"output": Path(output)})
@@ -141,11 +144,14 @@ class Study:
                 with Run(config, rows, optimizer, {}, self.processes, rule=rule) as run:
                     for step in run.steps():
                         run.learn(step, loss)
-                if tuning:
-                    return {"tuned": statistics.fmean(self.losses(self.tuning))}
+                found: dict[str, Any] = {}
+                if below is not None:
+                    found["tuned"] = statistics.fmean(self.losses(self.tuning))
+                    if found["tuned"] >= below:
+                        return found
                 file = rule.file(collect(pipeline))
                 path = save(file, Path(output) / "x.safetensors", format="imgadapt", dtype=torch.float16)
-                return {
+                return found | {
                     "losses": self.losses(self.judging[task]), "prior": self.losses(self.prior),
                     "numbers": sum(row.parameter.numel() for row in rows), "bytes": path.stat().st_size,
                 }  # fmt: skip
@@ -180,18 +186,21 @@ class Found:
 
 
 def tuned(study: Study, case: Case, start: float, found: Found) -> float:
-    """The best rate: three tries by factors of two, and at the middle size two more towards the better end."""
+    """The best rate: at the middle size of three by factors of two and two more towards the better end, at the others
+    of two. The training of the best one is also that of the first task and seed.
+    """
     tried: dict[float, float] = {}
 
     def attempt(rate: float) -> None:
         key = f"tune {case.key} {rate:.4g}"
         row = found.get(key)
         if row is None:
-            made = study.learn(case, rate, study.tasks[0], 0, tuning=True)
+            least = min(tried.values(), default=float("inf"))
+            made = study.learn(case, rate, study.tasks[0], 0, below=least)
             row = found.add(key, {"case": case.name, "size": case.size, "rate": rate, **made})
         tried[rate] = row.get("tuned", float("inf"))
 
-    for factor in (1.0, 0.5, 2.0):
+    for factor in {"small": (1.0, 2.0), "middle": (1.0, 0.5, 2.0), "large": (1.0, 0.5)}[case.size]:
         attempt(start * factor)
     if case.size == "middle":
         for _ in range(2):
@@ -203,31 +212,62 @@ def tuned(study: Study, case: Case, start: float, found: Found) -> float:
     return min(tried, key=lambda r: tried[r])
 
 
-def chain(study: Study, sizes: Sequence[Case], seeds: int, found: Found, *, middle: bool) -> None:
-    """All that is to be known of one method, save what is found already; its middle size, or the others."""
-    start = tuned(study, sizes[0], sizes[0].rate, found)
-    for case in sizes[:1] if middle else sizes[1:]:
-        rate = start if middle else tuned(study, case, start, found)
+@dataclass(frozen=True)
+class Job:
+    """Of one method, some seeds at some sizes."""
+
+    middle: Case
+    sizes: Sequence[Case]
+    seeds: Sequence[int]
+
+
+def jobs(chosen: Sequence[Sequence[Case]], seeds: int) -> Iterator[Job]:
+    """What is to be done, the most telling first."""
+    for sizes in chosen:
+        yield Job(sizes[0], sizes[:1], range(seeds))
+    for some in (range(1), range(1, seeds)):
+        for sizes in chosen:
+            if sizes[1:] and some:
+                yield Job(sizes[0], sizes[1:], some)
+
+
+def do(study: Study, job: Job, found: Found) -> None:
+    """All that is to be known, save what is found already."""
+    start = tuned(study, job.middle, job.middle.rate, found)
+    for case in job.sizes:
+        rate = start if case is job.middle else tuned(study, case, start, found)
+        tried = found.get(f"tune {case.key} {rate:.4g}") or {}
+        about = {"case": case.name, "size": case.size, "method": case.method, "rate": rate}
         for task in study.tasks:
-            for seed in range(seeds):
+            for seed in job.seeds:
                 key = f"run {case.key} {task} {seed}"
                 if found.get(key) is None:
-                    about = {"case": case.name, "size": case.size, "method": case.method, "rate": rate}
-                    made = study.learn(case, rate, task, seed, tuning=False)
+                    same = (task, seed) == (study.tasks[0], 0) and "losses" in tried
+                    made = (
+                        {k: tried[k] for k in ("losses", "prior", "numbers", "bytes")}
+                        if same
+                        else study.learn(case, rate, task, seed)
+                    )
                     found.add(key, {**about, "task": task, "seed": seed, **made})
 
 
-def work(job: tuple[Path, list[str], int, int, int, Path, list[Case], bool]) -> str:
-    """`chain` in a process of its own."""
-    styles, tasks, steps, batch, seeds, output, sizes, middle = job
+_study: list[Study] = []  # of this process
+
+
+def begin(styles: Path, tasks: Sequence[str], steps: int, batch: int, folder: Path, output: Path) -> None:
+    """In a process of its own: make ready."""
     torch.set_num_threads(1)
-    sys.stderr = open(f"{output}.{sizes[0].name}.log", "a", encoding="utf-8")  # noqa: SIM115  of the process
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            chain(Study(styles, tasks, steps, batch, Path(folder)), sizes, seeds, Found(output), middle=middle)
-        except ImgadaptError as error:
-            return f"{sizes[0].name}: {error}"
-    return f"{sizes[0].name}: {'middle size' if middle else 'all'} done"
+    sys.stderr = open(f"{output}.log", "a", encoding="utf-8")  # noqa: SIM115  of the process
+    _study.append(Study(styles, tasks, steps, batch, Path(tempfile.mkdtemp(dir=folder))))
+
+
+def work(job: Job, output: Path) -> str:
+    about = f"{job.middle.name}: {', '.join(case.size for case in job.sizes)}, seeds {[*job.seeds]}"
+    try:
+        do(_study[0], job, Found(output))
+    except ImgadaptError as error:
+        return f"{about}: {error}"
+    return f"{about}: done"
 
 
 def look(study: Study, case: Case) -> float:
@@ -236,7 +276,7 @@ def look(study: Study, case: Case) -> float:
     rates, best = [case.rate], case.rate
     while rates:
         for rate in rates:
-            losses[rate] = study.learn(case, rate, study.tasks[0], 0, tuning=True).get("tuned", float("inf"))
+            losses[rate] = study.learn(case, rate, study.tasks[0], 0, below=0.0).get("tuned", float("inf"))
         best = min(losses, key=lambda r: losses[r])
         rates = [r for r in (best * 4, best / 4) if not any(abs(r / k - 1) < 1e-6 for k in losses)]
     return best
@@ -298,11 +338,10 @@ def main(argv: Sequence[str]) -> None:
                     print(f"{case.key:24} {ratio:.2f} x LoRA's step")
                 return
             found.add("base", study.base())
-    shared = (args.styles, args.tasks, args.steps, args.batch, args.seeds, args.output)
-    jobs = [(*shared, sizes, middle) for middle in (True, False) for sizes in chosen if middle or len(sizes) > 1]
-    with multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=1) as pool:
-        for told in pool.imap_unordered(work, jobs):
-            print(told, flush=True)
+        shared = (args.styles, args.tasks, args.steps, args.batch, Path(folder), args.output)
+        with multiprocessing.get_context("spawn").Pool(args.jobs, begin, shared) as pool:
+            for told in pool.imap_unordered(partial(work, output=args.output), jobs(chosen, args.seeds)):
+                print(told, flush=True)
 
 
 if __name__ == "__main__":
