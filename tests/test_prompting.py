@@ -27,7 +27,7 @@ from imgadapt.playground.requests import Use
 from imgadapt.prompting import Prompting
 from imgadapt.prompting import stack as prompts
 from imgadapt.tensors import read_tensors, write_tensors
-from imgadapt.training import recipe
+from imgadapt.training import recipe, spelling
 from imgadapt.training.config import TrainConfig
 
 tiny: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("tiny.py"))))
@@ -330,7 +330,7 @@ def test_settings_of_a_training_say_prompts(tmp_path: Path) -> None:
     assert len({row.layer for row in rows}) == len(prompts.readers(model, GatedPrompts(2)))
     assert torch.equal(ask(model["unet"]), ask(unet()))  # fresh gates are shut
     with pytest.raises(ConfigError, match="has no field 'rank'"):
-        recipe.method("prompt_tuning(rank=2)", {})
+        spelling.method("prompt_tuning(rank=2)", {})
     mixed = config.model_copy(update={"method": "lora", "methods": {"to_q": "prompt_tuning"}})
     with pytest.raises(ConfigError, match="only be the main one"):
         recipe.put_on(mixed, {"unet": unet()})

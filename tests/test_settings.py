@@ -10,7 +10,7 @@ from torch import nn
 from imgadapt import LoHa, LoKr, LoRA
 from imgadapt.errors import ConfigError, TargetError
 from imgadapt.methods import DoRA, Method, TLoRA
-from imgadapt.training import optimizers, recipe
+from imgadapt.training import optimizers, recipe, spelling
 from imgadapt.training.config import OPTIMIZERS, InversionConfig, TrainConfig
 from imgadapt.training.flags import from_arguments, parser, read_toml, write_toml
 
@@ -145,7 +145,7 @@ def test_what_only_watches_or_says_where_does_not_change_the_identity() -> None:
     ],
 )
 def test_methods_are_read_from_text(text: str, defaults: dict[str, Any], expected: Method) -> None:
-    assert recipe.method(text, defaults) == expected
+    assert spelling.method(text, defaults) == expected
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_methods_are_read_from_text(text: str, defaults: dict[str, Any], expecte
 )
 def test_what_is_no_method_is_answered_with_the_way_out(text: str, said: str) -> None:
     with pytest.raises(ConfigError) as error:
-        recipe.method(text, {})
+        spelling.method(text, {})
     assert said in str(error.value)
 
 

@@ -12,7 +12,7 @@ import torch
 import imgadapt
 from imgadapt.errors import ConfigError, TargetError
 from imgadapt.methods import TrainableTokens
-from imgadapt.training import recipe
+from imgadapt.training import spelling
 
 tiny: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("tiny.py"))))
 IDS = (3, 7, 20)
@@ -55,7 +55,7 @@ def test_a_file_of_pefts_acts_as_it_does_there_and_is_written_as_it_was(tmp_path
 def test_only_the_words_that_are_named_learn() -> None:
     model = encoder()
     parts = {"text_encoder": model}
-    made = recipe.method("trainable_tokens(tokens=(3, 7))", {})
+    made = spelling.method("trainable_tokens(tokens=(3, 7))", {})
     assert made == TrainableTokens((3, 7))
     imgadapt.attach(parts, TrainableTokens((3, 7)), targets="token_embedding")
     model(torch.tensor([[3, 4, 4, 1]])).last_hidden_state.square().sum().backward()

@@ -92,6 +92,8 @@ class Method(ABC):
     """Why it does not merge, for messages."""
     timed: ClassVar[bool] = False
     """Whether what it does depends on the denoiser's time: `acting` says which ranks of its pair act."""
+    rate_over_lora: ClassVar[float] = 1.0
+    """Its best learning rate, in LoRA's, as benchmarks/methods.py found it on the embedded base."""
     peft: ClassVar[Peft | None] = None
     """How peft has it; None: not at all, or in a way of its own (`formats/meaning.py`)."""
 

@@ -25,6 +25,7 @@ class Full(Method):
     absolute: bool = False
 
     name = "full"
+    rate_over_lora = 0.15
     tensors = ("diff",)
     optional = ("diff_b",)
     of_weight: ClassVar[str] = "diff"
@@ -82,6 +83,7 @@ class Norm(Full):
     """A norm's weight changes by `w_norm` (channels,), its bias, where it has one, by `b_norm`."""
 
     name = "norm"
+    rate_over_lora = 15.0
     tensors = ("w_norm",)
     optional = ("b_norm",)
     of_weight = "w_norm"

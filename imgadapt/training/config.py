@@ -6,10 +6,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from imgadapt.errors import ConfigError
-from imgadapt.training import texts
+from imgadapt.training import spelling, texts
 from imgadapt.training.report import scores
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -67,7 +67,7 @@ class TrainConfig(BaseModel):
     # optimisation
     optimizer: Literal[OPTIMIZERS] = Field("adamw", description=", ".join(OPTIMIZERS))  # pyright: ignore[reportInvalidTypeForm]
     optimizer_options: dict[str, _Number | bool] = Field({}, description="further arguments of it: d_coef=2 weight_lr_power=1")  # fmt: skip  # noqa: E501
-    learning_rate: float = Field(1e-4, gt=0, le=_RATE, description="peak rate (1 for prodigy)")
+    learning_rate: float = Field(1e-4, gt=0, le=_RATE, description="peak rate (1 for prodigy); when not given 1e-4 for LoRA, and for others what that is to them")  # fmt: skip  # noqa: E501
     learning_rates: dict[str, _Rate] = Field(
         {}, description="rates of targets, or of their tensors: text_encoder*=5e-5 *.vblora_bank=1e-3"
     )
@@ -163,6 +163,16 @@ class TrainConfig(BaseModel):
         # another way to the same numbers, but for their last bits
         *("pieces", "checkpointing", "compile", "shard", "swap_blocks"),
     })  # fmt: skip
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rate_of_the_method(cls, values: Any) -> Any:
+        if "learning_rate" in values or not isinstance(values.get("method"), str):
+            return values
+        try:
+            return {**values, "learning_rate": 1e-4 * spelling.rate_over_lora(values["method"])}
+        except ConfigError:  # which is said where the method is made
+            return values
 
     @field_validator("learning_rates", "ranks", "optimizer_options", "methods", mode="after")
     @classmethod

@@ -14,7 +14,7 @@ import torch
 from imgadapt.errors import ConfigError
 from imgadapt.methods import DoRA, LoRA, Method
 from imgadapt.prompting import Prompting
-from imgadapt.training import recipe, subject, words
+from imgadapt.training import spelling, subject, words
 from imgadapt.training.config import DreamBoothConfig, InversionConfig, TrainConfig
 from imgadapt.training.data import Example, scan
 from imgadapt.training.families import folder as base_folder
@@ -58,8 +58,6 @@ USUAL: Mapping[str, Usual] = {
     "sd3": Usual(_RANKS, 1e-4, _PASSES, 1500, 12000, 2),
     "flux": Usual({"character": 16, "style": 16, "concept": 8}, 1e-4, _PASSES, 1000, 8000, 1),
 }  # fmt: skip
-_FACTORS = {"full": 0.15, "glora": 0.5, "lokr": 5.0, "ia3": 15.0, "norm": 15.0}
-"""Of the rates that were best on the embedded base, to LoRA's usual one (docs/training.md)."""
 _FILES = {"v1": "sd1", "v2": "sd2", "xl_base": "sdxl", "sd3": "sd3", "sd35_medium": "sd3", "sd35_large": "sd3",
           "flux-dev": "flux", "flux-schnell": "flux"}  # fmt: skip
 _CLASSES = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}
@@ -219,7 +217,7 @@ def _choices(
     if kind == "concept" and not given.get("adapter"):  # the word's own rate is another setting
         for name in ("targets", "learning_rate", "rank"):
             chosen.pop(name, None)
-    if isinstance(recipe.method(str(given.get("method", "lora")), {}), Prompting):  # which has no layers
+    if isinstance(spelling.method(str(given.get("method", "lora")), {}), Prompting):  # which has no layers
         for name in ("targets", "learning_rates"):
             chosen.pop(name, None)
     return chosen
@@ -227,7 +225,7 @@ def _choices(
 
 def _takes_text(given: Mapping[str, Any]) -> bool:
     """Whether text encoders may be trained, and at a rate of their own."""
-    made = recipe.method(str(given.get("method", "lora")), {})
+    made = spelling.method(str(given.get("method", "lora")), {})
     if given.get("optimizer") == "prodigy" or (isinstance(made, Method) and made.timed):
         return False  # the one has one rate for all, and text encoders know no time
     return "targets" not in given or any(target.startswith("text") for target in given["targets"])
@@ -236,16 +234,16 @@ def _takes_text(given: Mapping[str, Any]) -> bool:
 def _ranked(given: Mapping[str, Any]) -> bool:
     """Whether the method is low-rank in the way that the usual ranks are for, and says none itself."""
     text = str(given.get("method", "lora"))
-    made = recipe.method(text, {})
+    made = spelling.method(text, {})
     return "rank=" not in text.replace(" ", "") and isinstance(made.inner if isinstance(made, DoRA) else made, LoRA)
 
 
 def _rate(given: Mapping[str, Any], usual: Usual, named: str) -> tuple[float, str]:
     if given.get("optimizer") == "prodigy":
         return 1.0, "prodigy finds the rate; this is a factor"
-    made = recipe.method(str(given.get("method", "lora")), {})
-    factor = _FACTORS.get(made.name, 1.0)
-    reason = "" if factor == 1 else f", times {factor:g} for {made.name} (docs/training.md)"
+    text = str(given.get("method", "lora"))
+    factor = spelling.rate_over_lora(text)
+    reason = "" if factor == 1 else f", times {factor:g} for {text.partition('(')[0]}"
     return usual.rate * factor, f"usual on {named} with AdamW{reason}"
 
 

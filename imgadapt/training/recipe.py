@@ -1,97 +1,21 @@
-"""The adapter that settings ask for: methods from text, on the model, and its tensors in groups for the optimiser."""
+"""The adapter that settings ask for: methods, on the model, and its tensors in groups for the optimiser."""
 
-import ast
-import inspect
-import re
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, replace
-from difflib import get_close_matches
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import nn
 
-from imgadapt import attaching, live, prompting
+from imgadapt import attaching, live
 from imgadapt import targets as where
 from imgadapt.errors import ConfigError, first_few
-from imgadapt.methods import METHODS, Anchored, DoRA, LoRA, Method
+from imgadapt.methods import Anchored, DoRA, LoRA, Method
 from imgadapt.prompting import Prompting
 from imgadapt.prompting import stack as prompts
 from imgadapt.slot import Dropout
 from imgadapt.training import rules
 from imgadapt.training.config import TrainConfig
+from imgadapt.training.spelling import Trained, innermost, method
 from imgadapt.training.starts import ANCHORED
-
-Trained = Method | Prompting
-
-_KINDS: Mapping[str, type[Trained]] = {kind.name: kind for kind in (*METHODS, *prompting.KINDS)}
-
-
-def _squeezed(name: str) -> str:
-    """T-LoRA, t_lora and tlora are one."""
-    return re.sub(r"[-_ ]", "", name).lower()
-
-
-_SQUEEZED: Mapping[str, str] = {_squeezed(name): name for name in _KINDS}
-
-
-def method(text: str, defaults: Mapping[str, Any]) -> Trained:
-    """What `lora`, `lokr(factor=8)`, `dora(loha(rank=4))` or `prompt_tuning(tokens=8)` says.
-
-    defaults: rank, alpha and the like, for methods that have such a field and are not told otherwise.
-
-    Raises:
-        ConfigError: no such method or field, or a value that it does not take.
-    """
-    head, bracket, rest = text.strip().partition("(")
-    called = _SQUEEZED.get(_squeezed(head), head)
-    try:
-        return _made(ast.parse(called + bracket + rest, mode="eval").body, defaults)
-    except (SyntaxError, ValueError) as error:
-        raise ConfigError(f"method '{text}' is not NAME or NAME(field=value, ...): {error}") from error
-
-
-def _made(node: ast.AST, defaults: Mapping[str, Any]) -> Trained:
-    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])  # pyright: ignore[reportArgumentType] # checked next
-    if not isinstance(call.func, ast.Name) or any(word.arg is None for word in call.keywords):
-        raise ValueError("wanted a name, and fields by name")
-    name = call.func.id.lower()
-    if name not in _KINDS:
-        near = get_close_matches(name, _KINDS, n=1)
-        raise ConfigError(
-            f"no method '{name}'" + (f", did you mean '{near[0]}'?" if near else f"; there are: {', '.join(_KINDS)}")
-        )
-    kind = _KINDS[name]
-    known = [field.name for field in fields(kind)]
-    if kind is DoRA:
-        if len(call.args) > 1 or any(word.arg == "inner" for word in call.keywords):
-            raise ConfigError("dora takes one method in its brackets, and fields by name: dora(loha(rank=4))")
-        inner = _made(call.args[0], defaults) if call.args else LoRA(**_fitting(LoRA, defaults))
-        values: dict[str, Any] = {"inner": inner}
-    elif call.args:
-        raise ValueError(f"{name} takes its fields by name: {', '.join(known)}")
-    else:
-        values = _fitting(kind, defaults)
-    for word in call.keywords:
-        if word.arg not in known:
-            raise ConfigError(f"{name} has no field '{word.arg}'; it has: {', '.join(known)}")
-        try:
-            named = {"true": True, "false": False}.get(getattr(word.value, "id", ""))  # as TOML spells them
-            values[word.arg] = ast.literal_eval(word.value) if named is None else named
-        except ValueError:
-            said = ast.unparse(word.value)
-            raise ConfigError(f"{name}: {word.arg} is {said}; wanted a number, true or false") from None
-    bare = [field.name for field in fields(kind) if field.default is MISSING and field.default_factory is MISSING]
-    if lacking := [one for one in bare if one not in values]:
-        raise ConfigError(f"{name} needs {first_few(lacking)}: {name}({lacking[0]}=...)")
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise ConfigError(f"{name}: {error}") from error
-
-
-def _fitting(kind: type[Trained], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    own = inspect.signature(kind).parameters
-    return {name: value for name, value in defaults.items() if name in own and value is not None}
 
 
 def methods(config: TrainConfig) -> dict[str, Trained]:
@@ -103,12 +27,12 @@ def methods(config: TrainConfig) -> dict[str, Trained]:
     usual = {"rank": config.rank, "alpha": config.alpha, "rank_stabilised": config.rank_stabilised or None}
     main = method(config.method, usual)
     given = [name for name, value in usual.items() if value is not None]
-    deaf = [name for name in given if name not in {f.name for f in fields(_innermost(main))}]
+    deaf = [name for name in given if name not in {f.name for f in fields(innermost(main))}]
     if deaf and not config.methods:
         raise ConfigError(f"{config.method} has no {first_few(deaf)}; leave it out, or choose another method")
     found = {glob: method(text, usual) for glob, text in config.methods.items()}
     for glob, rank in config.ranks.items():
-        inner = _innermost(main)
+        inner = innermost(main)
         if "rank" not in {f.name for f in fields(inner)}:
             raise ConfigError(f"ranks: {inner.name} has no rank")
         own = replace(inner, rank=rank)  # pyright: ignore[reportCallIssue] # it has one
@@ -133,10 +57,6 @@ def _startable(config: TrainConfig, method: Trained) -> Trained:
         raise ConfigError("start = lora_ga needs gradients, which fp16 does not hold before they are scaled; use bf16")
     anchored = Anchored(method.rank, method.alpha, method.rank_stabilised)
     return anchored if start in ANCHORED else method
-
-
-def _innermost(method: Trained) -> Trained:
-    return method.inner if isinstance(method, DoRA) else method
 
 
 def put_on(config: TrainConfig, model: Any) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from imgadapt import cli
 from imgadapt.playground.serving import accounts
 from imgadapt.playground.trainings.runs import TrainRequest
-from imgadapt.training import flags, recipe
+from imgadapt.training import flags, recipe, spelling
 from imgadapt.training.config import DreamBoothConfig, InversionConfig, TrainConfig
 from tests.fuzz.files import placed
 from tests.fuzz.target import Target
@@ -71,7 +71,7 @@ _TOML = (
 
 
 def _method(data: bytes) -> None:
-    recipe.method(_text(data), {"rank": 4, "alpha": None})
+    spelling.method(_text(data), {"rank": 4, "alpha": None})
 
 
 def _methods() -> Iterator[bytes]:

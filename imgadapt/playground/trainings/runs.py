@@ -25,7 +25,7 @@ from imgadapt.playground.trainings.checking import Check
 from imgadapt.playground.trainings.datasets import Dataset, Datasets
 from imgadapt.playground.trainings.trainings import RECORD, Record, Training
 from imgadapt.playground.trainings.watching import Watch
-from imgadapt.training import plan, recipe
+from imgadapt.training import plan, spelling
 
 __all__ = ["Check", "Dataset", "Run", "Runs", "TrainRequest"]
 
@@ -217,7 +217,7 @@ class Runs:
         Raises:
             ConfigError: there is no such folder or base, or no such method.
         """
-        method = recipe.method(request.method, {})
+        method = spelling.method(request.method, {})
         rank = getattr(getattr(method, "inner", method), "rank", 0)
         if isinstance(rank, int) and rank > _HIGHEST:
             raise ConfigError(f"rank {rank} is more than {_HIGHEST}")
