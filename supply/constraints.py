@@ -33,7 +33,8 @@ def here(pin: Requirement) -> bool:
 def installed() -> dict[str, str]:
     """Name -> version, of what is in this environment; without what a build's version has after a `+`."""
     found: dict[str, str] = {}
-    ours = [*{sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}]  # setuptools puts its own copies on sys.path
+    # setuptools puts copies of its own on sys.path
+    ours = [*{sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}]
     for one in distributions(path=ours):
         name = canonicalize_name(one.metadata["Name"])
         if name not in _OWN and not _CUDA.match(name):
