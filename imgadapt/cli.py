@@ -21,6 +21,7 @@ PROGRAMS = {
     "textual_inversion": ("train_scripts/textual_inversion.py", "train a new word, or a word and an adapter"),
     "check": ("train_scripts/check.py", "what a training would do, what it takes, and what is wrong with its pictures"),
     "zip": ("train_scripts/zip.py", "merge adapters by coefficients that are learnt from what each draws alone"),
+    "methods": ("train_scripts/methods.py", "the methods of adapters: their settings, and what they do"),
     "generate": ("train_scripts/generate.py", "draw prompts with a base and adapters"),
     "grid": ("train_scripts/grid.py", "draw a grid over weights, seeds, prompts, ..., and compare it with the base"),
     "ui": ("ui/app.py", "the playground: draw with adapters, compare, merge and train them, in a browser"),

@@ -18,8 +18,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from imgadapt import cli, demo, load
+from imgadapt import LoKr, cli, demo, load, prompting
 from imgadapt.errors import ConfigError, DataError, FormatError, OutputError, TargetError
+from imgadapt.methods import METHODS
+from imgadapt.training import spelling
 
 Run = Callable[[str, Sequence[str]], None]
 QUICK = [
@@ -57,6 +59,23 @@ def test_every_program_is_there_and_answers_help(run: Run, capsys: pytest.Captur
             run(name, ["--help"])
         assert stop.value.code == 0
         assert f"imgadapt {name}" in capsys.readouterr().out
+
+
+def test_methods_lists_all_that_method_takes_as_method_takes_it(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run("methods", [])
+    rows = [line for line in capsys.readouterr().out.splitlines() if "  rate x" in line]
+    assert [row.split()[0] for row in rows] == [kind.name for kind in (*METHODS, *prompting.KINDS)]
+    run("methods", ["T-LoRA", "lokr"])
+    said = capsys.readouterr().out
+    for called in [line for line in said.splitlines() if line.startswith(("tlora(", "lokr("))]:
+        assert spelling.method(called.replace("None", "3"), {}).name in ("tlora", "lokr")
+    assert "delta = kron(w1, w2)" in said
+    run("methods", ["lokr", "--json"])
+    about = json.loads(capsys.readouterr().out)["lokr"]
+    assert about["settings"]["rank"] == "8"
+    assert about["rate_over_lora"] == LoKr.rate_over_lora > 1
+    with pytest.raises(ConfigError, match="no method 'lokrr', did you mean 'lokr'"):
+        run("methods", ["lokrr"])
 
 
 def test_importing_imgadapt_imports_no_diffusers_transformers_or_gradio() -> None:

@@ -26,6 +26,21 @@ def _squeezed(name: str) -> str:
 _SQUEEZED: Mapping[str, str] = {_squeezed(name): name for name in _KINDS}
 
 
+def kind_of(name: str) -> type[Trained]:
+    """The method of this name.
+
+    Raises:
+        ConfigError: there is none; the nearest is named.
+    """
+    found = _KINDS.get(_SQUEEZED.get(_squeezed(name), name))
+    if found is None:
+        near = get_close_matches(name, _KINDS, n=1)
+        raise ConfigError(
+            f"no method '{name}'" + (f", did you mean '{near[0]}'?" if near else f"; there are: {', '.join(_KINDS)}")
+        )
+    return found
+
+
 def method(text: str, defaults: Mapping[str, Any]) -> Trained:
     """What `lora`, `lokr(factor=8)`, `dora(loha(rank=4))` or `prompt_tuning(tokens=8)` says.
 
@@ -35,7 +50,7 @@ def method(text: str, defaults: Mapping[str, Any]) -> Trained:
         ConfigError: no such method or field, or a value that it does not take.
     """
     head, bracket, rest = text.strip().partition("(")
-    called = _SQUEEZED.get(_squeezed(head), head)
+    called = _SQUEEZED.get(_squeezed(head), head)  # Python reads no name with a dash in it
     try:
         return _made(ast.parse(called + bracket + rest, mode="eval").body, defaults)
     except (SyntaxError, ValueError) as error:
@@ -47,12 +62,7 @@ def _made(node: ast.AST, defaults: Mapping[str, Any]) -> Trained:
     if not isinstance(call.func, ast.Name) or any(word.arg is None for word in call.keywords):
         raise ValueError("wanted a name, and fields by name")
     name = call.func.id.lower()
-    if name not in _KINDS:
-        near = get_close_matches(name, _KINDS, n=1)
-        raise ConfigError(
-            f"no method '{name}'" + (f", did you mean '{near[0]}'?" if near else f"; there are: {', '.join(_KINDS)}")
-        )
-    kind = _KINDS[name]
+    kind = kind_of(name)
     known = [field.name for field in fields(kind)]
     if kind is DoRA:
         if len(call.args) > 1 or any(word.arg == "inner" for word in call.keywords):
