@@ -1,6 +1,6 @@
 """The table of benchmarks/methods.py's results, and the picture of what costs most and brings most.
 
-    python benchmarks/methods_table.py methods.jsonl --picture docs/methods.svg
+    python benchmarks/methods_table.py benchmarks/methods.jsonl --picture docs/methods.svg --page docs/measured.md
 
 Gain: the share of the base's held-out loss that an adapter takes away, the mean over tasks and seeds. Its interval is
 of 2,000 draws of seeds and of pictures. All adapters, and the base, are looked at by the same draws: so `to lora`, the
@@ -11,10 +11,10 @@ loss on the base's own pictures, without the word, moved from the base's, in the
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ Numbers = npt.NDArray[np.float64]
 DRAWS = 2000
 SEEDS = 3  # that a draw is the mean of
 REFERENCE = ("lora", "middle")
+MARKS = ("<!-- of benchmarks/methods_table.py -->", "<!-- until here -->")
 
 
 Interval = tuple[float, float, float]
@@ -99,25 +100,36 @@ def _interval(draws: Numbers) -> Interval:
 
 def best_for_their_size(rows: Sequence[Row]) -> list[Row]:
     """Those that no smaller one beats, from small to large."""
+    return _front(rows, _numbers)
+
+
+def _numbers(row: Row) -> float:
+    return row.numbers
+
+
+def _drift(row: Row) -> float:
+    return row.drift[0]
+
+
+def _front(rows: Sequence[Row], cost: Callable[[Row], float]) -> list[Row]:
     kept: list[Row] = []
-    for row in sorted(rows, key=lambda r: (r.numbers, -r.gain[0])):
+    for row in sorted(rows, key=lambda r: (cost(r), -r.gain[0])):
         if not kept or row.gain[0] > kept[-1].gain[0]:
             kept.append(row)
     return kept
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown, the best first."""
+    """Markdown, the best first; bold: no smaller one is better."""
     tasks = list(rows[0].by_task)
     head = ["method", "rate", "numbers", "file", "gain (95 %)", "to lora (95 %)", *tasks, "drift", "step"]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     front = set(map(id, best_for_their_size(rows)))
     for row in rows:
-        name = f"**`{row.method}`**" if id(row) in front else f"`{row.method}`"
-        name += "" if row.case in row.method.replace("(", " ").split() else f" {row.case}"
+        name = f"**{called(row)}**" if id(row) in front else called(row)
         cells = [
-            name, f"{row.rate:.2g}", f"{row.numbers:,}", f"{row.bytes / 1000:,.0f} kB",
-            f"{row.gain[0]:.3f} ({row.gain[1]:.3f} to {row.gain[2]:.3f})",
+            name + ("" if row.seeds == SEEDS else " ¹"), f"{row.rate:.2g}", f"{row.numbers:,}",
+            f"{row.bytes / 1000:,.0f} kB", f"{row.gain[0]:.3f} ({row.gain[1]:.3f} to {row.gain[2]:.3f})",
             f"{row.over[0]:+.3f} ({row.over[1]:+.3f} to {row.over[2]:+.3f})", *(f"{row.by_task[t]:.2f}" for t in tasks),
             f"{row.drift[0]:+.2f}", "" if row.ratio is None else f"{row.ratio:.2f}",
         ]  # fmt: skip
@@ -125,43 +137,70 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def called(row: Row) -> str:
+    """As --method has it, and what else it was told."""
+    told = {"lora_fa": "--freeze-down", "lora_plus": "--lora-plus 4", "nested": "--nested-ranks all"}
+    head = row.method.partition("(")[0]
+    plain = head in (row.case, "dora") or row.case == head
+    return f"`{row.method}`" if plain else f"`{row.method} {told.get(row.case, f'--start {row.case}')}`"
+
+
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Gain against numbers trained, a line through the sizes of a method, the front in front."""
+    """Gain against numbers trained, and against drift: of each method its sizes, joined; no other beats the front."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     mpl.rcParams["svg.hashsalt"] = "imgadapt"  # the same file each time
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    axes: Any = figure.add_subplot()
-    front = best_for_their_size(rows)
+    figure = Figure(figsize=(13, 6.5), layout="constrained")
+    left, right = cast("tuple[Any, Any]", figure.subplots(1, 2, sharey=True))
     of_case: dict[str, list[Row]] = {}
     for row in rows:
         of_case.setdefault(row.case, []).append(row)
-    for name, own in sorted(of_case.items()):
-        own = sorted(own, key=lambda r: r.numbers)
-        on = any(row in front for row in own)
-        x, y = [r.numbers for r in own], [r.gain[0] for r in own]
-        error = [[max(0.0, r.gain[0] - r.gain[1]) for r in own], [max(0.0, r.gain[2] - r.gain[0]) for r in own]]
-        colour = None if on else "0.72"
-        axes.errorbar(x, y, error, marker="o", markersize=4, linewidth=1.4 if on else 0.8, elinewidth=0.6, color=colour)
-        axes.annotate(
-            name, (x[-1], y[-1]), (4, 2), textcoords="offset points", fontsize=8, color="0.1" if on else "0.5"
+    for axes, of in ((left, _numbers), (right, _drift)):
+        front = _front(rows, of)
+        for name, own in sorted(of_case.items()):
+            own = sorted(own, key=lambda r: r.numbers)
+            on = [row for row in own if row in front]
+            x, y = [of(r) for r in own], [r.gain[0] for r in own]
+            colour = "tab:blue" if on else "0.75"
+            axes.plot(x, y, marker="o", markersize=3.5, linewidth=0.9, color=colour, zorder=2 + bool(on))
+            for row in own:  # what is known of the difference to LoRA
+                ends = [row.gain[0] - row.over[0] + end for end in row.over[1:]]
+                axes.plot([of(row)] * 2, ends, linewidth=0.6, color=colour)
+            for row in on or own[len(own) // 2 :][:1]:
+                place = {"xytext": (3, 3), "textcoords": "offset points", "fontsize": 7.5}
+                axes.annotate(name, (of(row), row.gain[0]), color="0.1" if on else "0.55", zorder=4, **place)
+        axes.step(
+            [of(r) for r in front],
+            [r.gain[0] for r in front],
+            where="post",
+            color="tab:blue",
+            linewidth=0.8,
+            linestyle=":",
         )
-    axes.step(
-        [r.numbers for r in front], [r.gain[0] for r in front], where="post", color="0.2", linewidth=0.8, linestyle=":"
-    )
-    axes.set(xscale="log", xlabel="trained numbers", ylabel="share of the base's held-out loss that is gone")
-    axes.grid(alpha=0.25)
+        axes.grid(alpha=0.25)
+    left.set(xscale="log", xlabel="trained numbers", ylabel="gain: share of the base's held-out loss that is gone")
+    right.set(xlabel="drift: what the loss without the word rose by, in the base's")
     figure.savefig(path, metadata={"Date": None})
+
+
+def page(text: str, rows: Sequence[Row]) -> str:
+    """A page with the table between its two marks."""
+    before, rest = text.split(MARKS[0])
+    return f"{before}{MARKS[0]}\n{table(rows)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
 
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("--picture", type=Path, help="an .svg or .png")
+    parser.add_argument("--page", type=Path, help="a page whose table is made anew")
     args = parser.parse_args(argv)
     rows = read(args.results)
-    print(table(rows))
+    if args.page:
+        args.page.write_text(page(args.page.read_text("utf-8"), rows), "utf-8")
+    else:
+        print(table(rows))
     if args.picture:
         draw(rows, args.picture)
 
