@@ -23,6 +23,7 @@ from imgadapt.methods import (
     AdaLoRA,
     BitFit,
     Compacter,
+    DeLoRA,
     FourierFT,
     GraLoRA,
     LoRA,
@@ -191,6 +192,25 @@ def test_swap_refuses_a_file_whose_layers_do_not_share_what_the_adapter_does(met
     with pytest.raises(StateError, match="detach it and attach the file"):
         swap(model, AdapterFile(apart))
     assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize(
+    ("method", "other"),
+    [
+        (DeLoRA(rank=2, bound=1.0), DeLoRA(rank=2, bound=8.0)),
+        (VeRA(rank=3), VeRA(rank=3, d_initial=1.0)),
+        (DoRA(VBLoRA(num_vectors=8, vector_length=4)), DoRA(VBLoRA(num_vectors=8, vector_length=4, init_std=0.01))),
+    ],
+    ids=lambda m: type(m).__name__,
+)
+def test_swap_takes_a_file_that_only_began_otherwise(method: Method, other: Method) -> None:
+    (live, source), x = (build(nn.Linear(12, 12)) for _ in range(2)), torch.randn(3, 12)
+    source.load_state_dict(live.state_dict())
+    attach(live, method, targets="*")
+    attach(source, other, targets="*")
+    filled(source)
+    swap(live, collect(source))
+    torch.testing.assert_close(live(x), source(x))
 
 
 @pytest.mark.parametrize("method", [VeRA(rank=3), RandLoRA(rank=3)], ids=lambda m: type(m).__name__)

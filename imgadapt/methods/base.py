@@ -92,6 +92,8 @@ class Method(ABC):
     """Why it does not merge, for messages."""
     timed: ClassVar[bool] = False
     """Whether what it does depends on the denoiser's time: `acting` says which ranks of its pair act."""
+    fresh_only: ClassVar[tuple[str, ...]] = ()
+    """Fields that only `init` reads."""
     rate_over_lora: ClassVar[float] = 1.0
     """Its best learning rate, in LoRA's, as benchmarks/methods.py found it on the embedded base."""
     peft: ClassVar[Peft | None] = None
@@ -228,8 +230,9 @@ class Method(ABC):
         return self if self.file_rank in (None, rank) else self._with(rank=rank, alpha=self.scale * rank)
 
     def unscaled(self) -> Self:
-        """The method without what only scales it: its shapes and kind."""
-        return self._with(alpha=None)
+        """The method without what only scales it, or how it began: its shapes and kind."""
+        began = {field.name: field.default for field in fields(self) if field.name in self.fresh_only}
+        return self._with(alpha=None, **began)
 
     def _with(self, **changes: Any) -> Self:
         own = {field.name for field in fields(self)}
