@@ -33,7 +33,7 @@ import torch
 from imgadapt import collect, demo, detach, save
 from imgadapt.cli import program
 from imgadapt.demo import character
-from imgadapt.errors import ImgadaptError, TrainingError
+from imgadapt.errors import ImgadaptError, Interrupted, TrainingError
 from imgadapt.training import families, objective, optimizers, recipe, rules
 from imgadapt.training.config import TrainConfig
 from imgadapt.training.data import scan
@@ -155,6 +155,8 @@ class Study:
                     "losses": self.losses(self.judging[task]), "prior": self.losses(self.prior),
                     "numbers": sum(row.parameter.numel() for row in rows), "bytes": path.stat().st_size,
                 }  # fmt: skip
+            except Interrupted:
+                raise
             except TrainingError as error:  # a rate at which it diverges
                 return {"diverged": str(error)[:120]}
             finally:
@@ -265,6 +267,8 @@ def work(job: Job, output: Path) -> str:
     about = f"{job.middle.name}: {', '.join(case.size for case in job.sizes)}, seeds {[*job.seeds]}"
     try:
         do(_study[0], job, Found(output))
+    except Interrupted:
+        raise
     except ImgadaptError as error:
         return f"{about}: {error}"
     return f"{about}: done"
