@@ -54,6 +54,15 @@ def test_flags_win_over_toml_and_toml_over_defaults(tmp_path: Path) -> None:
     assert made.folder == tmp_path / "pictures"
 
 
+@pytest.mark.parametrize(("steps", "warm"), [(1000, 20), (201, 20), (150, 15), (19, 1), (9, 0)])
+def test_the_warm_up_is_a_tenth_of_few_steps_where_it_is_not_given(steps: int, warm: int) -> None:
+    assert given("x", "--steps", str(steps)).warmup_steps == warm
+    assert given("x", "--steps", str(steps), "--warmup-steps", "7").warmup_steps == 7
+    assert config().warmup_steps == 20
+    with pytest.raises(ConfigError, match=r"^'steps' is -30: [^;]*$"):
+        config(steps=-30)
+
+
 def test_pairs_are_split_at_the_first_equals_sign_and_typed() -> None:
     made = given(
         *("x", "--methods", "convolution=lokr(factor=4)", "--ranks", "unet.mid*=16", "--optimizer-options"),

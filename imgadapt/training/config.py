@@ -76,7 +76,7 @@ class TrainConfig(BaseModel):
     )
     schedule: Literal["cosine", "linear", "constant", "restarts"] = Field("cosine", description="of the rate, after warm-up")  # fmt: skip  # noqa: E501
     restarts: int = Field(3, ge=1, le=_STEPS, description="cycles of the schedule 'restarts'")
-    warmup_steps: int = Field(20, ge=0, le=_STEPS, description="steps from 0 to the peak")
+    warmup_steps: int = Field(20, ge=0, le=_STEPS, description="steps from 0 to the peak; at most a tenth of all when not given")  # fmt: skip  # noqa: E501
     weight_decay: float = Field(1e-3, ge=0, le=_RATE, description="the optimiser's")
     max_grad_norm: float = Field(1.0, gt=0, le=1e12, description="gradients are clipped to this norm")
     batch_size: int = Field(4, ge=1, le=_COUNT, description="pictures a step, over all processes and pieces")
@@ -173,6 +173,18 @@ class TrainConfig(BaseModel):
             return {**values, "learning_rate": 1e-4 * spelling.rate_over_lora(values["method"])}
         except ConfigError:  # which is said where the method is made
             return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _warm_up_of_the_steps(cls, values: Any) -> Any:
+        if "warmup_steps" in values:
+            return values
+        fields = cls.model_fields
+        try:
+            steps = int(values.get("steps", fields["steps"].default))
+        except (TypeError, ValueError, OverflowError):  # which is said of the steps themselves
+            return values
+        return {**values, "warmup_steps": max(0, min(fields["warmup_steps"].default, steps // 10))}
 
     @field_validator("learning_rates", "ranks", "optimizer_options", "methods", mode="after")
     @classmethod
