@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from imgadapt.errors import ConfigError
-from imgadapt.training import spelling, texts
+from imgadapt.training import rates, texts
 from imgadapt.training.report import scores
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -167,10 +167,10 @@ class TrainConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _rate_of_the_method(cls, values: Any) -> Any:
-        if "learning_rate" in values or not isinstance(values.get("method"), str):
+        if "learning_rate" in values:
             return values
         try:
-            return {**values, "learning_rate": 1e-4 * spelling.rate_over_lora(values["method"])}
+            return {**values, "learning_rate": cls.model_fields["learning_rate"].default * rates.over_lora(values)[0]}
         except ConfigError:  # which is said where the method is made
             return values
 

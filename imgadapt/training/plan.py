@@ -14,7 +14,7 @@ import torch
 from imgadapt.errors import ConfigError
 from imgadapt.methods import DoRA, LoRA, Method
 from imgadapt.prompting import Prompting
-from imgadapt.training import spelling, subject, words
+from imgadapt.training import rates, spelling, subject, words
 from imgadapt.training.config import DreamBoothConfig, InversionConfig, TrainConfig
 from imgadapt.training.data import Example, scan
 from imgadapt.training.families import folder as base_folder
@@ -241,10 +241,8 @@ def _ranked(given: Mapping[str, Any]) -> bool:
 def _rate(given: Mapping[str, Any], usual: Usual, named: str) -> tuple[float, str]:
     if given.get("optimizer") == "prodigy":
         return 1.0, "prodigy finds the rate; this is a factor"
-    text = str(given.get("method", "lora"))
-    factor = spelling.rate_over_lora(text)
-    reason = "" if factor == 1 else f", times {factor:g} for {text.partition('(')[0]}"
-    return usual.rate * factor, f"usual on {named} with AdamW{reason}"
+    factor, why = rates.over_lora(given)
+    return usual.rate * factor, ", ".join([f"usual on {named} with AdamW", *why])
 
 
 def _precision(usual: Usual) -> tuple[str, str]:

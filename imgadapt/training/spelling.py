@@ -96,15 +96,6 @@ def _fitting(kind: type[Trained], defaults: Mapping[str, Any]) -> dict[str, Any]
     return {name: value for name, value in defaults.items() if name in own and value is not None}
 
 
-def rate_over_lora(text: str) -> float:
-    """Of the method that is said, see `Method.rate_over_lora`.
-
-    Raises:
-        ConfigError: see `method`.
-    """
-    return innermost(method(text, {})).rate_over_lora
-
-
 def innermost(method: Trained) -> Trained:
     """What DoRA is over; others as they are."""
     return method.inner if isinstance(method, DoRA) else method

@@ -1,0 +1,30 @@
+"""Learning rates in LoRA's: what a method, a start or a rule wants, as benchmarks/methods.py found it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from imgadapt.training import spelling
+
+STARTS: Mapping[str, float] = {"pissa": 0.18}
+"""Of `--start`; others want LoRA's."""
+RULES: Mapping[str, float] = {"lora_plus": 0.35, "freeze_down": 8.0, "nested_ranks": 2.0}
+"""Of settings that are on."""
+
+
+def over_lora(settings: Mapping[str, Any]) -> tuple[float, list[str]]:
+    """(the factor that goes with these settings, what it is for).
+
+    Raises:
+        ConfigError: there is no such method, or it does not take its fields.
+    """
+    method = spelling.innermost(spelling.method(str(settings.get("method", "lora")), {}))
+    factors = {
+        method.name: method.rate_over_lora,
+        f"start {settings.get('start')}": STARTS.get(str(settings.get("start")), 1.0),
+        **{name: factor for name, factor in RULES.items() if settings.get(name)},
+    }
+    found, why = 1.0, list[str]()
+    for name, factor in factors.items():
+        if factor != 1:
+            found, why = found * factor, [*why, f"times {factor:g} for {name}"]
+    return found, why
