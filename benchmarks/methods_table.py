@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ Numbers = npt.NDArray[np.float64]
 DRAWS = 2000
 SEEDS = 3  # that a draw is the mean of
 REFERENCE = ("lora", "middle")
+FLOOR = 0.43  # of the picture
 MARKS = ("<!-- of benchmarks/methods_table.py -->", "<!-- until here -->")
 
 
@@ -98,20 +99,8 @@ def _interval(draws: Numbers) -> Interval:
     return float(draws[0]), float(low), float(high)
 
 
-def best_for_their_size(rows: Sequence[Row]) -> list[Row]:
-    """Those that no smaller one beats, from small to large."""
-    return _front(rows, _numbers)
-
-
-def _numbers(row: Row) -> float:
-    return row.numbers
-
-
-def _drift(row: Row) -> float:
-    return row.drift[0]
-
-
-def _front(rows: Sequence[Row], cost: Callable[[Row], float]) -> list[Row]:
+def front(rows: Sequence[Row], cost: Callable[[Row], float]) -> list[Row]:
+    """Those than which none that costs less gains more, from cheap to dear."""
     kept: list[Row] = []
     for row in sorted(rows, key=lambda r: (cost(r), -r.gain[0])):
         if not kept or row.gain[0] > kept[-1].gain[0]:
@@ -119,14 +108,22 @@ def _front(rows: Sequence[Row], cost: Callable[[Row], float]) -> list[Row]:
     return kept
 
 
+def _size(row: Row) -> float:
+    return row.bytes / 1000
+
+
+def _drift(row: Row) -> float:
+    return row.drift[0]
+
+
 def table(rows: Sequence[Row]) -> str:
-    """Markdown, the best first; bold: no smaller one is better."""
+    """Markdown, the best first; bold: no smaller file is better."""
     tasks = list(rows[0].by_task)
     head = ["method", "rate", "numbers", "file", "gain (95 %)", "to lora (95 %)", *tasks, "drift", "step"]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    front = set(map(id, best_for_their_size(rows)))
+    best = set(map(id, front(rows, _size)))
     for row in rows:
-        name = f"**{called(row)}**" if id(row) in front else called(row)
+        name = f"**{called(row)}**" if id(row) in best else called(row)
         cells = [
             name + ("" if row.seeds == SEEDS else " ¹"), f"{row.rate:.2g}", f"{row.numbers:,}",
             f"{row.bytes / 1000:,.0f} kB", f"{row.gain[0]:.3f} ({row.gain[1]:.3f} to {row.gain[2]:.3f})",
@@ -146,42 +143,79 @@ def called(row: Row) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Gain against numbers trained, and against drift: of each method its sizes, joined; no other beats the front."""
+    """Gain against the file's size, and against drift: of each method its sizes, joined; the fronts in colour. What
+    gains less than most is below the picture, by name.
+    """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     mpl.rcParams["svg.hashsalt"] = "imgadapt"  # the same file each time
-    figure = Figure(figsize=(13, 6.5), layout="constrained")
-    left, right = cast("tuple[Any, Any]", figure.subplots(1, 2, sharey=True))
-    of_case: dict[str, list[Row]] = {}
-    for row in rows:
-        of_case.setdefault(row.case, []).append(row)
-    for axes, of in ((left, _numbers), (right, _drift)):
-        front = _front(rows, of)
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    least = FLOOR - 0.004
+    for number, (of, said) in enumerate(
+        ((_size, "size of the file, kB"), (_drift, "drift: what the loss without the word rose by, in the base's"))
+    ):
+        axes: Any = figure.add_subplot(1, 2, number + 1)
+        best = front(rows, of)
+        labels: list[tuple[float, float, str, bool]] = []
+        of_case: dict[str, list[Row]] = {}
+        for row in rows:
+            of_case.setdefault(row.case, []).append(row)
         for name, own in sorted(of_case.items()):
             own = sorted(own, key=lambda r: r.numbers)
-            on = [row for row in own if row in front]
-            x, y = [of(r) for r in own], [r.gain[0] for r in own]
+            on = [row for row in own if row in best and row.gain[0] > FLOOR]
             colour = "tab:blue" if on else "0.75"
-            axes.plot(x, y, marker="o", markersize=3.5, linewidth=0.9, color=colour, zorder=2 + bool(on))
+            axes.plot(
+                [of(r) for r in own],
+                [r.gain[0] for r in own],
+                "o-",
+                markersize=3,
+                linewidth=0.8,
+                color=colour,
+                zorder=2 + bool(on),
+            )
             for row in own:  # what is known of the difference to LoRA
                 ends = [row.gain[0] - row.over[0] + end for end in row.over[1:]]
-                axes.plot([of(row)] * 2, ends, linewidth=0.6, color=colour)
-            for row in on or own[len(own) // 2 :][:1]:
-                place = {"xytext": (3, 3), "textcoords": "offset points", "fontsize": 7.5}
-                axes.annotate(name, (of(row), row.gain[0]), color="0.1" if on else "0.55", zorder=4, **place)
+                axes.plot([of(row)] * 2, ends, linewidth=0.5, color=colour)
+            shown = on or [row for row in own if row.gain[0] > FLOOR][-1:]
+            labels += [(of(row), row.gain[0], name, bool(on)) for row in shown]
         axes.step(
-            [of(r) for r in front],
-            [r.gain[0] for r in front],
+            [of(r) for r in best],
+            [r.gain[0] for r in best],
             where="post",
             color="tab:blue",
             linewidth=0.8,
             linestyle=":",
         )
+        axes.set(xlabel=said, ylabel="gain: share of the base's held-out loss that is gone" if number == 0 else None)
+        axes.set_ylim(least, max(row.gain[0] for row in rows) + 0.006)
+        if number == 0:
+            axes.set_xscale("log")
+        axes.margins(x=0.09)
         axes.grid(alpha=0.25)
-    left.set(xscale="log", xlabel="trained numbers", ylabel="gain: share of the base's held-out loss that is gone")
-    right.set(xlabel="drift: what the loss without the word rose by, in the base's")
+        _write(figure, axes, labels)
+    best_of = {row.case: row.gain[0] for row in reversed(rows)}
+    if low := [f"{name} {gain:.2f}" for name, gain in sorted(best_of.items()) if gain <= FLOOR]:
+        figure.supxlabel(f"below the picture: {', '.join(low)}", fontsize=8)
     figure.savefig(path, metadata={"Date": None})
+
+
+def _write(figure: Any, axes: Any, labels: Sequence[tuple[float, float, str, bool]]) -> None:
+    """Names beside their points, those of the front first, each at the first place where no other name is."""
+    figure.draw_without_rendering()
+    taken: list[Any] = []
+    places = [(4, 3), (4, -9), (-4, 3), (-4, -9), *((4, 3 + 8 * k) for k in (1, -2, 2, -3, 3))]
+    for x, y, name, on in sorted(labels, key=lambda label: (not label[3], -label[1])):
+        for across, up in places:
+            text = axes.annotate(
+                name, (x, y), xytext=(across, up), textcoords="offset points", fontsize=7, zorder=5,
+                ha="left" if across > 0 else "right", color="0.1" if on else "0.5",
+            )  # fmt: skip
+            box = text.get_window_extent()
+            if not any(box.overlaps(other) for other in taken) or (across, up) == places[-1]:
+                taken.append(box)
+                break
+            text.remove()
 
 
 def page(text: str, rows: Sequence[Row]) -> str:
