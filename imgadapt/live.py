@@ -81,12 +81,12 @@ def merge(model: Any, *, originals: Places | None = None) -> None:
     Raises:
         StateError: NaN or infinity would result, adapters are disabled, the strength differs from sample to sample,
             or the checkpoint has other weights; no layer is changed.
-        TargetError: nothing is attached.
+        TargetError: nothing is attached, or only what changes no weight.
     """
     parts = where.components(model)
     layers = [(name, layer) for name, layer in where.adapted(parts)]
     if not layers:
-        raise TargetError("nothing is attached to this model")
+        raise _nothing(model)
     if not all(layer.enabled for _, layer in layers):
         raise StateError("adapters are disabled here; merge outside of `disabled`")
     if originals is not None and any(layer.merged and layer.kept is None for _, layer in layers):
@@ -269,5 +269,14 @@ def _checked(value: Any) -> Strength:
 def _some(model: Any) -> list[AdapterLayer]:
     found = [layer for _, layer in where.adapted(where.components(model))]
     if not found:
-        raise TargetError("nothing is attached to this model")
+        raise _nothing(model)
     return found
+
+
+def _nothing(model: Any) -> TargetError:
+    """What `merge` says of a model whose layers are bare."""
+    others = {"a learned prompt": prompts.names(where.components(model)), "words": tokens.names(model)}
+    said = [f"'{name}' is {what}" for what, names in others.items() for name in names]
+    if not said:
+        return TargetError("nothing is attached to this model")
+    return TargetError(f"{first_few(said)}: that changes no weight and does not merge into any; it acts as it is")

@@ -346,6 +346,12 @@ def test_what_changes_no_weight_is_not_merged_with_what_does(tmp_path: Path) -> 
     with pytest.raises(ConfigError, match="learned prompt"):
         imgadapt.combine(imgadapt.MergeRecipe(entries))
     imgadapt.detach(model, "lora")
+    for call in (imgadapt.merge, imgadapt.unmerge):
+        with pytest.raises(
+            TargetError, match=r"^'prompt' is a learned prompt: that changes no weight and does not merge"
+        ):
+            call(model)
+    imgadapt.detach(model)
     with pytest.raises(TargetError, match="nothing is attached"):
         imgadapt.merge(model)
 
