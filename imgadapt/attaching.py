@@ -264,7 +264,7 @@ def _fresh(
     default = targets is None
     if targets is None:
         targets = "transformer" if isinstance(adapter, Method) else list(methods)
-    kinds: list[Kind] = [kind for method in methods.values() for kind in method.kinds if kind != "embedding"]
+    kinds: list[Kind] = [kind for method in methods.values() for kind in method.kinds]
     try:
         found = where.find(parts, targets, kinds)
     except TargetError as error:
@@ -291,7 +291,12 @@ def _fresh(
             tensors[key] = first.setdefault((made.name, key, *tensors[key].shape), tensors[key])
         rows.append((layer, Part(made, tensors)))
     if not rows:
-        raise TargetError(f"{', '.join(m.name for m in methods.values())} can act on no layer of this model")
+        what = f"{', '.join(m.name for m in methods.values())} can act on no layer"
+        if targets == "*":
+            raise TargetError(f"{what} of this model")
+        acts = next(iter(methods.values())).check
+        hint = where.offered(list(where.layers(parts)), lambda site: acts(site) is None)
+        raise TargetError(f"{what} that targets={targets!r} names ({found[0].name}: {acts(found[0].site)}): {hint}")
     return rows
 
 

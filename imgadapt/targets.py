@@ -1,6 +1,6 @@
 """Which layers: components of a model, globs over their paths, presets."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -209,27 +209,37 @@ def _spelled(path: tuple[Any, ...], layer: AdapterLayer) -> str:
     return ".".join([*path, *reversed(names)])
 
 
+def offered(every: Sequence[Layer], acts: Callable[[Site], bool]) -> str:
+    """What to give as targets for layers that a method acts on, for messages."""
+    names = [layer.name for layer in every if acts(layer.site)]
+    if not names:
+        return "this model has none"
+    usual = next((target for target in ("transformer", "norm*") if any(matches(name, target) for name in names)), None)
+    return f'--targets "{usual or names[0].rpartition(".")[2]}" (targets= in Python) names such'
+
+
 def find(
     parts: Mapping[str, nn.Module], targets: Targets, kinds: Collection[Kind] = ("linear", "conv", "fused")
 ) -> list[Layer]:
-    """The layers that `targets` names; presets and globs that end in `*` take in those of these kinds only.
+    """The layers that `targets` names; presets and globs that end in `*` take in those of these kinds only, and never
+    embeddings.
 
     Raises:
         TargetError: a target matches no layer, or nothing is left after the exclusions.
     """
     every = list(layers(parts))
-    names = [layer.name for layer in every]
+    names, taken = [layer.name for layer in every], {*kinds} - {"embedding"}
     found = [
         layer
         for layer in every
-        if matches(layer.name, targets) and (layer.site.kind in kinds or named(layer.name, targets))
+        if matches(layer.name, targets) and (layer.site.kind in taken or named(layer.name, targets))
     ]
     wrong = idle(targets, names)
     if wrong or not found:
         if not wrong and (passed := [layer for layer in every if matches(layer.name, targets)]):
             raise TargetError(
                 f"targets={targets!r} takes in other kinds of layer only ({passed[0].name} is {passed[0].site.kind}); "
-                f"wanted {' or '.join(dict.fromkeys(kinds))}. Name others by their own ends"
+                f"wanted {' or '.join(dict.fromkeys(kinds))}: {offered(every, lambda site: site.kind in kinds)}"
             )
         near = [m for t in wrong if t not in PRESETS for m in get_close_matches(t, PRESETS, n=1)]
         hint = f" (did you mean '{near[0]}'?)" if near else ""

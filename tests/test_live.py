@@ -1,5 +1,6 @@
 """attach, detach, set_weights, collect on pipelines, mappings and single modules; what they refuse, and how."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from imgadapt import OFT, AdapterFile, Full, LoRA, layer
 from imgadapt.errors import ConfigError, FormatError, ShapeError, StateError, TargetError
 from imgadapt.formats import Part
 from imgadapt.layer import AdapterLayer
+from imgadapt.live import slots
+from imgadapt.methods import BitFit, Method, Norm, TrainableTokens
 
 
 class Net(nn.Module):
@@ -181,6 +184,28 @@ def test_a_pipeline_takes_adapters_on_unet_and_text_encoder(pipe: Any, tmp_path:
         imgadapt.attach(pipe, imgadapt.load(imgadapt.save(file, tmp_path / "x.safetensors", format=form)))
         assert torch.equal(draw(), live)
         imgadapt.detach(pipe)
+
+
+@pytest.mark.parametrize(
+    ("method", "targets", "kind"),
+    [(Norm(), "transformer", "norm"), (TrainableTokens((2, 5)), "transformer", "embedding"),
+     (BitFit(), "to_q*", "conv"), (LoRA(rank=2), "norm*", "conv")],
+    ids=lambda value: getattr(value, "name", value),
+)  # fmt: skip
+def test_targets_that_hold_nothing_for_a_method_are_answered_with_some_that_do(
+    pipe: Any, method: Method, targets: str, kind: str
+) -> None:
+    with pytest.raises(TargetError) as caught:
+        imgadapt.attach(pipe, method, targets=[targets])
+    (offered,) = re.findall(r'--targets "(.*?)" \(targets= in Python\) names such$', str(caught.value))
+    imgadapt.attach(pipe, method, targets=[offered])
+    rows = slots(pipe)
+    assert rows[0][1].site.kind == kind
+    file = imgadapt.collect(pipe)
+    imgadapt.detach(pipe)
+    with pytest.raises(TargetError, match=r"wanted embedding: this model has none$"):
+        imgadapt.attach(pipe.unet, TrainableTokens((2, 5)), targets="transformer")
+    assert len(file.parts) == len(rows) > 0
 
 
 def test_memory_is_flat_over_a_hundred_loads(tmp_path: Path) -> None:
