@@ -53,13 +53,25 @@ def main(argv: Sequence[str]) -> None:
             load(args.input), keep, name=args.input.name, base=base, others=args.keep_others, progress=progress
         )
     path = save(made, args.output, format=args.format, dtype=DTYPES.get(args.dtype))
+    before, after = _bytes(args.input), _bytes(path)
+    report.notes += _larger(before, after)
     if args.json:
-        print(json_of({"written": str(path), **report.as_json()}))
+        print(json_of({"written": str(path), "bytes": after, **report.as_json()}))
         return
-    sizes = [one.stat().st_size / 1e6 if one.is_file() else 0.0 for one in (args.input, path)]
     print(f"{args.input}: {keep.said()}")
     print("\n".join(report.lines()))
-    print(f"{path}" + (f": {sizes[1]:.2f} MB of {sizes[0]:.2f}" if all(sizes) else ""))
+    print(f"{path}: {after / 1e6:.2f} MB of {before / 1e6:.2f}")
+
+
+def _larger(before: int, after: int) -> list[str]:
+    """A note where the file is larger than the one that it was made of."""
+    why = "what is no LoRA there is one here, or its numbers are wider; ask for less, or for a --size"
+    return [f"NOTE the output, {after:,} bytes, is larger than the input, {before:,}: {why}"] * (after > before)
+
+
+def _bytes(path: Path) -> int:
+    """Of a file, or of those in peft's folder."""
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir()))
 
 
 def _first(args: Any) -> None:
@@ -73,6 +85,7 @@ def _first(args: Any) -> None:
         print(json_of({"written": str(path), "layers": len(ranks), "rank": max(ranks)}))
     else:
         print(f"{path}: the first {max(ranks)} ranks of {len(ranks)} layers")
+        print("".join(f"{note}\n" for note in _larger(_bytes(args.input), _bytes(path))), end="")
 
 
 if __name__ == "__main__":

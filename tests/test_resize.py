@@ -299,6 +299,28 @@ def test_the_program_reports_and_writes(tmp_path: Path, run: Run, capsys: pytest
     run("resize", [a, b, "--rank", "8"])
     out = capsys.readouterr().out
     assert "3 layers are as they were" in out
+    assert "NOTE" not in out
     for wrong in ([a, a, "--rank", "2"], [a, b], [a, b, "--sv-fro", "0.9", "--threshold", "1"]):
         with pytest.raises(ConfigError):
             run("resize", wrong)
+
+
+def test_a_file_that_is_larger_than_its_input_is_said_to_be(
+    tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    method = LoKr(rank=None, factor=8)
+    name = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    save(AdapterFile({name: made(method, Site((640, 640)))}, architecture="sd1"), a, format="lycoris")
+    run("resize", [str(a), str(b), "--rank", "16"])
+    said, sizes = capsys.readouterr().out, (b.stat().st_size, a.stat().st_size)
+    assert sizes[0] > sizes[1]
+    assert f"\nNOTE the output, {sizes[0]:,} bytes, is larger than the input, {sizes[1]:,}: " in said
+    run("resize", [str(a), str(b), "--rank", "16", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["bytes"] == sizes[0]
+    assert found["notes"][-1].startswith("NOTE the output, ")
+    run("resize", [str(b), str(tmp_path / "c.safetensors"), "--first", "15"])
+    assert "NOTE" not in capsys.readouterr().out
+    run("resize", [str(a), str(tmp_path / "small"), "--rank", "2", "--format", "peft"])  # a folder, of two files
+    assert "NOTE" not in capsys.readouterr().out
