@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo ui test check constraints licences audit clean
+.PHONY: demo ui test check lint types constraints licences audit clean
 
 demo: .venv/train
 	$(BIN)/imgadapt demo --output demo_out
@@ -14,11 +14,15 @@ ui: .venv/ui
 test: .venv/dev
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-check: .venv/dev
+check: lint types
+
+lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/typos
+
+types: .venv/dev
 	$(BIN)/pyright
 
 constraints: .venv/dev  # after: $(BIN)/python -m pip install --upgrade ...
