@@ -771,6 +771,14 @@ def test_what_a_format_has_no_word_for_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_layers_that_are_one_in_a_format_are_refused_with_that_said(tmp_path: Path) -> None:
+    names = [f"transformer.transformer_blocks.0.attn.{end}" for end in ("to_q", "to_k", "to_v")]
+    parts = {name: Part(OFT(4, "input"), {"packed": torch.randn(768, 6)}) for name in names}
+    why = "and rotations of the inputs of several layers are not one; diffusers' names, which 'imgadapt' has, keep them"
+    with pytest.raises(FormatError, match=f"kohya: these layers are a part of one in kohya, {why}"):
+        save(AdapterFile(parts, architecture="flux"), tmp_path / "x.safetensors", format="kohya")
+
+
 def test_peft_has_one_method_and_one_component_in_a_file(sites: Sites, tmp_path: Path) -> None:
     lora = {name: part(sites[name], LoRA(3, 2.0), 0) for name in (QUERY, TEXT)}
     with pytest.raises(FormatError, match="lora on text_encoder, lora on unet: write them apart"):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -17,10 +18,11 @@ from imgadapt.combining.keep import Keep
 from imgadapt.combining.resizing import resize
 from imgadapt.errors import ConfigError, FormatError, ShapeError
 from imgadapt.formats import FORMATS, read
-from imgadapt.methods import Method, Norm, VeRA
+from imgadapt.methods import BOFT, IA3, OFT, OSF, BitFit, GraLoRA, Method, Norm, RoAd, VBLoRA, VeRA
 from imgadapt.sites import Site
 from imgadapt.summary import summary
 from imgadapt.tensors import read_tensors
+from imgadapt.training import spelling
 from tests.test_contract import in_the_docs
 
 METHODS = in_the_docs()
@@ -150,6 +152,85 @@ def test_peft_loads_what_imgadapt_writes_and_the_other_way_round(method: Method,
     again, _ = read_tensors(save(file, tmp_path / "again", format="peft") / "adapter_model.safetensors")
     assert tensors.keys() == again.keys()
     assert all(torch.equal(tensor, again[key]) for key, tensor in tensors.items())
+
+
+def of_widths(method: Method, *layers: nn.Module) -> tuple[nn.Sequential, AdapterFile, Tensor]:
+    """Layers of several widths, bare, an adapter of all of them as if trained, and an input."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*layers)
+    attach(model, method, targets="*")
+    with torch.no_grad():
+        for parameter in parameters(model):
+            parameter.add_(torch.randn(parameter.shape) * 0.2)
+    file = collect(model)
+    detach(model)
+    return model, file, torch.randn(5, 12)
+
+
+def test_osf_on_layers_of_several_widths_is_pefts(tmp_path: Path) -> None:
+    """A rank for each, by its whole name: the second layer's is the beginning of another's."""
+    ends = [nn.Linear(12, 24), nn.Linear(24, 16), *(nn.Identity() for _ in range(8)), nn.Linear(16, 10)]
+    model, file, x = of_widths(OSF(rank=3), *ends)
+    folder = save(file, tmp_path / "ours", format="peft")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["effective_rank"], config["rank_pattern"]) == (9, {"^1$": 13, "^10$": 7})
+    theirs: Any = PeftModel.from_pretrained(copy.deepcopy(model), folder).eval()
+    ours = live(model, file, x)
+    assert (ours - model(x)).abs().max() > 1e-3
+    torch.testing.assert_close(theirs(x), ours, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(live(model, load(folder), x), ours, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "hint"),
+    [
+        (RoAd(), "group_size=8"),
+        (VBLoRA(), "vector_length=4"),
+        (OFT(side="input"), "block_size=4"),
+        (BOFT(side="input", rescaled=True), "block_size=2"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else said(value),
+)
+def test_what_peft_has_one_size_for_says_which_would_fit_all_and_that_does(
+    method: Method, hint: str, tmp_path: Path
+) -> None:
+    layers = [nn.Linear(12, 24, bias=False), nn.Linear(24, 16, bias=False), nn.Linear(16, 64, bias=False)]
+    _, file, _ = of_widths(method, *layers)
+    with pytest.raises(FormatError, match=f"; train with {hint}, which fits all of them"):
+        save(file, tmp_path / "no", format="peft")
+    field, _, value = hint.partition("=")
+    model, file, x = of_widths(replace(method, **{field: int(value)}), *layers)
+    again = load(save(file, tmp_path / "a", format="peft"))
+    assert again.format == "peft"
+    torch.testing.assert_close(live(model, again, x), live(model, file, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [OFT(), BOFT(), IA3(), RoAd()], ids=said)
+def test_what_peft_has_otherwise_says_how_and_that_is_written(method: Method, tmp_path: Path) -> None:
+    layers = [nn.Linear(12, 24, bias=method.name != "road"), nn.Linear(24, 24)]
+    _, file, _ = of_widths(method, *layers)
+    with pytest.raises(FormatError) as caught:
+        save(file, tmp_path / "no", format="peft")
+    if method.name == "road":
+        assert "turns a layer's bias, too" in str(caught.value)
+        save(replace(file, parts={"model.0": file.parts["model.0"]}), tmp_path / "a", format="peft")
+        return
+    (text,) = re.findall(r"[a-z0-9]+\(.*?\)", str(caught.value))
+    made = spelling.method(text, {})
+    assert isinstance(made, Method)
+    _, file, _ = of_widths(replace(made, block_size=4) if method.name == "oft" else made, *layers)
+    assert load(save(file, tmp_path / "a", format="peft")).format == "peft"
+
+
+def test_methods_for_linear_layers_in_peft_are_not_called_several_methods(tmp_path: Path) -> None:
+    """They were: convolutions would be written as LoRA, which is the same change."""
+    for method, why in ((GraLoRA(rank=4), "only as LoRA: peft has gralora for linear layers only"), (BitFit(), "")):
+        _, file, _ = trained(method)
+        with pytest.raises(FormatError) as caught:
+            save(file, tmp_path / "a", format="peft")
+        assert "write them apart" not in str(caught.value)
+        assert str(caught.value).count("for linear layers only") == 1
+        assert why in str(caught.value)
 
 
 SD1 = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn"

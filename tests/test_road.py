@@ -54,7 +54,7 @@ def test_what_does_not_turn_the_bias_is_not_written_as_pefts() -> None:
     assert RoAd.peft is not None
     t = {"road_theta": torch.zeros(12), "road_alpha": torch.ones(12)}
     for method, own in ((RoAd(group_size=4), t), (RoAd(group_size=4, bias=True), {**t, "diff_b": torch.zeros(24)})):
-        with pytest.raises(FormatError, match="turns the bias"):
+        with pytest.raises(FormatError, match="turns a layer's bias"):
             RoAd.peft.write(method, own, (24, 10))
     with pytest.raises(FormatError, match="linear layers"):
         RoAd.peft.write(RoAd(bias=True), t, (24, 10, 3, 3))

@@ -1,8 +1,9 @@
 """Methods that say themselves how peft has them (`Method.peft`): read from its files, and written."""
 
+import math
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +11,6 @@ from torch import Tensor
 from imgadapt.errors import FormatError, ImgadaptError, first_few
 from imgadapt.formats.ends import ENDS, THEIRS
 from imgadapt.formats.fusing import Unfusable
-from imgadapt.formats.layer_config import PATTERNS
 from imgadapt.formats.part import Part
 from imgadapt.methods import METHODS, Method
 from imgadapt.methods.base import Peft
@@ -20,16 +20,21 @@ Made = tuple[Method, dict[str, Tensor]]
 _WRONG = (ImgadaptError, ValueError, TypeError, OverflowError, IndexError, KeyError, RuntimeError, AttributeError)
 """What settings and tensors of a file, which say anything, may raise."""
 
-_PATTERNED = {
-    "C3A": ("block_size",),
-    "DELORA": ("r", "delora_lambda"),
-    "FOURIERFT": ("n_frequency",),
-    "HIRA": ("r",),
-    "WAVEFT": ("n_frequency",),
+_PATTERNED: Mapping[str, Mapping[str, str]] = {
+    "C3A": {"block_size": "block_size_pattern"},
+    "DELORA": {"r": "rank_pattern", "delora_lambda": "lambda_pattern"},
+    "FOURIERFT": {"n_frequency": "n_frequency_pattern"},
+    "HIRA": {"r": "rank_pattern"},
+    "OSF": {"effective_rank": "rank_pattern"},
+    "WAVEFT": {"n_frequency": "n_frequency_pattern"},
 }
-"""peft_type -> fields of its config that it has patterns for (peft 0.21, tuners/*/config.py)."""
+"""peft_type -> fields of its config that it has patterns for, and those (peft 0.21, tuners/*/config.py)."""
 _PLAIN = ("C3A", "FOURIERFT")
 """Whose patterns are looked up by the whole name, and tried as the end of one (tuners/*/model.py)."""
+_SEARCHED = ("OSF",)
+"""Whose patterns may match anywhere in a name."""
+_PIECES = ("block_size", "group_size", "vector_length")
+"""Fields of ours, and of the config, of which a layer takes the largest that divides it."""
 
 
 def kind_of(names: Collection[str], config: Mapping[str, Any]) -> type[Method] | None:
@@ -153,7 +158,7 @@ def config_for(parts: Mapping[str, Part]) -> dict[str, Any]:
     peft = next(iter(parts.values())).method.peft
     assert peft is not None
     rows = {path: _written(part)[1] for path, part in parts.items()}
-    patterns = {value: field for field, value in PATTERNS.items() if value in _PATTERNED.get(peft.type, ())}
+    patterns = _PATTERNED.get(peft.type, {})
     made: dict[str, Any] = {}
     for field in dict.fromkeys(field for row in rows.values() for field in row):
         values = {path: row.get(field) for path, row in rows.items()}
@@ -164,10 +169,21 @@ def config_for(parts: Mapping[str, Part]) -> dict[str, Any]:
             continue
         if field not in patterns or (peft.type in _PLAIN and _ambiguous(parts)):
             said = first_few(list(dict.fromkeys(map(repr, values.values()))))
-            raise FormatError(f"peft's {peft.type} has one {field} for all layers of a file, and this has {said}")
-        plain = peft.type in _PLAIN
-        made[patterns[field]] = {path if plain else f"^{re.escape(path)}": value for path, value in others.items()}
+            raise FormatError(
+                f"peft's {peft.type} has one {field} for all layers of a file, and this has {said}"
+                + fitting_all([part.method for part in parts.values()], field)
+            )
+        plain, end = peft.type in _PLAIN, "$" if peft.type in _SEARCHED else ""
+        made[patterns[field]] = {path if plain else f"^{re.escape(path)}{end}": v for path, v in others.items()}
     return made
+
+
+def fitting_all(methods: Sequence[Any], field: str) -> str:
+    """Of methods that differ in the size of their layers' pieces: what to train with so that they do not, for errors;
+    "": there is nothing.
+    """
+    most = math.gcd(*(getattr(method, field) for method in methods)) if field in _PIECES else 1
+    return f"; train with {field}={most}, which fits all of them" * (most > 1)
 
 
 def _ambiguous(paths: Collection[str]) -> bool:

@@ -8,7 +8,8 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from imgadapt.errors import FormatError, first_few
@@ -123,14 +124,21 @@ def _rotation_fields(kind: Any, parts: Mapping[str, Part]) -> dict[str, Any]:
     if kind.name == "ia3":
         inside = [path for path, part in parts.items() if getattr(part.method, "axis", "") == "input"]
         return {"feedforward_modules": f"^({'|'.join(re.escape(path) for path in sorted(inside))})$" if inside else []}
-    if len(settings := {part.method for part in parts.values()}) > 1:
-        raise FormatError(f"peft has one setting for a file, and this has {first_few([str(s) for s in settings])}")
+    if len(settings := dict.fromkeys(part.method for part in parts.values())) > 1:
+        said = first_few([str(one) for one in settings])
+        raise FormatError(f"peft has one setting for a file, and this has {said}{_one_size(list(settings))}")
     if kind.name == "boft":
         return {"boft_block_size": kind.block_size, "boft_n_butterfly_factor": kind.factors, "boft_block_num": 0}
     limit = {} if kind.constraint is None else {"coft": True, "eps": kind.constraint}
     neumann = {"use_cayley_neumann": bool(kind.neumann)}
     terms = {"num_cayley_neumann_terms": kind.neumann} if kind.neumann else {}
     return {"r": 0, "oft_block_size": kind.block_size, "block_share": kind.shared, **limit, **neumann, **terms}
+
+
+def _one_size(settings: Sequence[Any]) -> str:
+    """What to train with, where they differ in the size of their blocks alone; "": that would not help."""
+    alike = len({replace(one, block_size=settings[0].block_size) for one in settings}) == 1
+    return of_peft.fitting_all(settings, "block_size") if alike else ""
 
 
 def diffusers_metadata(parts: Parts) -> dict[str, str]:

@@ -132,6 +132,12 @@ _LYCORIS_METHODS: dict[str, Callable[[Any, dict[str, Tensor], int], Spelled]] = 
 }
 
 
+_ROTATIONS_OF_PEFT = {
+    "oft": 'oft(side="input"), not rescaled',
+    "boft": 'boft(side="input", rescaled=True), without a constraint',
+}
+
+
 def peft(part: Part, axes: int) -> Spelled:
     """peft: no Tucker LoRA, DoRA over LoRA for each output, rotations of the inputs; alpha is in the config."""
     method: Any = part.method
@@ -156,16 +162,25 @@ def peft(part: Part, axes: int) -> Spelled:
     if method.name == "boft" and method.side == "input" and method.constraint is None:
         rescale = t.get("rescale")
         if rescale is None:
-            raise _no(method, "peft", dense=False)
+            raise _other_rotation(method)
         return {"boft_R": t["stages"], "boft_s": rescale.reshape((1, -1) if axes > 2 else (-1, 1))}
     if method.name == "ia3" and method.axis == "output" and not (method.bias and "diff_b" not in t):
-        raise Unfusable("peft's IA3 of outputs multiplies the bias, too, as only what peft trained does", dense=False)
+        raise Unfusable(
+            'peft\'s IA3 of outputs multiplies the bias, too, as only what peft trained does; ia3(axis="input") can be '
+            "written",
+            dense=False,
+        )
     if method.name == "ia3":
         vector = t["vector"] if method.absolute else t["vector"] + 1
         ones = tuple(1 for _ in range(axes - 2))
         shape = (1, -1, *ones) if axes > 2 or method.axis == "input" else (-1, 1)
         return {"ia3_l": vector.reshape(shape)}
-    raise _no(method, "peft")
+    raise _other_rotation(method) if method.name in _ROTATIONS_OF_PEFT else _no(method, "peft")
+
+
+def _other_rotation(method: Any) -> Unfusable:
+    own = _ROTATIONS_OF_PEFT[method.name]
+    return Unfusable(f"peft has no word for {method.name} of this kind; what it has is {own}", dense=False)
 
 
 def lora_only(part: Part, axes: int) -> Spelled:

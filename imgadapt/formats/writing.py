@@ -90,17 +90,26 @@ class Writer:
         done = [replace(step, beside={key: beside.tensors[key] for key in step.beside}) for step in done]
         kinds = {(name.partition(".")[0], part.method.name) for step in done for name, part in step.parts.items()}
         if self.form.single and len(kinds) > 1:
-            said = ", ".join(f"{kind} on {component}" for component, kind in sorted(kinds))
-            reason = f"{self.form.name} has one method and one component in a file; this has {said}: write them apart"
+            reason = self._several(parts, done, kinds)
             return [replace(step, loss="impossible", reason=reason, tensors=None) for step in done]
         if self.form.single and done and all(step.tensors is not None for step in done):
             try:  # it may have no words for them together
-                beside.check()
                 self.form.metadata({name: part for step in done for name, part in step.parts.items()}, {})
+                beside.check()
             except FormatError as error:
                 if not all(step.verbatim for step in done):
                     return [replace(step, loss="impossible", reason=str(error), tensors=None) for step in done]
         return done
+
+    def _several(self, parts: Parts, done: Sequence[Step], kinds: Collection[tuple[str, str]]) -> str:
+        """Why layers of these components and methods are not in one file."""
+        form, methods = self.form.name, {part.method.name for part in parts.values()}
+        others = [step for step in done if step.reason]
+        if len(methods) == 1 and others and len(others) < len(done):  # some of them would be LoRA
+            rest = f"{len(done) - len(others)} of the {len(done)} layers can be written, and {len(others)} only as LoRA"
+            return f"{form} has one method in a file; of this {next(iter(methods))} {rest}: {others[0].reason}"
+        said = ", ".join(f"{kind} on {component}" for component, kind in sorted(kinds))
+        return f"{form} has one method and one component in a file; this has {said}: write them apart"
 
     def _untouched(self, parts: Parts) -> list[list[str]]:
         """Layers still as this format's file had them, together with all that one of its layers became."""
@@ -130,7 +139,9 @@ class Writer:
                 raise Unfusable(f"its layers' rows do not make up those of {self.architecture.name}", dense=False)
             method, t = fuse(own, fitted)
         except Unfusable as error:
-            return self._lossy(name, layers, error, own, slices)
+            what = "these layers are" if len(own) > 1 else "this layer is"
+            reason = f"{what} a part of one in {self.form.name}, and {error}"
+            return self._lossy(name, layers, Unfusable(reason, dense=error.dense), own, slices)
         step = self._step(name, layers, Part(method, t))
         if step.loss == "exact" and len(own) > 1 and method.name in ("lokr", "oft"):
             return replace(step, loss="aligned", reason="the edges of its layers fall between its blocks")
@@ -193,7 +204,7 @@ class Writer:
             written_out(part.method) and not getattr(part.method, "absolute", False) for part in own.values()
         )
         if not no_weights or "diff" not in self.form.ends or None in shapes.values():
-            return Step(name, layers, "impossible", f"{error}; {_remedy(own.values())}")
+            return Step(name, layers, "impossible", f"{error}; {_remedy(own.values()) if not slices else _APART}")
         if not self.dense:
             return Step(name, layers, "dense", f"{error}; dense=True (--dense) writes its whole difference")
         made = {layer: difference(own[layer], shape) for layer, shape in shapes.items() if shape is not None}
@@ -228,6 +239,9 @@ class Writer:
         return None if inputs % math.prod(kernel) else (rows, inputs // math.prod(kernel), *kernel)
 
 
+_APART = "diffusers' names, which 'imgadapt' has, keep them apart"
+
+
 def _remedy(parts: Collection[Part]) -> str:
     """What to do with what a format has no word for."""
     methods = [part.method for part in parts]
@@ -236,14 +250,14 @@ def _remedy(parts: Collection[Part]) -> str:
             return (
                 f"{still.name} {still.apart}: --average-times (`untimed`) makes the LoRA that is nearest over all times"
             )
-        return f"{still.name} is no change of a weight, which other words could say: only 'imgadapt' and peft have any"
+        return "it is no change of a weight, so only the format 'imgadapt' holds it"
     if all(map(in_lycoris, methods)):
-        return "'lycoris' has for most, 'imgadapt' for all"
+        return "'lycoris' has words for most of its settings, 'imgadapt' for all"
     base = " --base BASE" if any(method.needs_weight for method in methods) else ""
     lora = (
         f"`imgadapt resize FILE OUTPUT --rank 16{base} --format FORMAT` makes LoRA of it and says what that leaves out"
     )
-    return f"'imgadapt' has; {lora}"
+    return f"the format 'imgadapt' holds it as it is; {lora}"
 
 
 def _whole_rows(slices: Sequence[Slice], own: Mapping[str, Part], total: int) -> int:

@@ -284,5 +284,5 @@ def linear_only(method: Method, shape: tuple[int, ...]) -> None:
     """Raises FormatError where the weight is not that of a linear layer, which is all that peft has the method for."""
     if len(shape) != 2:
         raise FormatError(
-            f"peft has {method.name} for linear layers only, and the weight is {shape}; save it as imgadapt"
+            f'peft has {method.name} for linear layers only (in UNets, targets transformer "!proj_*" are these)'
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from imgadapt.errors import ConfigError, FormatError, ShapeError
-from imgadapt.methods.base import Method, Peft, Tensors, Way, above_zero, positive
+from imgadapt.methods.base import Method, Peft, Tensors, Way, above_zero, linear_only, positive
 from imgadapt.methods.lora import too_large
 from imgadapt.sites import Site
 
@@ -112,8 +112,7 @@ def _read(t: Tensors, config: Mapping[str, Any], shape: tuple[int, ...] | None) 
 
 
 def _write(method: DeLoRA, t: Tensors, shape: tuple[int, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if len(shape) != 2:
-        raise FormatError(f"peft's DeLoRA is for linear layers, and this weight is {shape}")
+    linear_only(method, shape)
     return {name: t[own] for name, own in _NAMES.items()}, {"r": method.rank}
 
 

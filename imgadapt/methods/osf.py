@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from imgadapt.errors import FormatError, ShapeError
-from imgadapt.methods.base import Method, Peft, Tensors, Way, positive
+from imgadapt.methods.base import Method, Peft, Tensors, Way, linear_only, positive
 from imgadapt.sites import Site
 
 
@@ -145,8 +145,7 @@ def _read(t: Tensors, config: Mapping[str, Any], shape: tuple[int, ...] | None) 
 
 
 def _write(method: OSF, t: Tensors, shape: tuple[int, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if len(shape) != 2:
-        raise FormatError(f"peft's OSF is for linear layers, and this weight is {shape}; as LoRA it is the same")
+    linear_only(method, shape)
     return {name: t[own] for name, own in _NAMES.items()}, {"effective_rank": min(shape) - method.rank}
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from imgadapt.errors import ConfigError, FormatError, ShapeError
 from imgadapt.methods import rotation
-from imgadapt.methods.base import Method, Peft, Tensors, Way, above_zero, positive
+from imgadapt.methods.base import Method, Peft, Tensors, Way, above_zero, linear_only, positive
 from imgadapt.methods.lora import too_large
 from imgadapt.sites import Site
 
@@ -155,8 +155,7 @@ def _read(t: Tensors, config: Mapping[str, Any], shape: tuple[int, ...] | None) 
 
 
 def _write(method: PSOFT, t: Tensors, shape: tuple[int, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if len(shape) != 2:
-        raise FormatError(f"peft's PSOFT is for linear layers, and this weight is {shape}; as LoRA it is the same")
+    linear_only(method, shape)
     fields: dict[str, Any] = {
         "r": method.rank,
         "psoft_alpha": method.rank,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from imgadapt.errors import FormatError, ShapeError
 from imgadapt.methods import projections
-from imgadapt.methods.base import Method, Peft, Tensors
+from imgadapt.methods.base import Method, Peft, Tensors, linear_only
 from imgadapt.methods.lora import Scaled
 from imgadapt.shared import corner
 from imgadapt.sites import Site
@@ -173,8 +173,7 @@ def _read(t: Tensors, config: Mapping[str, Any], shape: tuple[int, ...] | None) 
 
 
 def _write(method: RandLoRA, t: Tensors, shape: tuple[int, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if len(shape) != 2:
-        raise FormatError("peft's RandLoRA is for linear layers")
+    linear_only(method, shape)
     site = Site(shape)
     drawn = {} if method.seed is None else _drawn(method.seed, method._projected(site))  # pyright: ignore[reportPrivateUsage]
     whole = {**t, **drawn}

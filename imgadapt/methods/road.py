@@ -9,7 +9,7 @@ from torch import Tensor
 
 from imgadapt.errors import ConfigError, FormatError, ShapeError
 from imgadapt.methods import rotation
-from imgadapt.methods.base import Method, Peft, Tensors, Way, positive
+from imgadapt.methods.base import Method, Peft, Tensors, Way, linear_only, positive
 from imgadapt.sites import Site
 
 _NUMBERS = {"road_1": 0.5, "road_2": 1, "road_4": 2}
@@ -147,10 +147,12 @@ def _read(t: Tensors, config: Mapping[str, Any], shape: tuple[int, ...] | None) 
 
 
 def _write(method: RoAd, t: Tensors, shape: tuple[int, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if len(shape) != 2:
-        raise FormatError(f"peft's RoAd is for linear layers, and this weight is {shape}")
+    linear_only(method, shape)
     if "diff_b" in t or not method.bias:
-        raise FormatError("peft's RoAd turns the bias, too, as only what peft trained does")
+        raise FormatError(
+            "peft's RoAd turns a layer's bias, too, as only what peft trained does; layers without one (targets to_q, "
+            "to_k, to_v) can be written"
+        )
     return dict(t), {"variant": method.variant, "group_size": method.group_size}
 
 

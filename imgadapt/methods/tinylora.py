@@ -13,7 +13,7 @@ from torch import Tensor
 
 from imgadapt.errors import FormatError, ShapeError
 from imgadapt.methods import singular
-from imgadapt.methods.base import Method, Peft, Tensors, Way, positive
+from imgadapt.methods.base import Method, Peft, Tensors, Way, linear_only, positive
 from imgadapt.methods.lora import too_large
 from imgadapt.sites import Site
 
@@ -152,10 +152,9 @@ def _drawn_by(seed: int, count: int, shape: tuple[int, ...], dtype: torch.dtype)
 
 
 def _write(method: TinyLoRA, t: Tensors, shape: tuple[int, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if len(shape) != 2:
-        raise FormatError("peft's TinyLoRA is for linear layers; as LoRA it is the same")
+    linear_only(method, shape)
     if not method.tied:
-        raise FormatError("peft numbers vectors that are not tied by the model's layers; as LoRA it is the same")
+        raise FormatError("peft numbers vectors that are not tied by the model's layers")
     named = {"tinylora_A": t["tinylora_down"], "tinylora_B": t["tinylora_up"], "tinylora_P": t["tinylora_p"]}
     config = {"r": method.rank, "u": method.u, "weight_tying": 1.0, "save_projection": True}
     return {**named, "tinylora_v.0": t["tinylora_shared"]}, config

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from imgadapt.errors import ConfigError, FormatError, ShapeError
-from imgadapt.methods.base import Method, Peft, Tensors, Way, above_zero, positive
+from imgadapt.methods.base import Method, Peft, Tensors, Way, above_zero, linear_only, positive
 from imgadapt.methods.lora import too_large
 from imgadapt.sites import Site
 
@@ -180,8 +180,7 @@ def _logits(t: Tensors, name: str) -> Tensor:
 
 
 def _write(method: VBLoRA, t: Tensors, shape: tuple[int, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if len(shape) != 2:
-        raise FormatError("peft's VB-LoRA is for linear layers; as LoRA it is the same")
+    linear_only(method, shape)
     config = {
         "r": method.rank,
         "num_vectors": method.num_vectors,

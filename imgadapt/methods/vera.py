@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from imgadapt.errors import FormatError, ShapeError
 from imgadapt.methods import projections
-from imgadapt.methods.base import Method, Peft, Tensors, Way, above_zero, positive
+from imgadapt.methods.base import Method, Peft, Tensors, Way, above_zero, linear_only, positive
 from imgadapt.shared import corner
 from imgadapt.sites import Site
 
@@ -148,8 +148,7 @@ def _read(t: Tensors, config: Mapping[str, Any], shape: tuple[int, ...] | None) 
 
 def _write(method: VeRA, t: Tensors, shape: tuple[int, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Of a seed the projections are those before scaling by the layer's size, which vera_d gets."""
-    if len(shape) != 2:
-        raise FormatError("peft's VeRA is for linear layers; as LoRA it is the same")
+    linear_only(method, shape)
     config = {"r": method.rank, "save_projection": True, "d_initial": method.d_initial}
     if method.seed is None:
         a, b, d = t["vera_down"], t["vera_up"], t["vera_d"]

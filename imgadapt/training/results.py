@@ -85,7 +85,7 @@ def check(file: AdapterFile, wanted: Sequence[str], exports: Mapping[str, str]) 
         if steps := [step for step in plan(file, name) if step.loss == "impossible"]:
             raise ConfigError(
                 f"formats: {len(steps)} of {len(file.parts)} layers cannot be written as {name} "
-                f"({first_few([step.name for step in steps])}); leave it out, or choose another"
+                f"({first_few([step.name for step in steps])}): {steps[0].reason}. Leave it out, or choose another"
             )
     taken = {*(form.name for form in FORMATS), "words"}
     for name, glob in exports.items():
