@@ -107,6 +107,24 @@ def test_adaloras_budget_at_the_rank_of_the_start_takes_nothing() -> None:
         rules.hold(config(method="adalora", target_rank=5), model)
 
 
+def test_layers_that_adalora_leaves_no_rank_are_told() -> None:
+    model: Any = nn.Sequential(nn.Linear(12, 24), nn.Linear(24, 8)).requires_grad_(False)
+    attach(model, AdaLoRA(rank=4), targets="*")
+    filled(model)
+    made = config(method="adalora", steps=4, target_rank=2, budget_phases=(0, 0.5), budget_every=1, orthogonality=0)
+    rule = rules.of(made, model)
+    for step in range(4):
+        assert list(rule.said()) == []
+        for name, slot in by_name(model).items():
+            for parameter in slot.parameters():
+                parameter.grad = torch.randn(parameter.shape) * (name == "model.0")
+        rule.after(step)
+        if set(rule.file(collect(model)).parts) == {"model.0"}:
+            break
+    whole = "1 of 2 layers have no rank left and are not in the file: model.1"
+    assert list(rule.said()) == [f"adalora: 4 of 8 ranks are left; {whole}"]
+
+
 def test_adaloras_penalty_is_pefts() -> None:
     model: Any = nn.Sequential(nn.Linear(12, 24), nn.Conv2d(3, 8, 3))
     attach(model, AdaLoRA(rank=4), targets="*")
@@ -546,7 +564,9 @@ def test_an_export_whose_layers_lost_all_ranks_is_told_of_after_the_training(
         rules.Budget, "_kept", lambda self, _: {n: torch.ones(2) * n.endswith("to_v") for n in self._slots}
     )
     run("style", [str(folder), *settings, "--exports", "q=*to_q", "v=*to_v", "--output", str(tmp_path / "out")])
-    assert "exports: the layers of q have no ranks left, and no file" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "exports: the layers of q have no ranks left, and no file" in said
+    assert "\nadalora: 2 of 4 ranks are left; 1 of 2 layers have no rank left and are not in the file: unet.mid" in said
     made = {path.name for path in (tmp_path / "out").glob("adapter.*")}
     assert made == {"adapter.safetensors", "adapter.kohya.safetensors", "adapter.v.safetensors"}
 

@@ -266,6 +266,8 @@ class Job:
             return
         if gone:
             self.say(f"exports: the layers of {first_few(gone)} have no ranks left, and no file")
+        for line in self.rule.said():
+            self.say(line)
         for path in paths:
             self.say(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
         self.say(f"read back, predictions differ by {worst:.1e} from the live model's")

@@ -50,6 +50,9 @@ class Rules(Rule):
     def states(self) -> Mapping[str, Stateful]:
         return {name: state for rule in self.rules for name, state in rule.states().items()}
 
+    def said(self) -> Sequence[str]:
+        return [line for rule in self.rules for line in rule.said()]
+
     def file(self, file: AdapterFile) -> AdapterFile:
         for rule in self.rules:
             file = rule.file(file)

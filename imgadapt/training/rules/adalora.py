@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from imgadapt.arch import canonical
-from imgadapt.errors import ConfigError
+from imgadapt.errors import ConfigError, first_few
 from imgadapt.file import AdapterFile
 from imgadapt.methods import AdaLoRA
 from imgadapt.slot import Slot
@@ -140,6 +140,14 @@ class Budget(Rule):
             for key, pair in state_dict["means"].items()
         }
         self.masks = {name: mask.to(devices[name]) for name, mask in state_dict["masks"].items()}
+
+    def said(self) -> Sequence[str]:
+        gone = [name for name, mask in self.masks.items() if not mask.any()]
+        if not gone:
+            return ()
+        left = int(sum(mask.sum() for mask in self.masks.values()))
+        whole = f"{len(gone)} of {len(self.masks)} layers have no rank left and are not in the file"
+        return [f"adalora: {left} of {self.whole} ranks are left; {whole}: {first_few(gone)}"]
 
     def file(self, file: AdapterFile) -> AdapterFile:
         """Of each layer the ranks that stay; one that has none is left out."""

@@ -1,6 +1,6 @@
 """Rule: what is done in a step, and when. This one does nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from imgadapt.file import AdapterFile
 from imgadapt.training.checkpoint import Stateful
@@ -30,6 +30,10 @@ class Rule:
     def states(self) -> Mapping[str, Stateful]:
         """What a checkpoint must hold."""
         return {}
+
+    def said(self) -> Sequence[str]:
+        """What there is to know of what is written, a line each."""
+        return ()
 
     def file(self, file: AdapterFile) -> AdapterFile:
         """What is written, of what is on the model."""
