@@ -32,7 +32,7 @@ from imgadapt import (
     save,
 )
 from imgadapt.arch import canonical
-from imgadapt.combining.files import digest_of, merge_files
+from imgadapt.combining.files import digest_of, merge_files, told_apart
 from imgadapt.combining.printing import notes
 from imgadapt.combining.recipes import KEY
 from imgadapt.combining.rules import RULES
@@ -159,6 +159,21 @@ def test_the_report_says_what_matched_norms_cosines_and_ranks(
     ):  # fmt: skip
         assert line in said
     assert sorted(os.listdir()) == ["hero.safetensors", "style.safetensors"]
+
+
+def test_inputs_of_one_name_are_told_apart_by_their_folders(
+    files: list[AdapterFile], run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, name in (("run/a", "style"), ("run/b", "hero")):
+        os.makedirs(folder)
+        os.rename(f"{name}.safetensors", f"{folder}/adapter.safetensors")
+    shutil.copy("run/a/adapter.safetensors", "third.safetensors")
+    given = ["run/a/adapter.safetensors:0.8", "./run/b/adapter.safetensors", "third.safetensors"]
+    found = report_of(run, capsys, *given, "--dry-run")
+    wanted = [str(Path("a/adapter.safetensors")), str(Path("b/adapter.safetensors")), "third.safetensors"]
+    assert found["inputs"] == wanted
+    alike = ["x/a/s.safetensors", "y/a/s.safetensors", "a/s.safetensors", "s.safetensors", "s.safetensors"]
+    assert told_apart(alike) == [str(Path(path)) for path in alike]
 
 
 def test_every_rule_is_listed_with_its_options(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

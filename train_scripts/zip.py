@@ -23,7 +23,7 @@ from tqdm import tqdm
 from imgadapt import load, save
 from imgadapt.cli import program
 from imgadapt.combining.asking import entry_of
-from imgadapt.combining.files import digest_of
+from imgadapt.combining.files import digest_of, told_apart
 from imgadapt.errors import ConfigError
 from imgadapt.formats import FORMATS
 from imgadapt.training import families
@@ -50,10 +50,11 @@ def sources(args: argparse.Namespace) -> list[Source]:
     if extra := [letter for letter, given in prompts.items() if given and letter not in own]:
         raise ConfigError(f"--prompts-{extra[0]} is given, and there are {len(own)} adapters")
     made: list[Source] = []
-    for letter, text in own.items():
-        entry = entry_of(text)
+    entries = [entry_of(text) for text in own.values()]
+    names = told_apart([entry.path for entry in entries])
+    for letter, entry, name in zip(own, entries, names, strict=True):
         path = Path(entry.path)
-        made.append(Source(path.name, load(path), prompts[letter], entry.weight, digest_of(path)))
+        made.append(Source(name, load(path), prompts[letter], entry.weight, digest_of(path)))
     return made
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 
 import torch
@@ -57,6 +58,8 @@ def opened(recipe: MergeRecipe, find: Find | None = None) -> tuple[MergeRecipe, 
         ConfigError, FormatError: see `combine`.
     """
     inputs = [read_input(entry, lambda _: 1.0, find) for entry in recipe.inputs]
+    names = told_apart([entry.path for entry in recipe.inputs])
+    inputs = [replace(one, name=name) for one, name in zip(inputs, names, strict=True)]
     base, base_sha256 = None, ""
     if recipe.base is not None:
         base = open_base(recipe.base if find is None else find(Entry(recipe.base, sha256=recipe.base_sha256)))
@@ -98,6 +101,17 @@ def read_input(entry: Entry, weight: Factor, find: Find | None = None) -> Input:
     path = Path(entry.path) if find is None else find(entry)
     file = load(path)
     return Input(Path(entry.path).name, file, _checked(path, digest_of(path), entry.sha256), weight)
+
+
+def told_apart(paths: Sequence[str | PathLike[str]]) -> list[str]:
+    """Names of files; of those of one name with as many folders as tell them apart: `a/adapter.safetensors`."""
+    parts = [Path(path).parts for path in paths]
+    made: list[str] = []
+    for own in parts:
+        others = [other for other in parts if other != own]
+        count = next((n for n in range(1, len(own)) if all(other[-n:] != own[-n:] for other in others)), len(own))
+        made.append(str(Path(*own[-count:])))
+    return made
 
 
 def _checked(path: Path, digest: str, wanted: str) -> str:
