@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from imgadapt import load
+from imgadapt import demo, load
 from imgadapt.arch import architectures
 from imgadapt.cli import program
 from imgadapt.errors import FormatError, first_few, shortened
@@ -27,7 +27,7 @@ def _say(line: str) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    names = [a.name for a in architectures()]
+    names = ["demo", *(a.name for a in architectures())]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("--layers", action="store_true", help="a line a layer")
@@ -39,7 +39,8 @@ def main(argv: Sequence[str]) -> None:
 
     file = load(args.file, strict=False, pickle=args.pickle)
     found = summary(file, norms=not args.no_norms)
-    wrong = misfits(file, next(a for a in architectures() if a.name == args.base)) if args.base else {}
+    shapes = {"demo": demo.shape_of, **{a.name: a.shape_of for a in architectures()}}
+    wrong = misfits(file, shapes[args.base]) if args.base else {}
     if args.json:
         print(json.dumps({**json.loads(found.as_json()), "misfits": wrong}, indent=1))
         _end(found, wrong)

@@ -1,5 +1,6 @@
 """`imgadapt PROGRAM ...`: runs a program of converters/ or train_scripts/ by its path, from a wheel or a checkout."""
 
+import logging
 import os
 import runpy
 import signal
@@ -50,6 +51,13 @@ LESS = {
     "": "Nothing is written; close other programs, or take a machine with more",
 }
 """What helps where memory is out, by program."""
+_NOISE = {
+    "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),  # it takes its own way then
+    "diffusers.quantizers.torchao.torchao_quantizer": ("Unable to import `torchao` Tensor objects",),
+    "torch.utils._pytree": ("register_constant() on Enum",),  # which torchao calls
+    "torchao": ("Failed to load", "Skipping import of cpp extensions"),  # kernels for other GPUs
+}
+"""Loggers of libraries -> what they say when they are imported, whoever imports them."""
 Run = Callable[[Sequence[str]], None]
 """A program's main, which takes its arguments."""
 
@@ -69,6 +77,7 @@ def main() -> None:
     """Entry point of the command `imgadapt`."""
     stopping.at_once()  # nothing is written before the program itself begins
     _with_streams()
+    _hush()
     found: list[Run] = []
     _end(_raised(lambda arguments: found.extend(_named(arguments)), sys.argv[1:]), None)
     for run in found:
@@ -214,6 +223,12 @@ def _with_streams() -> None:
     if sys.stdout is None:  # pyright: ignore[reportUnnecessaryComparison]
         _say("imgadapt: error: standard output is closed; let it end in a file or in /dev/null")
         raise SystemExit(1)
+
+
+def _hush() -> None:
+    """Leave out what libraries say of themselves when they are imported: it is nothing that a user could mend."""
+    for name, said in _NOISE.items():
+        logging.getLogger(name).addFilter(lambda record, said=said: not any(one in str(record.msg) for one in said))
 
 
 def _folder() -> Path:

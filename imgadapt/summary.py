@@ -4,14 +4,13 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from imgadapt.arch import Architecture
 from imgadapt.file import AdapterFile, is_finite
 from imgadapt.formats import Part
 from imgadapt.formats.layer_config import PEFT_KEY
@@ -185,11 +184,11 @@ def trigger_words(metadata: Mapping[str, str]) -> list[str]:
     return [tag for tag, _ in counts.most_common(_TAGS)]
 
 
-def misfits(file: AdapterFile, architecture: Architecture) -> dict[str, str]:
-    """Layer -> why it would not go on a model of this architecture."""
+def misfits(file: AdapterFile, shape_of: Callable[[str], tuple[int, ...] | None]) -> dict[str, str]:
+    """Layer -> why it would not go on a model whose layers have these weights; None: it has no layer of that name."""
     found: dict[str, str] = {}
     for name, part in file.parts.items():
-        shape = architecture.shape_of(name)
+        shape = shape_of(name)
         if shape is None:
             found[name] = "no such layer"
             continue

@@ -1,6 +1,7 @@
 """The programs, as a user runs them: what they write, what they say to bad input, and that a kill costs nothing."""
 
 import json
+import logging
 import os
 import resource
 import shutil
@@ -233,6 +234,11 @@ def test_show_says_what_would_not_fit_and_writes_json(
     with pytest.raises(SystemExit, match="1"):
         run("show", [str(file), "--base", "sdxl"])
     assert "layers do not fit" in capsys.readouterr().out
+    run("show", [str(demo.ADAPTERS / "ink.safetensors"), "--base", "demo", "--no-norms"])
+    assert "on demo       all of it fits" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="1"):
+        run("show", [str(file), "--base", "demo"])  # of SD1's sizes
+    assert "16 layers do not fit" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")], ids=str)
@@ -313,6 +319,22 @@ def test_a_full_disk_is_one_clear_line_and_leaves_no_stray_file(folder: Path, tm
     assert "what was there is untouched" in last
     assert not list(out.rglob("*.tmp"))
     assert "Traceback" not in done.stderr
+    assert not any(said in done.stderr for rows in cli._NOISE.values() for said in rows)
+
+
+def test_what_libraries_say_of_themselves_is_left_out_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in cli._NOISE:
+        monkeypatch.setattr(logging.getLogger(name), "filters", [])
+    cli._hush()
+
+    def shown(name: str, text: str, *values: Any) -> Any:
+        return logging.getLogger(name).filter(logging.LogRecord(name, logging.WARNING, "x.py", 1, text, values, None))
+
+    enum = "%s is an Enum subclass and is now natively supported. Calling register_constant() on Enum subclasses is ..."
+    assert not shown("torch.utils._pytree", enum, "KernelPreference")
+    assert shown("torch.utils._pytree", "%s is registered twice", "X")
+    assert not shown("torchao", "Failed to load /a/_C_cutlass_90a.abi3.so: Could not load this library")
+    assert shown("torchao", "this version is deprecated")
 
 
 def test_programs_are_found_in_a_wheel_layout(tmp_path: Path) -> None:

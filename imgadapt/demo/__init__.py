@@ -1,12 +1,14 @@
 """The embedded base: a small, really trained text-to-image pipeline of emoji, and pictures to adapt it with."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imgadapt.errors import MissingExtra
+from imgadapt.header import header_of
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -38,6 +40,22 @@ def pipeline() -> "StableDiffusionPipeline":
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def shape_of(name: str) -> tuple[int, ...] | None:
+    """Of a layer's weight, by its canonical name (`unet.conv_in`), as the base's headers tell; None: there is none."""
+    return _shapes().get(name)
+
+
+@cache
+def _shapes() -> Mapping[str, tuple[int, ...]]:
+    files = {"unet": "unet/diffusion_pytorch_model.safetensors", "text_encoder": "text_encoder/model.safetensors"}
+    found: dict[str, tuple[int, ...]] = {}
+    for component, place in files.items():
+        for key, row in header_of(PIPELINE / place).rows.items():
+            if key.endswith(".weight"):
+                found[f"{component}.{key.removesuffix('.weight')}"] = row.shape
+    return found
 
 
 @contextmanager

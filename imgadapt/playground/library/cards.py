@@ -7,15 +7,13 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 from imgadapt import demo
 from imgadapt.errors import FormatError, ImgadaptError
 from imgadapt.file import AdapterFile, outline
 from imgadapt.formats import FORMATS, LOOSELY
-from imgadapt.header import header_of, opened, read_header
+from imgadapt.header import opened, read_header
 from imgadapt.playground.desk import public
 from imgadapt.summary import misfits, summary, trigger_words
 
@@ -148,30 +146,7 @@ def _architecture(file: AdapterFile) -> str:
     """Of the tables, or "demo": the embedded base has SD1's names and smaller layers."""
     if file.architecture != "sd1":
         return file.architecture or ""
-    embedded: Any = _Embedded()
-    own = {name: part for name, part in file.parts.items() if embedded.shape_of(name) is not None}
-    if len(own) < len(file.parts):
-        return "sd1"
-    return "sd1" if misfits(file, embedded) else "demo"
-
-
-class _Embedded:
-    """The embedded base as an architecture, by its own header."""
-
-    @staticmethod
-    def shape_of(name: str) -> tuple[int, ...] | None:
-        return _embedded_shapes().get(name)
-
-
-@cache
-def _embedded_shapes() -> Mapping[str, tuple[int, ...]]:
-    files = {"unet": "unet/diffusion_pytorch_model.safetensors", "text_encoder": "text_encoder/model.safetensors"}
-    found: dict[str, tuple[int, ...]] = {}
-    for component, place in files.items():
-        for key, row in header_of(demo.PIPELINE / place).rows.items():
-            if key.endswith(".weight"):
-                found[f"{component}.{key.removesuffix('.weight')}"] = row.shape
-    return found
+    return "sd1" if misfits(file, demo.shape_of) else "demo"
 
 
 def _header(path: Path) -> tuple[Mapping[str, str], bytes, int]:
