@@ -114,7 +114,8 @@ class Study:
 
     def losses(self, material: Material) -> list[float]:
         """Of each picture of it, the mean over four timesteps, of the model as it is."""
-        return held_out_losses(self.family, self.objective, material, timesteps=4).mean(1).tolist()
+        found = held_out_losses(self.family, self.objective, material, timesteps=4).mean(1)
+        return [round(loss, 6) for loss in found.tolist()]
 
     def learn(self, case: Case, rate: float, task: str, seed: int, *, below: float | None = None) -> dict[str, Any]:
         """Train anew, and look. below: look at the loss that rates are tuned on first, and at what is reported only if

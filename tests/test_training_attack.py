@@ -473,7 +473,7 @@ def test_rates_of_methods_follow_what_was_measured(folder: Path) -> None:
     rates = {
         m: plan.of({"folder": folder, "method": m}).config.learning_rate for m in ("lora", "lokr(factor=8)", "full")
     }
-    assert rates == {"lora": 2e-3, "lokr(factor=8)": pytest.approx(1e-2), "full": pytest.approx(3e-4)}
+    assert rates == {"lora": 2e-3, "lokr(factor=8)": pytest.approx(5e-3), "full": pytest.approx(3e-4)}
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ class AdaLoRA(Method):
     start: int | None = None
 
     name = "adalora"
+    rate_over_lora = 16.0
     tensors = ("adalora_a", "adalora_e", "adalora_b")
 
     def __post_init__(self) -> None:

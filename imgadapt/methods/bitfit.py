@@ -31,6 +31,7 @@ class BitFit(Method):
     """
 
     name = "bitfit"
+    rate_over_lora = 7.1
     tensors = ("bitfit",)
     kinds = ("linear", "conv", "norm", "fused")
     peft = Peft("BEFT", ("beft_bias",), _read, _write)

@@ -42,6 +42,7 @@ class BOFT(Method):
     constraint: float | None = None
 
     name = "boft"
+    rate_over_lora = 0.31
     tensors = ("stages",)
     optional = ("rescale",)
     needs_weight = True

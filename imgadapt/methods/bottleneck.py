@@ -48,6 +48,7 @@ class Bottleneck(Scaled):
     bias: bool = True
 
     name = "bottleneck"
+    rate_over_lora = 1.4
     tensors = ("neck_down", "neck_up")
     optional = ("neck_down_b", "neck_up_b")
     kinds = ("linear", "conv")

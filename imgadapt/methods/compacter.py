@@ -41,6 +41,7 @@ class Compacter(Scaled):
     nonlinearity: Nonlinearity = "gelu"
 
     name = "compacter"
+    rate_over_lora = 7.1
     tensors = tuple(f"compacter_{end}" for end in ("a", "down_u", "down_v", "down_b", "up_u", "up_v", "up_b"))
     kinds = ("linear", "conv")
     common = ("compacter_a",)

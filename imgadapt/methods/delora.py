@@ -35,6 +35,7 @@ class DeLoRA(Method):
     bound: float = 1.0
 
     name = "delora"
+    rate_over_lora = 5.0
     fresh_only = ("bound",)
     tensors = ("delora_a", "delora_b", "delora_lambda", "delora_norm")
     frozen = ("delora_norm",)

@@ -55,6 +55,7 @@ class FourierFT(sparse.Spectrum):
     seed: int = 777
 
     name = "fourierft"
+    rate_over_lora = 0.78
     tensors = ("spectrum",)
 
     def constants(self, site: Site, weight: Tensor | None) -> dict[str, Tensor]:

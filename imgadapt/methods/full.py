@@ -83,7 +83,7 @@ class Norm(Full):
     """A norm's weight changes by `w_norm` (channels,), its bias, where it has one, by `b_norm`."""
 
     name = "norm"
-    rate_over_lora = 15.0
+    rate_over_lora = 5.0
     tensors = ("w_norm",)
     optional = ("b_norm",)
     of_weight = "w_norm"

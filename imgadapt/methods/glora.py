@@ -28,7 +28,7 @@ class GLoRA(Scaled):
     alpha: float | None = None
 
     name = "glora"
-    rate_over_lora = 0.5
+    rate_over_lora = 0.25
     tensors = ("a1", "a2", "b1", "b2")
     needs_weight = True
 

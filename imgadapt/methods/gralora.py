@@ -59,6 +59,7 @@ class GraLoRA(Method):
     hybrid_rank: int = 0
 
     name = "gralora"
+    rate_over_lora = 1.4
     tensors = ("gra_down", "gra_up")
     optional = ("hybrid_down", "hybrid_up")
     peft = Peft(

@@ -39,6 +39,7 @@ class HiRA(Method):
     rank: int = 32
 
     name = "hira"
+    rate_over_lora = 5.0
     tensors = ("hira_down", "hira_up")
     needs_weight = True
     peft = Peft("HIRA", ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B"), _read, _write)

@@ -32,6 +32,7 @@ class HRA(Method):
     orthogonal: bool = False
 
     name = "hra"
+    rate_over_lora = 3.5
     tensors = ("hra_u",)
     needs_weight = True
     additive = False

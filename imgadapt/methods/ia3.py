@@ -30,7 +30,7 @@ class IA3(Method):
     bias: bool = False
 
     name = "ia3"
-    rate_over_lora = 15.0
+    rate_over_lora = 5.3
     tensors = ("vector",)
     optional = ("diff_b",)
     needs_weight = True

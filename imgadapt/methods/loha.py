@@ -35,6 +35,7 @@ class LoHa(Scaled):
     rank_stabilised: bool = False
 
     name = "loha"
+    rate_over_lora = 1.2
     tensors = ("up_1", "down_1", "up_2", "down_2")
     optional = ("core_1", "core_2")
 

@@ -31,6 +31,7 @@ class LoRAXS(Scaled):
     alpha: float | None = None
 
     name = "loraxs"
+    rate_over_lora = 0.62
     tensors = ("loraxs_r", "loraxs_up", "loraxs_down")
     frozen = ("loraxs_up", "loraxs_down")
     starts_from_weight = True

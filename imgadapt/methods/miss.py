@@ -51,6 +51,7 @@ class MiSS(Method):
     mini_rank: int = 1
 
     name = "miss"
+    rate_over_lora = 0.12
     tensors = ()
     optional = ("miss_block", "miss_mini", "miss_bat")
     peft = Peft("MISS", ("miss_block",), _read, _write)

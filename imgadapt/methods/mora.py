@@ -33,6 +33,7 @@ class MoRA(Method):
     mora_type: Literal[1, 6] = 6
 
     name = "mora"
+    rate_over_lora = 0.25
     tensors = ("mora",)
 
     def __post_init__(self) -> None:

@@ -43,6 +43,7 @@ class OFT(Method):
     neumann: int = 0
 
     name = "oft"
+    rate_over_lora = 0.31
     tensors = ()
     optional = ("blocks", "packed", "rescale")
     needs_weight = True

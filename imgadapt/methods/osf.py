@@ -33,6 +33,7 @@ class OSF(Method):
     rank: int = 16
 
     name = "osf"
+    rate_over_lora = 1.4
     tensors = ("osf_u", "osf_s", "osf_v")
     optional = ("osf_u_0", "osf_s_0", "osf_v_0")
     frozen = ("osf_u_0", "osf_s_0", "osf_v_0")

@@ -45,6 +45,7 @@ class PEANuT(Method):
     scaling: float = 1.0
 
     name = "peanut"
+    rate_over_lora = 1.4
     tensors = ("peanut_a", "peanut_b")
     optional = ("peanut_encoders", "peanut_decoders")
     needs_weight = True

@@ -43,6 +43,7 @@ class PSOFT(Method):
     constraint: float | None = None
 
     name = "psoft"
+    rate_over_lora = 0.44
     tensors = ("psoft_r",)
     optional = ("psoft_in", "psoft_out", "psoft_a", "psoft_b")
     frozen = ("psoft_a", "psoft_b")

@@ -36,6 +36,7 @@ class RoAd(Method):
     bias: bool = False
 
     name = "road"
+    rate_over_lora = 3.5
     tensors = ("road_theta", "road_alpha")
     optional = ("diff_b",)
     needs_weight = True

@@ -40,6 +40,7 @@ class SHiRA(Method):
     listed: bool = False
 
     name = "shira"
+    rate_over_lora = 0.5
     tensors = ("shira_weight",)
     optional = ("shira_indices",)
     frozen = ("shira_indices",)

@@ -26,6 +26,7 @@ class SVDiff(Method):
     """
 
     name = "svdiff"
+    rate_over_lora = 10.0
     tensors = ("spectral",)
     needs_weight = True
 

@@ -44,6 +44,7 @@ class VBLoRA(Method):
     init_std: float = 0.1
 
     name = "vblora"
+    rate_over_lora = 2.5
     fresh_only = ("init_bound", "init_std")
     tensors = ("vblora_bank", "vblora_down", "vblora_up")
     common = ("vblora_bank",)

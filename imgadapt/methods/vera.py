@@ -37,6 +37,7 @@ class VeRA(Method):
     d_initial: float = 0.1
 
     name = "vera"
+    rate_over_lora = 10.0
     fresh_only = ("d_initial",)
     tensors = ("vera_b", "vera_d")
     optional = ("vera_down", "vera_up")

@@ -94,6 +94,7 @@ class WaveFT(sparse.Spectrum):
     seed: int = 777
 
     name = "waveft"
+    rate_over_lora = 0.055
     tensors = ("waveft_spectrum",)
 
     def __post_init__(self) -> None:

@@ -23,6 +23,7 @@ class GatedPrompts(Prompting):
     spread: float = 1.0
 
     name: ClassVar[str] = "gated_prompts"
+    rate_over_lora: ClassVar[float] = 60.0
     shared: ClassVar[bool] = False
     appended: ClassVar[bool] = False
 

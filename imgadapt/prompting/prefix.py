@@ -25,6 +25,7 @@ class PrefixTuning(Prompting):
     spread: float = 0.02
 
     name: ClassVar[str] = "prefix_tuning"
+    rate_over_lora: ClassVar[float] = 60.0
     shared: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -24,6 +24,7 @@ class PromptTuning(Prompting):
     spread: float = 0.02
 
     name: ClassVar[str] = "prompt_tuning"
+    rate_over_lora: ClassVar[float] = 60.0
     shared: ClassVar[bool] = True
     joint: ClassVar[bool] = True
 

@@ -34,6 +34,7 @@ class PTuning(Prompting):
     hidden: int = 128
 
     name: ClassVar[str] = "p_tuning"
+    rate_over_lora: ClassVar[float] = 6.0
     shared: ClassVar[bool] = True
     joint: ClassVar[bool] = True
 

@@ -5,9 +5,9 @@ from typing import Any
 
 from imgadapt.training import spelling
 
-STARTS: Mapping[str, float] = {"pissa": 0.18}
+STARTS: Mapping[str, float] = {"pissa": 0.18, "corda": 0.18, "eva": 0.71}
 """Of `--start`; others want LoRA's."""
-RULES: Mapping[str, float] = {"lora_plus": 0.35, "freeze_down": 8.0, "nested_ranks": 2.0}
+RULES: Mapping[str, float] = {"lora_plus": 0.35, "freeze_down": 2.0}
 """Of settings that are on."""
 
 
