@@ -18,4 +18,4 @@ def test_a_minute_of_new_inputs_finds_nothing(tmp_path: Path) -> None:
     assert told.returncode == 0, told.stdout + told.stderr
     tried: dict[str, int] = json.loads((tmp_path / "counts.json").read_text())
     assert tried.keys() == targets.keys()
-    assert all(tried[name] > len([*target.seeds()]) for name, target in targets.items()), tried
+    assert all(tried[name] > 2 * len({*target.seeds()}) for name, target in targets.items()), tried  # more than replays

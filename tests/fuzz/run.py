@@ -206,19 +206,25 @@ def fuzz(target: Target, options: Options, tally: Tally) -> None:
             (corpus / sha1(seed).hexdigest()).write_bytes(seed)
             one(seed)
     longest = min(LONGEST, max([4096, *(2 * len(seed) for seed in seeds)]))
-    left = max(1.0, options.seconds - (time.monotonic() - began))
+    end = max(began + options.seconds, time.monotonic() + 1)
     if not options.guided:
         inputs = mutations([path.read_bytes() for path in corpus.iterdir()], words, random.Random(options.seed))
-        end = time.monotonic() + left
         while time.monotonic() < end and (options.runs is None or tally.tried < options.runs):
             one(next(inputs))
         return
     listed = corpus.parent / f"{target.name}.words"
     listed.write_text("".join('"' + "".join(f"\\x{byte:02x}" for byte in word) + '"\n' for word in words or [b"\0"]))
-    flags = [f"-max_total_time={int(left)}", f"-max_len={longest}", f"-timeout={_HANGS}", "-rss_limit_mb=0"]
+    flags = [f"-max_len={longest}", f"-timeout={_HANGS}", "-rss_limit_mb=0"]
     flags += [f"-dict={listed}", f"-seed={options.seed}", f"-artifact_prefix={tempfile.gettempdir()}/"]
     flags += [] if options.runs is None else [f"-runs={options.runs}"]
-    atheris.Setup([sys.argv[0], *flags, str(corpus)], one, enable_python_coverage=True)
+    known = tally.tried + 1 + len([*corpus.iterdir()])  # it begins with nothing, and with what the folder has
+
+    def until_the_end(data: bytes) -> None:
+        one(data)
+        if time.monotonic() > end and tally.tried > known:  # -max_total_time has whole seconds, and takes one more
+            os._exit(0)
+
+    atheris.Setup([sys.argv[0], *flags, str(corpus)], until_the_end, enable_python_coverage=True)
     atheris.Fuzz()
 
 
