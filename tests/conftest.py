@@ -28,6 +28,15 @@ if getattr(sys.modules.get("sitecustomize"), "__file__", "") != str(OFFLINE / "s
     runpy.run_path(str(OFFLINE / "sitecustomize.py"))
 
 
+def _in_memory(descriptor: int) -> None:
+    """What is synced stays in memory: no test here pulls the plug (tests/faults does), and thousands would wait."""
+    os.fstat(descriptor)  # it fails of a closed one, as they do
+
+
+for call in ("fsync", "fdatasync"):
+    setattr(os, call, _in_memory)
+
+
 @pytest.fixture(scope="session")
 def _network(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where attempts to reach the network are written down."""
