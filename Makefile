@@ -54,8 +54,10 @@ audit: .venv/audit/made
 	$(INSTALL) --editable '.[ui]'
 	touch $@ .venv/train
 
+# byte code is made on all cores, where pip takes one of them for most of a minute; what is no Python is passed by, as by pip
 .venv/dev: .venv/made pyproject.toml constraints.txt
-	$(INSTALL) --editable '.[dev]'
+	$(INSTALL) --no-compile --editable '.[dev]'
+	$(BIN)/python -W ignore -m compileall -qq -j 0 .venv/lib || true
 	touch $@ .venv/train .venv/ui
 
 clean:
