@@ -166,7 +166,7 @@ def test_a_method_on_a_whole_model(name: str, method: Method, dtype: torch.dtype
     for parameter in parameters(model):
         parameter.add_(torch.randn(parameter.shape) * (0.05 if method.name in ("full", "norm", "dora", "ia3") else 0.2))
     tolerance = 1e-4 if dtype == torch.float32 else 0.15
-    for weight in (0.5, -1.0, 1.0) if method.merges else ():
+    for weight in (-0.5, 1.0) if method.merges else ():
         set_weights(model, {"default": weight})
         live = run(model)
         merge(model)
