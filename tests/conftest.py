@@ -1,5 +1,6 @@
 """Fixtures that several files share."""
 
+import gc
 import os
 import runpy
 import shutil
@@ -35,6 +36,12 @@ def _in_memory(descriptor: int) -> None:
 
 for call in ("fsync", "fdatasync"):
     setattr(os, call, _in_memory)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected stays: the collector of garbage does not go through it, nor copy it in a fork."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
