@@ -5,7 +5,7 @@ from typing import Any
 
 from imgadapt.training import spelling
 
-STARTS: Mapping[str, float] = {"pissa": 0.18, "corda": 0.18, "eva": 0.71}
+STARTS: Mapping[str, float] = {"pissa": 0.18, "olora": 0.25, "eva": 0.71, "corda": 0.18, "lora_ga": 0.35}
 """Of `--start`; others want LoRA's."""
 RULES: Mapping[str, float] = {"lora_plus": 0.35, "freeze_down": 2.0}
 """Of settings that are on."""
