@@ -56,6 +56,8 @@ class Case:
     method: str
     rate: float
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    fixed: bool = False
+    """Whether the rate is this one, untuned."""
 
     @property
     def key(self) -> str:
@@ -68,7 +70,7 @@ def cases(path: Path) -> list[list[Case]]:
     for name, row in tomllib.loads(path.read_text("utf-8")).items():
         sizes = ("middle",) if len(row["sizes"]) == 1 else SIZES
         of_size = {
-            size: Case(name, size, method, row["rate"], row.get("settings", {}))
+            size: Case(name, size, method, row["rate"], row.get("settings", {}), row.get("fixed", False))
             for size, method in zip(sizes, row["sizes"], strict=True)
         }
         made.append([of_size[size] for size in ("middle", "small", "large") if size in of_size])
@@ -192,6 +194,8 @@ def tuned(study: Study, case: Case, start: float, found: Found) -> float:
     """The best rate: at the middle size of three by factors of two and two more towards the better end, at the others
     of two. The training of the best one is also that of the first task and seed.
     """
+    if case.fixed:
+        return start
     tried: dict[float, float] = {}
 
     def attempt(rate: float) -> None:

@@ -147,7 +147,8 @@ class Stopping:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._over = True
-        while _again:  # it came before the end
+        late = time.monotonic() + 1  # a fork has the list, and not the thread
+        while _again and time.monotonic() < late:  # what came before the end
             time.sleep(0.001)
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -201,11 +202,17 @@ def _send_again(number: int) -> None:
 
     def send() -> None:
         time.sleep(0.01)
-        if os.name == "posix":
-            os.kill(os.getpid(), number)
-        else:
-            signal.raise_signal(number)
-        _again.remove(number)
+        try:
+            if os.name == "posix":
+                os.kill(os.getpid(), number)
+            else:
+                signal.raise_signal(number)
+        finally:
+            _again.remove(number)
 
     _again.append(number)
-    _thread.start_new_thread(send, ())
+    try:
+        _thread.start_new_thread(send, ())
+    except RuntimeError:  # no more threads: there is nothing left to wait for
+        _again.remove(number)
+        raise

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from imgadapt.errors import ConfigError
 from imgadapt.methods import METHODS
 from imgadapt.prompting import KINDS
-from imgadapt.training import rates
+from imgadapt.training import rates, spelling
 from imgadapt.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -49,10 +50,7 @@ def test_a_methods_rate_is_the_one_that_was_best(kind: Any) -> None:
 
 def test_rates_of_starts_and_rules_are_those_that_were_best() -> None:
     ratios = {row.case: float(f"{row.rate / BY_CASE[LORA].rate:.2g}") for row in ROWS if row.size == "middle"}
-    named = {
-        **rates.STARTS,
-        **{{"freeze_down": "lora_fa", "nested_ranks": "nested"}.get(k, k): v for k, v in rates.RULES.items()},
-    }
+    named = {**rates.STARTS, "lora_fa": rates.RULES["freeze_down"], "lora_plus": float(f"{4**rates.LORA_PLUS:.2g}")}
     cases = {"pissa", "olora", "orthogonal", "eva", "corda", "lora_ga", "lora_fa", "nested", "lora_plus"}
     assert named == {case: ratio for case, ratio in ratios.items() if case in cases and ratio != 1}
 
@@ -67,6 +65,12 @@ def test_a_config_without_a_rate_has_that_of_its_method_start_and_rules() -> Non
     assert rate(method="lokr", learning_rate=3e-4) == 3e-4
     assert rate(start="pissa") == pytest.approx(1e-4 * rates.STARTS["pissa"])
     assert rate(freeze_down=True) == pytest.approx(1e-4 * rates.RULES["freeze_down"])
+    assert rate(freeze_down="false") == rate(lora_plus=1) == 1e-4  # pyright: ignore[reportArgumentType] # as TOML may say it
+    assert rate(lora_plus=4) == pytest.approx(0.35e-4)
+    for text in ("lora(rank={[]:1})", "lora(rank=" + "-" * 10_000 + "1)", "lora" + ".b" * 10_000):
+        assert rate(method=text) == 1e-4
+        with pytest.raises(ConfigError):
+            spelling.method(text, {})
 
 
 def test_each_line_of_the_advice_stands_on_rows_of_the_table() -> None:

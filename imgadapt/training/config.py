@@ -164,27 +164,17 @@ class TrainConfig(BaseModel):
         *("pieces", "checkpointing", "compile", "shard", "swap_blocks"),
     })  # fmt: skip
 
-    @model_validator(mode="before")
-    @classmethod
-    def _rate_of_the_method(cls, values: Any) -> Any:
-        if "learning_rate" in values:
-            return values
-        try:
-            return {**values, "learning_rate": cls.model_fields["learning_rate"].default * rates.over_lora(values)[0]}
-        except ConfigError:  # which is said where the method is made
-            return values
-
-    @model_validator(mode="before")
-    @classmethod
-    def _warm_up_of_the_steps(cls, values: Any) -> Any:
-        if "warmup_steps" in values:
-            return values
-        fields = cls.model_fields
-        try:
-            steps = int(values.get("steps", fields["steps"].default))
-        except (TypeError, ValueError, OverflowError):  # which is said of the steps themselves
-            return values
-        return {**values, "warmup_steps": max(0, min(fields["warmup_steps"].default, steps // 10))}
+    @model_validator(mode="after")
+    def _of_others(self) -> Self:
+        """What follows from other settings, where it was not given; it is not among `model_fields_set`."""
+        if "learning_rate" not in self.model_fields_set:
+            try:
+                object.__setattr__(self, "learning_rate", self.learning_rate * rates.over_lora(vars(self))[0])
+            except ConfigError:  # which is said where the method is made
+                return self
+        if "warmup_steps" not in self.model_fields_set:
+            object.__setattr__(self, "warmup_steps", min(self.warmup_steps, self.steps // 10))
+        return self
 
     @field_validator("learning_rates", "ranks", "optimizer_options", "methods", mode="after")
     @classmethod

@@ -185,7 +185,9 @@ def _choices(
     steps = max(20, -(-samples // batch))
     taken = int(given.get("steps", steps))
     held_out = 0 if given.get("held_out") or count < 20 or kind == "concept" else min(4, count // 10)
-    text = usual.text if kind == "character" and _takes_text(given) else None
+    text = None
+    if usual.text and kind == "character" and _takes_text(given):
+        text = float(f"{usual.text * rates.over_lora(given)[0]:.3g}")
     targets = ["transformer", *(["convolution"] if usual.convolutions else []), *(["text"] if text else [])]
     rank = usual.rank[kind]
     chosen: dict[str, tuple[Any, str]] = {

@@ -15,6 +15,7 @@ from imgadapt.prompting import Prompting
 
 Trained = Method | Prompting
 
+_SHOWN = 200  # characters of what cannot be read
 _KINDS: Mapping[str, type[Trained]] = {kind.name: kind for kind in (*METHODS, *prompting.KINDS)}
 
 
@@ -53,8 +54,8 @@ def method(text: str, defaults: Mapping[str, Any]) -> Trained:
     called = _SQUEEZED.get(_squeezed(head), head)  # Python reads no name with a dash in it
     try:
         return _made(ast.parse(called + bracket + rest, mode="eval").body, defaults)
-    except (SyntaxError, ValueError) as error:
-        raise ConfigError(f"method '{text}' is not NAME or NAME(field=value, ...): {error}") from error
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:  # as Python's parser raises them
+        raise ConfigError(f"method '{text[:_SHOWN]}' is not NAME or NAME(field=value, ...): {error}") from error
 
 
 def _made(node: ast.AST, defaults: Mapping[str, Any]) -> Trained:

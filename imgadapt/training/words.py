@@ -40,7 +40,8 @@ def settled(config: InversionConfig) -> InversionConfig:
     if config.trigger not in (None, config.word):
         raise ConfigError(f"trigger is '{config.trigger}', and the word '{config.word}' is one: leave --trigger out")
     own_rate = optimizers.KINDS[config.optimizer].own_rate
-    names = [name for name in _ADAPTERS_OWN if not (own_rate and name == "learning_rate")]
+    rated = not own_rate and "learning_rate" in config.model_fields_set
+    names = [name for name in _ADAPTERS_OWN if rated or name != "learning_rate"]
     usual = {name: type(config).model_fields[name].default for name in names}
     if not config.adapter and (deaf := [name for name in names if getattr(config, name) != usual[name]]):
         hint = "; the word's own rate is --embedding-rate" if "learning_rate" in deaf else ""
