@@ -44,7 +44,8 @@ def test_every_method_is_in_it_but_those_that_are_no_choice_of_their_own() -> No
 
 @pytest.mark.parametrize("kind", [kind for kind in (*METHODS, *KINDS) if (kind.name, "middle") in BY_CASE])
 def test_a_methods_rate_is_the_one_that_was_best(kind: Any) -> None:
-    ratio = BY_CASE[kind.name, "middle"].rate / BY_CASE[LORA].rate
+    row = BY_CASE.get((f"{kind.name}_default", "middle"), BY_CASE[kind.name, "middle"])  # at its default settings
+    ratio = row.rate / BY_CASE[LORA].rate
     assert kind.rate_over_lora == float(f"{ratio:.2g}")
 
 

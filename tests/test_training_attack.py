@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from imgadapt import live
 from imgadapt.atomic import atomically
 from imgadapt.errors import ConfigError, DataError, OutputError
-from imgadapt.methods import Method
+from imgadapt.methods import Full, LoKr, LoRA, Method
 from imgadapt.training import (
     buckets,
     checkpoint,
@@ -469,11 +469,15 @@ def test_a_plan_is_one_that_its_program_takes(folder: Path) -> None:
         plan.of({"folder": folder, "class_prompt": "a man"}, "style")
 
 
-def test_rates_of_methods_follow_what_was_measured(folder: Path) -> None:
-    rates = {
-        m: plan.of({"folder": folder, "method": m}).config.learning_rate for m in ("lora", "lokr(factor=8)", "full")
-    }
-    assert rates == {"lora": 2e-3, "lokr(factor=8)": pytest.approx(5e-3), "full": pytest.approx(3e-4)}
+def test_rates_of_methods_follow_what_was_measured_those_of_text_encoders_too(folder: Path) -> None:
+    for method in (LoRA, LoKr, Full):
+        plain = plan.of({"folder": folder, "method": method.name})
+        assert plain.config.learning_rate == pytest.approx(2e-3 * method.rate_over_lora)
+        asked = {"folder": folder, "method": method.name, "base": "sd1", "trigger": "ohwx"}
+        config = plan.of(asked, "character").config
+        assert config.learning_rate == pytest.approx(1e-4 * method.rate_over_lora)
+        assert config.learning_rates == {"text_encoder*": pytest.approx(5e-5 * method.rate_over_lora, rel=1e-2)}
+    assert "times 0.15 for full" in plan.of({"folder": folder, "method": "full"}).why["learning_rate"]
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ class Method(ABC):
     fresh_only: ClassVar[tuple[str, ...]] = ()
     """Fields that only `init` reads."""
     rate_over_lora: ClassVar[float] = 1.0
-    """Its best learning rate, in LoRA's, as benchmarks/methods.py found it on the embedded base."""
+    """Its best learning rate, by default settings, in LoRA's (benchmarks/methods.py, on the embedded base)."""
     peft: ClassVar[Peft | None] = None
     """How peft has it; None: not at all, or in a way of its own (`formats/meaning.py`)."""
 

@@ -34,7 +34,7 @@ class C3A(Method):
     block_size: int = 256
 
     name = "c3a"
-    rate_over_lora = 20.0
+    rate_over_lora = 40.0
     tensors = ("c3a_kernel",)
 
     def __post_init__(self) -> None:

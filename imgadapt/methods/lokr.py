@@ -49,7 +49,7 @@ class LoKr(Method):
     rank_stabilised: bool = False
 
     name = "lokr"
-    rate_over_lora = 2.5
+    rate_over_lora = 1.8
     tensors = ()
     optional = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
 

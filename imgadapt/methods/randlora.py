@@ -46,7 +46,7 @@ class RandLoRA(Scaled):
     seed: int | None = 0
 
     name = "randlora"
-    rate_over_lora = 0.12
+    rate_over_lora = 0.25
     tensors = ("randlora_lambda", "randlora_gamma")
     optional = ("randlora_a", "randlora_b")
     frozen = ("randlora_a", "randlora_b")

@@ -41,7 +41,7 @@ class TinyLoRA(Method):
     tied: bool = True
 
     name = "tinylora"
-    rate_over_lora = 0.62
+    rate_over_lora = 10.0
     tensors = ("tinylora_p", "tinylora_up", "tinylora_down")
     optional = ("tinylora_v", "tinylora_shared")
     frozen = ("tinylora_p", "tinylora_up", "tinylora_down")

@@ -46,7 +46,7 @@ class Prompting(ABC):
     """Whether transformers in which text and picture attend together (SD3, Flux) can read them."""
 
     rate_over_lora: ClassVar[float] = 1.0
-    """Its best learning rate, in LoRA's, as benchmarks/methods.py found it on the embedded base."""
+    """Its best learning rate, by default settings, in LoRA's (benchmarks/methods.py, on the embedded base)."""
 
     def __post_init__(self) -> None:
         positive("tokens", self.tokens)
