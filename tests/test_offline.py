@@ -74,7 +74,7 @@ def test_no_program_asks_for_the_network(alone: dict[str, str], folder: Path, tm
     command = [sys.executable, str(HERE / "offline" / "programs.py"), str(folder), str(out)]
     done = subprocess.run(command, env=alone, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("ran ") == 15
+    assert done.stdout.count("ran ") == 16
     assert "some-model is not on this machine; bring it with: hf download someone/some-model" in done.stdout
     assert not attempts(alone)
 

@@ -75,6 +75,10 @@ def test_methods_lists_all_that_method_takes_as_method_takes_it(run: Run, capsys
     about = json.loads(capsys.readouterr().out)["lokr"]
     assert about["settings"]["rank"] == "8"
     assert about["rate_over_lora"] == LoKr.rate_over_lora > 1
+    run("methods", ["dora(lora(rank=8))"])
+    assert capsys.readouterr().out.startswith("dora(lora(rank=16), axis='output')")
+    with pytest.raises(ConfigError, match="pissa is where LoRA starts: --start pissa"):
+        run("methods", ["pissa"])
     with pytest.raises(ConfigError, match="no method 'lokrr', did you mean 'lokr'"):
         run("methods", ["lokrr"])
 

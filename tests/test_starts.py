@@ -457,11 +457,11 @@ def test_a_run_that_stops_goes_on_to_the_same_bits_from_the_start_that_it_kept(
 
 
 def test_rules_hold_what_has_started_too(folder: Path, quick: Any) -> None:
-    job = Job(settings(folder, start="orthogonal", freeze_down=True, lora_plus=4))
+    job = Job(settings(folder, start="orthogonal", freeze_down=True, lora_plus=4, learning_rate=1e-4))
     assert {row.key for row in job.trained} == {"up"}
     assert {group["lr"] for group in job.optimizer.param_groups} == {4e-4}
     detach(job.family.pipeline)
-    job = Job(settings(folder, start="pissa", lora_plus=4))
+    job = Job(settings(folder, start="pissa", lora_plus=4, learning_rate=1e-4))
     rates = {row.key: g["lr"] for row in job.trained for g in job.optimizer.param_groups if _in(row.parameter, g)}
     assert rates == {"anchored_down": 1e-4, "anchored_up": 4e-4}
     detach(job.family.pipeline)

@@ -477,6 +477,8 @@ def test_rates_of_methods_follow_what_was_measured_those_of_text_encoders_too(fo
         config = plan.of(asked, "character").config
         assert config.learning_rate == pytest.approx(1e-4 * method.rate_over_lora)
         assert config.learning_rates == {"text_encoder*": pytest.approx(5e-5 * method.rate_over_lora, rel=1e-2)}
+    norms = plan.of({"folder": folder, "method": "norm"})
+    assert (norms.config.targets, norms.why["targets"]) == (["norm*"], "the layers that it is for")
     assert "times 0.15 for full" in plan.of({"folder": folder, "method": "full"}).why["learning_rate"]
 
 

@@ -13,12 +13,14 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import Any, get_args
 
 from imgadapt.cli import program
+from imgadapt.errors import ConfigError
 from imgadapt.methods import METHODS, DoRA
 from imgadapt.prompting import KINDS
 from imgadapt.training import spelling
+from imgadapt.training.config import Start
 
 
 def main(argv: Sequence[str]) -> None:
@@ -26,7 +28,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="some of them")
     parser.add_argument("--json", action="store_true", help="for scripts")
     args = parser.parse_args(argv)
-    kinds = [spelling.kind_of(name) for name in args.names] or [*METHODS, *KINDS]
+    if starts := [name for name in args.names if name in get_args(Start)]:
+        raise ConfigError(f"{starts[0]} is where LoRA starts: --start {starts[0]}; docs/training.md has them")
+    kinds = [spelling.kind_of(name.partition("(")[0]) for name in args.names] or [*METHODS, *KINDS]
     if args.json:
         print(json.dumps({kind.name: _about(kind) for kind in kinds}, indent=1))
     elif args.names:

@@ -169,7 +169,9 @@ class TrainConfig(BaseModel):
         """What follows from other settings, where it was not given; it is not among `model_fields_set`."""
         if "learning_rate" not in self.model_fields_set:
             try:
-                object.__setattr__(self, "learning_rate", self.learning_rate * rates.over_lora(vars(self))[0])
+                object.__setattr__(
+                    self, "learning_rate", float(f"{self.learning_rate * rates.over_lora(vars(self))[0]:.6g}")
+                )
             except ConfigError:  # which is said where the method is made
                 return self
         if "warmup_steps" not in self.model_fields_set:

@@ -189,11 +189,15 @@ def _choices(
     if usual.text and kind == "character" and _takes_text(given):
         text = float(f"{usual.text * rates.over_lora(given)[0]:.3g}")
     targets = ["transformer", *(["convolution"] if usual.convolutions else []), *(["text"] if text else [])]
+    of_targets = (
+        "attention and feed-forward layers" + ", convolutions" * usual.convolutions + ", the text encoder" * bool(text)
+    )
+    if _for_norms(given):
+        targets, of_targets = ["norm*"], "the layers that it is for"
     rank = usual.rank[kind]
     chosen: dict[str, tuple[Any, str]] = {
         "output": (Path(f"{Path(given['folder']).resolve().name}-{kind}"), "named after the folder"),
-        "targets": (targets, "attention and feed-forward layers" + (", convolutions" * usual.convolutions)
-                    + (", the text encoder" if text else "")),
+        "targets": (targets, of_targets),
         "learning_rate": _rate(given, usual, named),
         "batch_size": (batch, f"usual on {named}; computed in pieces where memory is short"),
         "steps": (steps, f"{count} pictures, each seen {samples / count:.0f} times"),
@@ -225,6 +229,11 @@ def _choices(
     return chosen
 
 
+def _for_norms(given: Mapping[str, Any]) -> bool:
+    made = spelling.method(str(given.get("method", "lora")), {})
+    return isinstance(made, Method) and made.kinds == ("norm",)
+
+
 def _takes_text(given: Mapping[str, Any]) -> bool:
     """Whether text encoders may be trained, and at a rate of their own."""
     made = spelling.method(str(given.get("method", "lora")), {})
@@ -244,7 +253,7 @@ def _rate(given: Mapping[str, Any], usual: Usual, named: str) -> tuple[float, st
     if given.get("optimizer") == "prodigy":
         return 1.0, "prodigy finds the rate; this is a factor"
     factor, why = rates.over_lora(given)
-    return usual.rate * factor, ", ".join([f"usual on {named} with AdamW", *why])
+    return float(f"{usual.rate * factor:.6g}"), ", ".join([f"usual on {named} with AdamW", *why])
 
 
 def _precision(usual: Usual) -> tuple[str, str]:

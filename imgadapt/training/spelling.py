@@ -82,7 +82,9 @@ def _made(node: ast.AST, defaults: Mapping[str, Any]) -> Trained:
             values[word.arg] = ast.literal_eval(word.value) if named is None else named
         except ValueError:
             said = ast.unparse(word.value)
-            raise ConfigError(f"{name}: {word.arg} is {said}; wanted a number, true or false") from None
+            raise ConfigError(
+                f"{name}: {word.arg} is {said}; wanted a number, true or false, or text in quotes"
+            ) from None
     bare = [field.name for field in fields(kind) if field.default is MISSING and field.default_factory is MISSING]
     if lacking := [one for one in bare if one not in values]:
         raise ConfigError(f"{name} needs {first_few(lacking)}: {name}({lacking[0]}=...)")

@@ -28,6 +28,7 @@ COMMANDS = (
     ("generate", "a fox", "--adapter", f"{STYLE}:0.8", "--steps", "2", "--output", f"{OUT}/fox.png"),
     ("grid", "a fox", "--adapter", STYLE, "--x", "weight=0,1", "--steps", "2", "--output", f"{OUT}/grid.zip"),
     ("show", STYLE),
+    ("methods",),
     ("convert", STYLE, KOHYA, "--to", "kohya"),
     ("merge", STYLE, f"{KOHYA}:-0.5", "--output", f"{OUT}/m.safetensors"),
     ("zip", STYLE, KOHYA, *ZIP, "-o", f"{OUT}/z.safetensors"),
