@@ -198,7 +198,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axes.set_ylim(least, max(row.gain[0] for row in rows) + 0.006)
         if number == 0:
             axes.set_xscale("log")
-        axes.margins(x=0.09)
+        axes.margins(x=0.14)
         axes.grid(alpha=0.25)
         _write(figure, axes, labels)
     figure.suptitle("blue: what costs less gains less; bars: 95 % of the difference to lora(rank=8)", fontsize=8)
