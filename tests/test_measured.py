@@ -1,8 +1,6 @@
 """The study of methods: its page, the advice and the defaults say what its results say."""
 
-import importlib.util
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +11,13 @@ from imgadapt.methods import METHODS
 from imgadapt.prompting import KINDS
 from imgadapt.training import rates, spelling
 from imgadapt.training.config import TrainConfig
+from tests.scripts import script
 
 ROOT = Path(__file__).parents[1]
 LORA = ("lora", "middle")
 
 
-def _module() -> Any:
-    spec = importlib.util.spec_from_file_location("methods_table", ROOT / "benchmarks" / "methods_table.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
-
-
-table = _module()
+table = script("benchmarks/methods_table.py")
 ROWS = table.read(ROOT / "benchmarks" / "methods.jsonl")
 BY_CASE = {(row.case, row.size): row for row in ROWS}
 

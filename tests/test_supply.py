@@ -1,6 +1,6 @@
 """What imgadapt stands on: versions that are known to work, without known holes, under licences that allow it."""
 
-import importlib.util
+import importlib.metadata
 import json
 import re
 import subprocess
@@ -14,27 +14,28 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from tests.scripts import script
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 
 
-def _script(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"supply_{name}", ROOT / "supply" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
-
-
-constraints, licences, audit = _script("constraints"), _script("licences"), _script("audit")
+constraints, licences, audit = (script(f"supply/{name}.py") for name in ("constraints", "licences", "audit"))
 
 
 def test_all_that_is_installed_is_in_the_constraints_in_its_version() -> None:
     pinned = {canonicalize_name(pin.name): str(pin.specifier) for pin in _pins() if constraints.here(pin)}
     installed = {name: f"=={version}" for name, version in constraints.installed().items()}
     assert installed.items() <= pinned.items(), sorted(installed.items() - pinned.items())
+
+
+def test_copies_that_a_library_brings_are_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As setuptools does, when something imports it."""
+    (tmp_path / "brought-1.dist-info").mkdir()
+    (tmp_path / "brought-1.dist-info" / "METADATA").write_text("Name: brought\nVersion: 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert importlib.metadata.version("brought") == "1"
+    assert "brought" not in constraints.installed()
 
 
 def test_every_constraint_is_one_exact_version() -> None:

@@ -24,7 +24,7 @@ _DEEPEST = 8
 
 
 @dataclass(frozen=True)
-class PEANuT(Method):
+class PEANuT(sparse.ByScaling):
     """delta = b @ h with h = f(a @ W) over the flattened inputs, a (rank, out), b (out, rank); peanut_a and peanut_b.
 
     depth: so many layers h <- f(e_k @ h), then as many h <- f(d_k @ h) + what went into e_k, the last first:
@@ -60,17 +60,6 @@ class PEANuT(Method):
             raise ConfigError(f"depth is {self.depth}; it must be {_DEEPEST} at most")
         if self.activation not in _ACTIVATIONS:
             raise ConfigError(f"activation is {self.activation!r}; there are {', '.join(_ACTIVATIONS)}")
-
-    @property
-    def scale(self) -> float:
-        return self.scaling
-
-    @property
-    def file_alpha(self) -> float:
-        return self.scaling
-
-    def unscaled(self) -> Self:
-        return replace(self, scaling=1.0)
 
     def check(self, site: Site) -> str | None:
         return super().check(site) or too_large(self.rank, site)

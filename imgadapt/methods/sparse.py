@@ -139,17 +139,10 @@ def _times(u: Tensor, values: Tensor, columns: Tensor, row_starts: Tensor) -> Te
     return F.embedding_bag(columns, u, row_starts, mode="sum", per_sample_weights=values.to(u.dtype))
 
 
-class Spectrum(Method):
-    """n_frequency trained entries of a transform of the delta, at places from a seed: one vector, `tensors[0]` (n,)."""
+class ByScaling(Method):
+    """Methods whose delta is multiplied by a number of their own, and not by one over a rank."""
 
-    n_frequency: int
     scaling: float
-    seed: int
-
-    def __post_init__(self) -> None:
-        positive("n_frequency", self.n_frequency)
-        check_scaling(self.scaling)
-        check_seed(self.seed)
 
     @property
     def scale(self) -> float:
@@ -161,6 +154,19 @@ class Spectrum(Method):
 
     def unscaled(self) -> Self:
         return replace(self, scaling=1.0)
+
+
+class Spectrum(ByScaling):
+    """n_frequency trained entries of a transform of the delta, at places from a seed: one vector, `tensors[0]` (n,)."""
+
+    n_frequency: int
+    scaling: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        positive("n_frequency", self.n_frequency)
+        check_scaling(self.scaling)
+        check_seed(self.seed)
 
     def at(self, site: Site) -> Self:
         return replace(self, n_frequency=min(self.n_frequency, math.prod(site.shape)))
